@@ -1,0 +1,17 @@
+"""Fixtures that every test module shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real photographs and weights; tests that need it are skipped without it."""
+    folder = Path(os.environ.get("SHARED_DATA", REPO.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set SHARED_DATA")
+    return folder

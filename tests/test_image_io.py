@@ -1,0 +1,652 @@
+"""Every pixel format, orientation and defect as a real file, against the module's table."""
+
+import io
+import os
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+from torchvision import tv_tensors
+
+from train_utils import image_io
+from train_utils.errors import UserError
+from train_utils.image_io import (
+    MAX_PIXELS,
+    image_size,
+    list_images,
+    printable,
+    read_image,
+    read_mask,
+    save_image,
+)
+
+RED, GREEN, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 0)
+
+
+def encode(image: Image.Image, file_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def png(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, "PNG", **options)
+    return path
+
+
+def grey(values, dtype=np.uint8) -> Image.Image:
+    return Image.fromarray(np.array(values, dtype=dtype))
+
+
+def palette_image(indices, colours) -> Image.Image:
+    image = Image.fromarray(np.array(indices, dtype=np.uint8), "P")
+    image.putpalette([value for colour in colours for value in colour])
+    return image
+
+
+def rows(tensor: torch.Tensor) -> list:
+    """[1, H, W] → nested lists; [3, H, W] → rows of (r, g, b)."""
+    if tensor.shape[0] == 1:
+        return tensor[0].tolist()
+    return [[tuple(pixel) for pixel in row] for row in tensor.permute(1, 2, 0).tolist()]
+
+
+def assert_image(tensor: torch.Tensor) -> None:
+    assert isinstance(tensor, tv_tensors.Image)
+    assert tensor.dtype == torch.uint8
+    assert tensor.dim() == 3
+    assert tensor.shape[0] == 3
+
+
+def assert_mask(tensor: torch.Tensor) -> None:
+    assert isinstance(tensor, tv_tensors.Mask)
+    assert tensor.dtype == torch.uint8
+    assert tensor.dim() == 3
+    assert tensor.shape[0] == 1
+
+
+# --- pixel formats ------------------------------------------------------------------------------
+
+
+def test_rgb_image_keeps_its_bytes(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 7, 3), dtype=np.uint8)
+    image = read_image(png(tmp_path / "a.png", Image.fromarray(pixels)))
+    assert_image(image)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_rgb_mask_is_luminance(tmp_path):
+    path = png(tmp_path / "a.png", Image.fromarray(np.uint8([[RED, GREEN, WHITE, BLACK]])))
+    mask = read_mask(path)
+    assert_mask(mask)
+    assert rows(mask) == [[76, 150, 255, 0]]  # 0.299·255 = 76.2, 0.587·255 = 149.7
+
+
+def test_grey_is_replicated_and_kept(tmp_path):
+    path = png(tmp_path / "a.png", grey([[0, 7, 255]]))
+    assert rows(read_image(path)) == [[(0, 0, 0), (7, 7, 7), (255, 255, 255)]]
+    assert rows(read_mask(path)) == [[0, 7, 255]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_one_bit_becomes_0_and_255(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.array([[True, False, True]])).save(path)
+    assert rows(read_image(path)) == [[WHITE, BLACK, WHITE]]
+    assert rows(read_mask(path)) == [[255, 0, 255]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF little-endian", "TIFF big-endian"])
+def test_16_bits_are_scaled_over_the_whole_range(tmp_path, kind):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    path = tmp_path / "a.img"
+    if kind == "TIFF big-endian":
+        image = Image.frombytes("I;16B", (256, 256), values.astype(">u2").tobytes())
+    else:
+        image = Image.fromarray(values)
+    image.save(path, kind.split()[0])
+    expected = np.rint(values.astype(float) * 255 / 65535).astype(np.uint8)
+    assert np.array_equal(read_mask(path)[0].numpy(), expected)
+    image = read_image(path)
+    assert_image(image)
+    assert all(np.array_equal(channel.numpy(), expected) for channel in image)
+
+
+def test_palette_image_takes_its_colours_and_its_transparency(tmp_path):
+    image = palette_image([[0, 1, 2]], [RED, GREEN, (10, 20, 30)])
+    assert rows(read_image(png(tmp_path / "a.png", image))) == [[RED, GREEN, (10, 20, 30)]]
+    keyed = png(tmp_path / "b.png", image, transparency=0)
+    assert rows(read_image(keyed)) == [[WHITE, GREEN, (10, 20, 30)]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "gif"])
+def test_palette_mask_of_greys_keeps_them(tmp_path, suffix):
+    # As trimaps are stored. The third, coloured entry is in no pixel and so does not count.
+    image = palette_image([[0, 1, 3]], [BLACK, (128,) * 3, RED, WHITE])
+    image.save(tmp_path / f"a.{suffix}")
+    assert rows(read_mask(tmp_path / f"a.{suffix}")) == [[0, 128, 255]]
+
+
+def test_palette_mask_of_colours_is_object_against_index_0(tmp_path):
+    # VOC's colours: the luminance of class 1 would be 38.
+    image = palette_image([[0, 1, 2]], [BLACK, (128, 0, 0), (0, 128, 0)])
+    assert rows(read_mask(png(tmp_path / "a.png", image))) == [[0, 255, 255]]
+    # Index 0 is the background whatever its colour.
+    image = palette_image([[0, 1]], [RED, BLACK])
+    assert rows(read_mask(png(tmp_path / "b.png", image))) == [[0, 255]]
+
+
+def test_palette_mask_with_transparent_entries_lies_over_black(tmp_path):
+    colours = palette_image([[0, 1, 2]], [RED, GREEN, RED])
+    path = png(tmp_path / "a.png", colours, transparency=bytes([255, 51, 0]))
+    assert rows(read_mask(path)) == [[0, 51, 0]]
+    greys = palette_image([[0, 1, 2]], [WHITE, (100,) * 3, RED])
+    path = png(tmp_path / "b.png", greys, transparency=bytes([255, 51, 0]))
+    assert rows(read_mask(path)) == [[255, 20, 0]]  # 100·51/255 = 20; the red is not visible
+
+
+def test_palette_with_alpha_channel(tmp_path):
+    image = palette_image([[0, 1, 1]], [BLACK, RED]).convert("PA")
+    image.putalpha(grey([[255, 255, 51]]))
+    assert image.mode == "PA"
+    image.save(tmp_path / "a.tif")
+    assert rows(read_mask(tmp_path / "a.tif")) == [[0, 255, 51]]
+    assert rows(read_image(tmp_path / "a.tif")) == [[BLACK, RED, (255, 204, 204)]]
+
+
+def test_alpha_composites_images_over_white_and_masks_over_black(tmp_path):
+    pixels = np.uint8([[(*RED, 0), (*RED, 51), (*RED, 255)]])
+    path = png(tmp_path / "a.png", Image.fromarray(pixels))
+    assert rows(read_image(path)) == [[WHITE, (255, 204, 204), RED]]
+    assert rows(read_mask(path)) == [[0, 15, 76]]  # red 51 → 15.2, red 255 → 76.2
+
+
+def test_grey_with_alpha(tmp_path):
+    path = png(tmp_path / "a.png", Image.fromarray(np.uint8([[(100, 0), (100, 51), (100, 255)]])))
+    assert Image.open(path).mode == "LA"
+    assert rows(read_mask(path)) == [[0, 20, 100]]
+    assert [pixel[0] for pixel in rows(read_image(path))[0]] == [255, 224, 100]  # 20 + 204
+
+
+def test_premultiplied_grey_of_tiff(tmp_path):
+    path = tmp_path / "a.tif"
+    straight = encode(Image.fromarray(np.uint8([[(20, 51), (100, 255)]])), "TIFF")
+    extra_samples = [struct.pack("<HHII", 338, 3, 1, value) for value in (2, 1)]
+    assert straight.count(extra_samples[0]) == 1
+    path.write_bytes(straight.replace(*extra_samples))
+    with Image.open(path) as image:
+        assert image.mode == "La"
+    assert rows(read_mask(path)) == [[20, 100]]
+
+
+def test_transparent_colour_key(tmp_path):
+    rgb = png(tmp_path / "a.png", Image.fromarray(np.uint8([[RED, GREEN]])), transparency=RED)
+    assert rows(read_image(rgb)) == [[WHITE, GREEN]]
+    assert rows(read_mask(rgb)) == [[0, 150]]
+    wide = png(tmp_path / "b.png", grey([[257, 51400]], np.uint16), transparency=51400)
+    assert rows(read_image(wide)) == [[(1, 1, 1), WHITE]]
+    assert rows(read_mask(wide)) == [[1, 0]]
+
+
+def test_cmyk(tmp_path):
+    image = Image.fromarray(np.uint8([[(0, 255, 255, 0), (0, 0, 0, 255), (0, 0, 0, 0)]]), "CMYK")
+    image.save(tmp_path / "a.tif")
+    assert rows(read_image(tmp_path / "a.tif")) == [[RED, BLACK, WHITE]]
+    assert rows(read_mask(tmp_path / "a.tif")) == [[76, 0, 255]]
+    image.resize((96, 32), Image.Resampling.NEAREST).save(tmp_path / "a.jpg", quality=100)
+    assert abs(read_image(tmp_path / "a.jpg")[:, 16, 16].int() - torch.tensor(RED)).max() <= 3
+
+
+def test_ycbcr_and_lab(tmp_path):
+    rgb = Image.new("RGB", (2, 1), (200, 60, 30))
+    rgb.convert("YCbCr").save(tmp_path / "ycbcr.tif")
+    to_lab = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+    )
+    ImageCms.applyTransform(rgb, to_lab).save(tmp_path / "lab.tif")
+    for name, mode in (("ycbcr.tif", "YCbCr"), ("lab.tif", "LAB")):
+        with Image.open(tmp_path / name) as image:
+            assert image.mode == mode
+        pixel = read_image(tmp_path / name)[:, 0, 0].int()
+        assert abs(pixel - torch.tensor([200, 60, 30])).max() <= 3, name
+        assert abs(int(read_mask(tmp_path / name)[0, 0, 0]) - 98) <= 2, name
+
+
+def test_first_frame_counts(tmp_path):
+    frames = [Image.new("RGB", (2, 1), colour) for colour in (RED, GREEN)]
+    for suffix, options in (("gif", {}), ("png", {}), ("tif", {}), ("webp", {"lossless": True})):
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+        with Image.open(path) as image:
+            assert image.n_frames == 2, suffix
+        assert rows(read_image(path)) == [[RED, RED]], suffix
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        grey([[0, 1], [1, 0]]),
+        grey([[0, 1], [1, 0]], np.uint16),
+        Image.fromarray(np.uint8([[BLACK, (1, 1, 1)], [(1, 1, 1), BLACK]])),
+        palette_image([[0, 1], [1, 0]], [BLACK, (1, 1, 1)]),
+    ],
+    ids=["grey", "16 bits", "RGB", "palette"],
+)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_lossless_0_1_masks_are_0_255(tmp_path, image, suffix):
+    image.save(tmp_path / f"a.{suffix}")
+    assert rows(read_mask(tmp_path / f"a.{suffix}")) == [[0, 255], [255, 0]]
+
+
+def test_lossless_0_1_masks_as_bmp_and_gif(tmp_path):
+    for suffix in ("bmp", "gif"):
+        grey([[0, 1], [1, 0]]).save(tmp_path / f"a.{suffix}")
+        assert rows(read_mask(tmp_path / f"a.{suffix}")) == [[0, 255], [255, 0]], suffix
+
+
+def test_other_small_values_are_grey_levels(tmp_path):
+    assert rows(read_mask(png(tmp_path / "all.png", grey([[1, 1]])))) == [[255, 255]]
+    assert rows(read_mask(png(tmp_path / "none.png", grey([[0, 0]])))) == [[0, 0]]
+    assert rows(read_mask(png(tmp_path / "three.png", grey([[0, 1, 2]])))) == [[0, 1, 2]]
+    image = read_image(png(tmp_path / "image.png", grey([[0, 1]])))
+    assert rows(image) == [[BLACK, (1, 1, 1)]]
+
+
+def test_a_1_in_a_lossy_file_may_be_noise(tmp_path):
+    ones = grey(np.eye(16).repeat(8, 0).repeat(8, 1))
+    ones.save(tmp_path / "a.jpg", quality=100)
+    ones.save(tmp_path / "a.tif", compression="jpeg")
+    for name in ("a.jpg", "a.tif"):
+        assert read_mask(tmp_path / name).max() == 1, name
+
+
+# --- orientation --------------------------------------------------------------------------------
+
+UPRIGHT = {  # how a picture stored with each EXIF orientation is to be turned; stored [H, W, C]
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("JPEG", {"quality": 95}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+    ids=["JPEG", "PNG", "WebP", "TIFF", "TIFF-LZW"],
+)
+def test_orientation_is_applied(tmp_path, file_format, options, orientation):
+    stored = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8))
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    plain, tagged = tmp_path / "plain", tmp_path / "tagged"
+    plain.write_bytes(encode(stored, file_format, **options))
+    tagged.write_bytes(encode(stored, file_format, exif=tag, **options))
+
+    upright = UPRIGHT[orientation](read_image(plain).permute(1, 2, 0).numpy())
+    assert np.array_equal(read_image(tagged).permute(1, 2, 0).numpy(), upright)
+    upright = UPRIGHT[orientation](read_mask(plain).permute(1, 2, 0).numpy())
+    assert np.array_equal(read_mask(tagged).permute(1, 2, 0).numpy(), upright)
+    assert image_size(tagged) == (upright.shape[1], upright.shape[0])
+    assert image_size(plain) == (40, 24)
+
+
+def test_orientation_of_palette_and_wide_masks(tmp_path):
+    tag = Image.Exif()
+    tag[0x0112] = 6  # a quarter turn clockwise
+    wide = png(tmp_path / "a.png", grey([[0, 257], [514, 771]], np.uint16), exif=tag)
+    assert rows(read_mask(wide)) == [[2, 0], [3, 1]]
+    colours = palette_image([[0, 1], [1, 1]], [BLACK, RED])
+    assert rows(read_mask(png(tmp_path / "b.png", colours, exif=tag))) == [[255, 0], [255, 255]]
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00II*\x00"])
+def test_broken_exif_counts_as_none(tmp_path, exif):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (5, 3), RED).save(path, exif=exif)
+    assert read_image(path).shape == (3, 3, 5)
+    assert image_size(path) == (5, 3)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_undefined_orientation_counts_as_none(tmp_path, orientation):
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (5, 3), RED).save(path, exif=tag)
+    assert read_image(path).shape == (3, 3, 5)
+    assert image_size(path) == (5, 3)
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+def png_of_zeros(width: int, height: int) -> bytes:
+    """A 1-bit PNG of any size, made without holding its pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    packer = zlib.compressobj(1)
+    row = bytes(1 + (width + 7) // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(20000, 20000), (10001, 10000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path, width, height):
+    path = tmp_path / "huge.png"
+    path.write_bytes(png_of_zeros(width, height))
+    assert path.stat().st_size < 300_000
+    start = time.perf_counter()
+    for read in (read_image, read_mask, image_size):
+        with pytest.raises(UserError, match=rf"huge\.png: .*{MAX_PIXELS:,} pixels\. Scale it down"):
+            read(path)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_itself_is_allowed(tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_of_zeros(MAX_PIXELS // 100, 100))
+    assert image_size(path) == (MAX_PIXELS // 100, 100)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1)])
+def test_thin_images(tmp_path, width, height):
+    path = png(tmp_path / "a.png", Image.new("L", (width, height), 200))
+    assert read_image(path).shape == (3, height, width)
+    assert read_mask(path).shape == (1, height, width)
+    assert image_size(path) == (width, height)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_unreadable_files_are_named_with_cause_and_fix(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image\n" * 20)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
+    for name, cause in (
+        ("empty.png", "empty.* Replace"),
+        ("text.png", "not an image.* Replace"),
+        ("folder.png", "cannot be read.* Check"),
+        ("dangling.png", "no such file.* Check"),
+        ("missing.png", "no such file.* Check"),
+    ):
+        for read in (read_image, read_mask, image_size):
+            with pytest.raises(UserError, match=rf"{name}: .*{cause}"):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_truncated_files_are_refused(tmp_path, file_format, kept):
+    noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    path = tmp_path / "cut.img"
+    path.write_bytes(data[: int(len(data) * kept)])
+    for read in (read_image, read_mask):
+        with pytest.raises(UserError, match=r"cut\.img: .*Replace"):
+            read(path)
+
+
+def test_no_flipped_bit_of_a_png_changes_a_mask_unnoticed(tmp_path):
+    y, x = np.mgrid[:64, :64]
+    disc = ((y - 32) ** 2 + (x - 32) ** 2 < 400).astype(np.uint8) * 255
+    data, path = encode(grey(disc), "PNG"), tmp_path / "a.png"
+    refused = 0
+    for bit in range(0, 8 * len(data), 7):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert np.array_equal(read_mask(path)[0].numpy(), disc)
+        except UserError:
+            refused += 1
+    assert refused > 8 * len(data) // 7 * 0.9
+
+
+def test_values_without_a_fixed_range_are_refused(tmp_path):
+    grey([[0, 1]], np.float32).save(tmp_path / "float.tif")
+    grey([[0, 70000]], np.int32).save(tmp_path / "int.tif")
+    for name in ("float.tif", "int.tif"):
+        for read in (read_image, read_mask, image_size):
+            with pytest.raises(UserError, match=rf"{name}: 32-bit and float.* PNG of 8 or 16 bits"):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "other", "cause"),
+    [(258, 16, 12, "12-bit"), (262, 1, 0, "0 for white")],
+    ids=["bits per sample", "photometric interpretation"],
+)
+def test_tiffs_that_pillow_would_misread_are_refused(tmp_path, tag, value, other, cause):
+    data = encode(grey(np.zeros((4, 4)), np.uint16), "TIFF")
+    entry = struct.pack("<HHII", tag, 3, 1, value)
+    assert data.count(entry) == 1
+    path = tmp_path / "a.tif"
+    path.write_bytes(data.replace(entry, struct.pack("<HHII", tag, 3, 1, other)))
+    for read in (read_image, read_mask, image_size):
+        with pytest.raises(UserError, match=cause):
+            read(path)
+
+
+def test_an_image_without_pixels_is_refused(tmp_path):
+    path = tmp_path / "a.gif"
+    data = bytearray(encode(grey([[5]]), "GIF"))
+    data[6:8] = data[data.index(b",") + 5 : data.index(b",") + 7] = b"\x00\x00"  # both widths
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.gif"):
+        read_mask(path)
+
+
+def small_files() -> list[bytes]:
+    y, x = np.mgrid[:12, :9]
+    rgb = Image.fromarray(np.stack([y * 20, x * 25, (x + y) * 12], -1).astype(np.uint8))
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    return [
+        encode(rgb, "JPEG", exif=tag),
+        encode(rgb.convert("CMYK"), "JPEG"),
+        encode(rgb, "PNG"),
+        encode(rgb.convert("P"), "PNG", transparency=3),
+        encode(grey(y * x * 600, np.uint16), "PNG"),
+        encode(rgb, "BMP"),
+        encode(rgb.convert("P"), "BMP"),
+        encode(rgb, "WEBP", exif=tag),
+        encode(rgb, "TIFF", exif=tag),
+        encode(rgb.convert("P"), "TIFF"),
+        encode(grey(y * x * 600, np.uint16), "TIFF", compression="tiff_lzw"),
+        encode(rgb.convert("LA"), "TIFF"),
+        encode(rgb.convert("P"), "GIF", transparency=3),
+    ]
+
+
+SMALL_FILES = small_files()
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of much that it finds in damaged metadata
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_damaged_files_give_pixels_or_a_user_error(tmp_path, data):
+    content = bytearray(data.draw(st.sampled_from(SMALL_FILES)))
+    for _ in range(data.draw(st.integers(0, 4))):
+        bit = data.draw(st.integers(0, 8 * len(content) - 1))
+        content[bit // 8] ^= 1 << bit % 8
+    cut = data.draw(st.integers(0, len(content)) | st.just(len(content)))
+    path = tmp_path / "damaged.img"
+    path.write_bytes(content[:cut])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_io, "MAX_PIXELS", 10**6)  # a flipped bit in a width costs no gigabytes
+        for read, check in ((read_image, assert_image), (read_mask, assert_mask)):
+            try:
+                tensor = read(path)
+                check(tensor)
+                assert image_size(path) == (tensor.shape[2], tensor.shape[1])
+            except UserError as error:
+                assert "damaged.img: " in str(error)
+
+
+# --- names and folders --------------------------------------------------------------------------
+
+
+def test_printable():
+    assert printable("Fotos/Äpfel & 苹果.png") == "Fotos/Äpfel & 苹果.png"
+    assert printable(Path("a b.png")) == "a b.png"
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf\\udce9.png"
+    assert printable("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux file systems take any bytes")
+@pytest.mark.parametrize("name", ["苹果 ü.png", os.fsdecode(b"caf\xe9\xff.png"), "line\nbreak.png"])
+def test_any_name_works(tmp_path, name):
+    folder = tmp_path / name.removesuffix(".png")
+    path = folder / name
+    save_image(grey([[9]]), path)
+    assert rows(read_mask(path)) == [[9]]
+    assert list_images(folder) == [path]
+    path.write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        read_mask(path)
+    assert str(caught.value).encode("utf-8").decode().isprintable()
+
+
+def test_list_images(tmp_path):
+    names = ["b.png", "a.JPG", "B.tiff", "c.WebP", "sub/a.bmp", "sub/deep/x.jpeg", "sub.png"]
+    ignored = [
+        ".hidden.png",
+        "._a.JPG",
+        "notes.txt",
+        "png",
+        "a.png.bak",
+        ".cache/x.png",
+        "sub/._y.png",
+    ]
+    for name in names + ignored:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    top = ["B.tiff", "a.JPG", "b.png", "c.WebP", "sub.png"]
+    assert list_images(tmp_path) == [tmp_path / name for name in top]
+    everything = [*top, "sub/a.bmp", "sub/deep/x.jpeg"]
+    assert list_images(tmp_path, recursive=True) == [tmp_path / name for name in everything]
+    assert list_images(str(tmp_path)) == list_images(tmp_path)
+
+
+def test_list_images_refuses_folders_without_images(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").touch()
+    with pytest.raises(UserError, match=r"holds no images \(\.jpg .*Check the path"):
+        list_images(tmp_path)
+    with pytest.raises(UserError, match=r"missing: no such folder\. Check the path"):
+        list_images(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"notes\.txt: is not a folder\. Check the path"):
+        list_images(tmp_path / "notes.txt")
+
+
+# --- saving -------------------------------------------------------------------------------------
+
+
+def test_save_image_is_lossless_and_makes_folders(tmp_path):
+    pixels = np.random.default_rng(3).integers(0, 256, (5, 4, 4), dtype=np.uint8)
+    path = tmp_path / "new" / "folder" / "a.png"
+    save_image(Image.fromarray(pixels), path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert np.array_equal(np.array(image), pixels)
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.png"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_save_image_takes_the_longest_name(tmp_path):
+    path = tmp_path / f"{'n' * 251}.png"
+    save_image(grey([[1]]), path)
+    assert path.exists()
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_image(grey([[1, 2]]), path)
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left.*Make room"):
+        save_image(grey([[3, 4]]), path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_save_image_refuses_impossible_places(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"a\.png: cannot be written"):
+        save_image(grey([[1]]), tmp_path / "file" / "a.png")
+    with pytest.raises(ValueError, match=r"saved as \.png"):
+        save_image(grey([[1]]), tmp_path / "a.jpg")
+
+
+# --- real files ---------------------------------------------------------------------------------
+
+
+def test_real_photographs_and_masks(shared_data):
+    images = list_images(shared_data / "saliency" / "DUTS-TE" / "DUTS-TE-Image")
+    assert len(images) == 80
+    for path in images[::8]:
+        mask_path = shared_data / "saliency" / "DUTS-TE" / "DUTS-TE-Mask" / f"{path.stem}.png"
+        image, mask = read_image(path), read_mask(mask_path)
+        assert np.array_equal(image.permute(1, 2, 0), np.array(Image.open(path)))
+        assert np.array_equal(mask[0], np.array(Image.open(mask_path)))
+        assert image_size(path) == image_size(mask_path) == (image.shape[2], image.shape[1])
+
+
+def test_real_palette_masks(shared_data):
+    # alphamatting.com's trimaps are palettes of greys, VOC's labels palettes of colours.
+    for path in list_images(shared_data / "matting" / "trimap")[:2]:
+        assert read_mask(path).unique().tolist() == [0, 128, 255]
+    for path in list_images(shared_data / "voc_real3" / "SegmentationClass"):
+        indices = np.array(Image.open(path))
+        assert np.array_equal(read_mask(path)[0], (indices > 0) * 255)
+
+
+def test_real_grey_photographs_are_grey_everywhere(shared_data):
+    for path in list_images(shared_data / "voc/VOCdevkit/VOC2007/JPEGImages")[:5]:
+        red, green, blue = read_image(path)
+        assert torch.equal(red, green)
+        assert torch.equal(red, blue)

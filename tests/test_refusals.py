@@ -1,0 +1,233 @@
+"""Bad input is refused before the first step, with its name, the cause and the fix."""
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import predict
+import train
+import validation
+from src import u2net_full, u2net_lite
+from train_utils import init_distributed_mode
+from train_utils.amp import choose_amp_dtype
+from train_utils.distributed_utils import read_launch_environment, resolve_device
+from train_utils.errors import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = ["--set", "data.image_size=48", "--set", "data.train_size=4", "--set", "data.val_size=2"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(module, *argv):
+    """The message with which a script refuses its arguments; no run folder may be left."""
+    args = module.parse_args(list(map(str, argv)))
+    with pytest.raises(UserError) as caught:
+        if module is not predict:
+            init_distributed_mode(args)
+        module.main(args)
+    assert not Path("runs").exists()
+    return str(caught.value)
+
+
+def pairs(count, mask_size=(40, 30), missing=()):
+    """A folder of photos and one of masks in the present folder."""
+    for folder in ("images", "masks"):
+        Path(folder).mkdir()
+    for i in range(count):
+        Image.effect_noise((40, 30), 50).convert("RGB").save(f"images/{i}.jpg")
+        if i not in missing:
+            Image.new("L", mask_size, 255).save(f"masks/{i}.png")
+    return "--images", "images", "--masks", "masks"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("script", ["train.py", "train_multi_GPU.py", "validation.py"])
+def test_missing_gpu_is_one_line_and_a_failure(script):
+    done = subprocess.run(
+        [sys.executable, str(REPO / script), "--device", "cuda"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --device cuda: torch sees no GPU. Use --device cpu")
+    assert "Traceback" not in done.stderr
+
+
+def test_fewer_gpus_than_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"4 processes on this node but 2 GPU.*nproc_per_node=2"):
+        resolve_device("auto", 3, 4)
+    assert resolve_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert resolve_device("cuda:1", 0, 1) == torch.device("cuda", 1)
+    assert resolve_device("cpu", 3, 4) == torch.device("cpu")
+    with pytest.raises(UserError, match="2 GPU"):
+        resolve_device("cuda:2", 0, 1)
+
+
+def test_unknown_device_and_half_an_environment(monkeypatch):
+    with pytest.raises(UserError, match="no such device"):
+        resolve_device("gpu")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="only one of RANK and WORLD_SIZE"):
+        read_launch_environment()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "node", "local_world", "host"),
+    [
+        ("gpu[07-09,11]", "4(x2),3", "2", 3, "gpu07"),
+        ("alpha,beta", "4(x2)", "1", 4, "alpha"),
+        ("n[1-2]-ib", "2(x2)", "0", 2, "n1-ib"),
+    ],
+)
+def test_slurm_variables(monkeypatch, nodes, tasks, node, local_world, host):
+    variables = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "11",
+        "SLURM_NNODES": "3",
+        "SLURM_NODEID": node,
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_JOB_ID": "1234",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert read_launch_environment() == (5, 11, 1, local_world)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (host, "21234")
+
+
+def test_plain_start_is_world_size_one():
+    args = Namespace(device="cpu")
+    threads = torch.get_num_threads()
+    init_distributed_mode(args)
+    assert (args.rank, args.world_size, args.distributed, args.device) == (0, 1, False, "cpu")
+    torch.set_num_threads(threads)
+
+
+def test_amp_on_a_cpu():
+    with pytest.raises(UserError, match="--amp bf16 or --amp off"):
+        choose_amp_dtype("fp16", torch.device("cpu"))
+    assert choose_amp_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    assert choose_amp_dtype("off", torch.device("cuda")) is None
+
+
+def test_empty_folder_and_missing_masks():
+    Path("images").mkdir()
+    Path("masks").mkdir()
+    message = refused(train, "--images", "images", "--masks", "masks")
+    assert "images" in message
+    Path("images").rmdir()
+    Path("masks").rmdir()
+    message = refused(train, *pairs(5, missing=(1, 3)))
+    assert "no mask for 2 of the 5 images" in message
+    assert "1.jpg" in message and "3.jpg" in message
+
+
+def test_size_mismatch_names_the_pair_before_the_first_step():
+    message = refused(train, *pairs(4, mask_size=(30, 40)))
+    assert "images/0.jpg" in message and "masks/0.png" in message
+    assert "40×30" in message and "30×40" in message
+
+
+def test_images_without_masks_and_wrong_layout():
+    Path("images").mkdir()
+    assert "--images DIR --masks DIR" in refused(train, "--images", "images")
+    assert "DUTS-TR" in refused(train, "--data-path", "images")
+    assert "--data-path" in refused(train, "--config", REPO / "configs" / "u2net_full.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--set", "train.epoch=3"], ["train.epoch", "train.epochs"]),
+        (["--set", "train.epochs=many"], ["train.epochs", "many"]),
+        (["--epochs", "0"], ["epochs", "at least 1"]),
+        (["--set", "data.crop_size=400"], ["crop_size", "image_size"]),
+        (["--set", "train.best=accuracy"], ["accuracy", "maxF1, MAE"]),
+        (["--set", "task=nothing"], ["nothing", "saliency"]),
+        (["--config", "none.yaml"], ["none.yaml"]),
+        (["--test-only"], ["--test-only", "--weights"]),
+        (["--resume", "nowhere"], ["nowhere", "--resume auto"]),
+        (["--weights", "none.pth"], ["none.pth", "no such file"]),
+    ],
+)
+def test_train_settings(argv, parts):
+    message = refused(train, *TINY, *argv)
+    for part in parts:
+        assert part in message
+
+
+def test_output_folder_that_cannot_be_made():
+    Path("file").write_text("")
+    assert "file/run" in refused(train, *TINY, "--output-dir", "file/run")
+
+
+def test_weights_of_another_network():
+    torch.save(u2net_full().state_dict(), "full.pth")
+    message = refused(train, *TINY, "--weights", "full.pth")
+    assert "full.pth" in message and "of another shape" in message
+    torch.save({"a": torch.zeros(2)}, "other.pth")
+    message = refused(validation, "--weights", "other.pth")
+    assert "fit none of the networks" in message
+    message = refused(train, *TINY, "--weights", "other.pth")
+    assert "missing" in message and "1 unexpected: a" in message
+
+
+def test_validation_without_anything_to_score():
+    assert "python train.py" in refused(validation)
+    torch.save(u2net_lite().state_dict(), "lite.pth")
+    missing = refused(validation, "--weights", "lite.pth", "--json", "none/s.json")
+    assert "none/s.json" in missing
+    assert "--masks" in refused(validation, "--predictions", "maps")
+
+
+def test_predict_without_a_run_says_how_to_get_one():
+    Image.new("RGB", (8, 8)).save("a.png")
+    message = refused(predict, "a.png")
+    assert "python train.py" in message and "--weights" in message
+
+
+def test_predict_refuses_collisions_before_writing():
+    for folder in ("x", "y"):
+        Path(folder).mkdir()
+        Image.new("RGB", (8, 8)).save(f"{folder}/a.png")
+    Image.new("RGB", (8, 8)).save("x/a.jpg")
+    message = refused(predict, "x")
+    assert "a.png" in message and "a.jpg" in message
+    assert "x/a.png" in refused(predict, "x/a.png", "y/a.png")
+    assert "overwrite an input" in refused(predict, "x/a.png", "-o", "x")
+    assert "overwrite an input" in refused(predict, "x/a.jpg", "x/a.png", "-o", "x")
+    assert not Path("predictions").exists()
+    assert "no file matches" in refused(predict, "x/*.tif")
+    assert "no image there" in refused(predict, "nothing.png")
+
+
+def test_predict_plans_patterns_and_leaves_its_own_output_out():
+    Path("in/deep").mkdir(parents=True)
+    Path("in/out").mkdir()
+    for name in ("in/a.png", "in/deep/b.png", "in/out/old.png"):
+        Image.new("RGB", (8, 8)).save(name)
+
+    def planned(*inputs, output="in/out"):
+        jobs = predict.plan(list(inputs), Path(output), ["map"])
+        return sorted(job.outputs["map"].as_posix() for job in jobs)
+
+    assert planned("in") == ["in/out/a.png", "in/out/deep/b.png"]
+    assert planned("in/*/*.png", output="o") == ["o/deep/b.png", "o/out/old.png"]
+    assert planned("in/**/b.png", output="o") == ["o/deep/b.png"]
+    assert planned("in/a.png", "in/a.png", output="o") == ["o/a.png"]  # named twice, done once
+    assert planned("in/a.png", "in/deep", output="o") == ["o/a.png", "o/b.png"]

@@ -1,0 +1,57 @@
+"""The learning-rate schedule's values and the parameter groups."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from train_utils import create_lr_scheduler, get_params_groups
+
+
+def rates(count, **options):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = create_lr_scheduler(optimizer, **options)
+    values = []
+    for _ in range(count):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_warm_up_then_cosine_by_hand():
+    # W = 4 warm-up steps, T = 12 steps, wf = 1e-3, ef = 1e-6, base rate 2
+    values = rates(13, num_step=4, epochs=3, warmup_epochs=1)
+    assert values[0] == pytest.approx(2 * 1e-3, abs=1e-15)
+    assert values[1] == pytest.approx(2 * (1e-3 * 0.75 + 0.25), abs=1e-12)
+    assert values[4] == pytest.approx(2.0, abs=1e-12)
+    assert values[8] == pytest.approx(2 * (0.5 * (1 - 1e-6) + 1e-6), abs=1e-12)  # cos(π/2) = 0
+    quarter = (1 + math.sqrt(0.5)) / 2
+    assert values[6] == pytest.approx(2 * (quarter * (1 - 1e-6) + 1e-6), abs=1e-12)
+    assert values[12] == pytest.approx(2e-6, abs=1e-15)
+
+
+def test_without_warm_up_it_starts_at_the_base_rate():
+    assert rates(1, num_step=5, epochs=1, warmup=False)[0] == 2.0
+
+
+def test_warm_up_longer_than_the_training_and_steps_beyond_its_end():
+    assert max(rates(4, num_step=2, epochs=1, warmup_epochs=5)) < 2.0
+    assert rates(7, num_step=2, epochs=2, warmup=False)[-1] == pytest.approx(2e-6)
+
+
+@pytest.mark.parametrize("bad", [{"num_step": 0, "epochs": 1}, {"num_step": 1, "epochs": 0}])
+def test_no_steps_are_refused(bad):
+    with pytest.raises(ValueError, match="must be positive"):
+        rates(1, **bad)
+
+
+def test_groups_are_undecayed_then_decayed_without_frozen_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    model[2].weight.requires_grad_(False)
+    plain, decayed = get_params_groups(model, weight_decay=0.1)
+    assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(p)] for p in plain["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
+    assert [names[id(p)] for p in decayed["params"]] == ["0.weight"]

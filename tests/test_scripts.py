@@ -1,0 +1,323 @@
+"""The scripts, started as a user starts them: real processes, real files, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import free_port
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = [
+    *("--set", "data.image_size=48", "--set", "data.train_size=11", "--set", "data.val_size=5"),
+    *("--epochs", "2", "-j", "0", "--print-freq", "1", "--eval-interval", "1"),
+]
+
+pytestmark = pytest.mark.slow
+
+
+def command(script, *args, processes=0):
+    launcher = []
+    if processes:
+        port = ["--master-port", str(free_port())]
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *port]
+    return [sys.executable, *launcher, str(REPO / script), *map(str, args)]
+
+
+def run(folder, script, *args, processes=0, code=0, **env):
+    done = subprocess.run(
+        command(script, *args, processes=processes),
+        cwd=folder,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def records(run_folder):
+    """metrics.jsonl without what depends on the clock."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    timed = {"img_per_s", "time_s"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def weights(run_folder, name="last.pth"):
+    return torch.load(run_folder / name, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which `python train.py` ran once, with what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run(folder, "train.py", "-b", "4", *TINY)
+    (path,) = (folder / "runs" / "shapes").iterdir()
+    return folder, path, done.stdout
+
+
+def test_train_prints_and_writes_what_it_promises(trained):
+    _, path, output = trained
+    best = path / "model_best.pth"
+    relative = best.relative_to(path.parents[2])
+    assert f"checkpoint: {relative}" in output
+    assert f"python predict.py YOUR_IMAGE.jpg --weights {relative}" in output
+    assert "best: " in output and "maxF1: " in output
+    names = {p.name for p in path.iterdir()}
+    expected = {"config.yaml", "log.txt", "results.txt", "metrics.jsonl", "status.json"}
+    expected |= {"last.pth", "model_best.pth", "model_0000.pth", "model_0001.pth"}
+    assert expected <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [name for name in names if name.endswith(".tmp")] == []
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    assert "Epoch: [1]" in (path / "log.txt").read_text()
+    assert len((path / "results.txt").read_text().splitlines()) == 2
+    for epoch, record in enumerate(records(path)):
+        assert record["epoch"] == epoch
+        assert record["step"] == 3 * (epoch + 1)
+        assert {"lr", "train/loss", "val/MAE", "val/maxF1"} <= record.keys()
+
+
+def test_checkpoint_speaks_the_usual_dialect(trained):
+    _, path, _ = trained
+    state = weights(path)
+    assert {"model", "optimizer", "lr_scheduler", "scaler", "epoch", "args"} <= state.keys()
+    assert state["epoch"] == 1
+    assert state["args"]["data"]["image_size"] == 48
+    best = max(record["val/maxF1"] for record in records(path))
+    assert weights(path, "model_best.pth")["best"] == best == state["best"]
+
+
+def test_tensorboard_has_scalars_sheet_and_curve(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, path, _ = trained
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("val/maxF1")] == [3, 6]
+    assert [event.value for event in events.Scalars("val/MAE")] == pytest.approx(
+        [record["val/MAE"] for record in records(path)], rel=1e-6
+    )
+    sheet = events.Images("val/sheet")[-1]
+    assert (sheet.width, sheet.height) == (3 * 164 + 4, 5 * 164 + 4)
+    assert "val/precision_recall" in events.Tags()["tensors"]
+
+
+def test_validation_repeats_training_to_the_last_bit_for_any_world_size(trained):
+    folder, path, _ = trained
+    scores = []
+    for processes, batch in ((0, 1), (2, 3), (3, 8)):
+        target = folder / f"scores{processes}.json"
+        run(
+            folder,
+            "validation.py",
+            *("--weights", path / "last.pth", "--json", target, "-b", batch, "-j", 0),
+            processes=processes,
+        )
+        scores.append(json.loads(target.read_text()))
+    last = records(path)[-1]
+    assert scores[0] == {"MAE": last["val/MAE"], "maxF1": last["val/maxF1"], "n": 5}
+    assert scores[1] == scores[0]
+    assert scores[2] == scores[0]
+
+
+def test_test_only_reports_the_same_scores_and_writes_nothing(trained):
+    folder, path, _ = trained
+    before = sorted(folder.rglob("*"))
+    done = run(folder, "train.py", *TINY, "-b", 4, "--resume", path, "--test-only")
+    assert f"MAE: {records(path)[-1]['val/MAE']:.5f}" in done.stdout
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_predict_mirrors_folders_and_counts_failures(trained):
+    folder, path, _ = trained
+    photos = folder / "photos"
+    (photos / "sub").mkdir(parents=True)
+    Image.effect_noise((70, 40), 60).convert("RGB").save(photos / "a.jpg")
+    Image.effect_noise((33, 90), 60).save(photos / "sub" / "b.png")
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8 not a photo")
+    done = run(folder, "predict.py", "photos", "-o", "out", "--cutout", "--overlay", code=1)
+    assert "model_best.pth" in done.stdout  # the newest best checkpoint is the default
+    assert "2 done, 1 failed" in done.stdout
+    assert "broken.jpg" in done.stderr and "Traceback" not in done.stderr
+    out = sorted(p.relative_to(folder / "out").as_posix() for p in (folder / "out").rglob("*.png"))
+    kinds = ("", "_cutout", "_overlay")
+    assert out == sorted(f"{stem}{kind}.png" for stem in ("a", "sub/b") for kind in kinds)
+    assert Image.open(folder / "out" / "a.png").size == (70, 40)
+    assert Image.open(folder / "out" / "a.png").mode == "L"
+    assert Image.open(folder / "out" / "sub" / "b_cutout.png").mode == "RGBA"
+
+
+def test_predict_does_what_validation_measured(trained):
+    """Maps written by predict.py, scored as files, give validation.py's scores but for 8 bits."""
+    folder, path, _ = trained
+    sys.path.insert(0, str(REPO))
+    from shapes import render_scene
+
+    for kind in ("images", "masks"):
+        (folder / "scenes" / kind).mkdir(parents=True)
+    for index in range(4):
+        scene = render_scene(1, index, 60)
+        picture = Image.fromarray(scene.image.permute(1, 2, 0).numpy())
+        picture.save(folder / "scenes" / "images" / f"{index}.png")
+        Image.fromarray(scene.mask[0].numpy()).save(folder / "scenes" / "masks" / f"{index}.png")
+    data = ("--masks", "scenes/masks", "--json", "s.json")
+    run(folder, "validation.py", "--weights", path / "last.pth", "--images", "scenes/images", *data)
+    direct = json.loads((folder / "s.json").read_text())
+    run(folder, "predict.py", "scenes/images", "-o", "maps", "--weights", path / "last.pth")
+    run(folder, "validation.py", "--predictions", "maps", *data)
+    written = json.loads((folder / "s.json").read_text())
+    assert direct["n"] == written["n"] == 4
+    assert written["MAE"] == pytest.approx(direct["MAE"], abs=0.5 / 255)
+    assert written["maxF1"] == pytest.approx(direct["maxF1"], abs=0.02)
+
+
+def test_killed_run_continues_as_if_nothing_had_happened(trained, tmp_path):
+    _, path, _ = trained
+    options = ["-b", "4", *TINY, "--set", "train.save_steps=1", "--output-dir", "run"]
+    process = subprocess.Popen(
+        command("train.py", *options), cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = weights(tmp_path / "run")
+    assert (state["next_epoch"], state["next_step"]) < (2, 0)  # it was not finished
+    run(tmp_path, "train.py", *options, "--resume", "auto")
+    assert records(tmp_path / "run") == records(path)
+    expected, resumed = weights(path), weights(tmp_path / "run")
+    for key, value in expected["model"].items():
+        assert torch.equal(value, resumed["model"][key]), key
+    for index, moments in expected["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, resumed["optimizer"]["state"][index][name])
+    assert resumed["best_scores"] == expected["best_scores"]
+
+
+def test_sigterm_saves_after_a_step_and_says_so(tmp_path):
+    options = ["-b", "1", *TINY, "--epochs", "50", "--output-dir", "run"]
+    process = subprocess.Popen(
+        command("train.py", *options), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "[ 3/11]" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Continue with --resume run" in output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    state = weights(tmp_path / "run")
+    assert (status["state"], status["reason"]) == ("stopped", "SIGTERM")
+    assert (status["epoch"], status["step"]) == (state["next_epoch"], state["next_step"])
+
+
+def test_two_processes_on_an_odd_number_of_samples_equal_one(trained, tmp_path):
+    _, path, _ = trained
+    done = run(
+        tmp_path,
+        "train_multi_GPU.py",
+        *("-b", "2", *TINY, "--sync-bn", "--output-dir", "run", "--device", "cpu"),
+        processes=2,
+    )
+    assert done.stdout.count("2 process(es) on cpu") == 1  # one rank speaks
+    one, two = records(path), records(tmp_path / "run")
+    assert [r["step"] for r in one] == [r["step"] for r in two]
+    assert one[0]["train/loss"] == pytest.approx(two[0]["train/loss"], rel=1e-3)
+    assert weights(tmp_path / "run")["global_batch"] == 4
+    # Continued by one process, the run keeps its global batch.
+    more = ("-b", "2", *TINY, "--epochs", "3", "--output-dir", "run", "--resume", "auto")
+    done = run(tmp_path, "train.py", *more)
+    assert "4 images per step" in done.stdout
+    assert [r["step"] for r in records(tmp_path / "run")] == [3, 6, 9]
+
+
+def test_multi_script_runs_as_one_process_without_torchrun(tmp_path):
+    done = run(tmp_path, "train_multi_GPU.py", "-b", "8", *TINY, "--epochs", "1")
+    assert "1 process(es)" in done.stdout
+
+
+def test_srun_variables_launch_without_torchrun(tmp_path):
+    port = str(free_port())
+    processes = []
+    for rank in range(2):
+        env = {
+            **os.environ,
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_NTASKS": "2",
+            "MASTER_PORT": port,
+        }
+        args = ("-b", "4", *TINY, "--epochs", "1", "--output-dir", "run", "--device", "cpu")
+        processes.append(
+            subprocess.Popen(
+                command("train_multi_GPU.py", *args),
+                cwd=tmp_path,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 process(es)" in outputs[0]
+    assert "Epoch" not in outputs[1]
+
+
+def test_train_refuses_to_be_launched_several_times_over(tmp_path):
+    done = run(tmp_path, "train.py", *TINY, processes=2, code=1)
+    assert "train_multi_GPU.py" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_script_written_for_the_recipe_runs_unchanged(tmp_path, shared_data):
+    script = tmp_path / "user_script.py"
+    script.write_text(
+        f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+import torch
+from src import u2net_lite
+from my_dataset import DUTSDataset
+from train_utils import (train_one_epoch, evaluate, create_lr_scheduler, get_params_groups,
+                         criterion, save_on_master, mkdir)
+from train_utils.distributed_utils import (MetricLogger, SmoothedValue, MeanAbsoluteError, F1Score,
+    is_main_process, get_rank, get_world_size, all_gather)
+from torchvision.transforms import v2
+
+def preset(image, target):
+    both = v2.Resize((40, 40))(image, target)
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True)])(*both)
+
+device = torch.device("cpu")
+data = DUTSDataset({str(shared_data / "saliency")!r}, train=False, transforms=preset)
+data.pairs = data.pairs[:5]
+train_loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True,
+                                           collate_fn=data.collate_fn)
+val_loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=data.collate_fn)
+model = u2net_lite()
+optimizer = torch.optim.AdamW(get_params_groups(model, weight_decay=1e-4), lr=1e-3)
+scheduler = create_lr_scheduler(optimizer, len(train_loader), 2, warmup=True, warmup_epochs=1)
+loss, lr = train_one_epoch(model, optimizer, train_loader, device, 0, scheduler, 1, None)
+mae, f1 = evaluate(model, val_loader, device)
+mkdir("weights")
+save_on_master({{"model": model.state_dict(), "epoch": 0}}, "weights/model_0.pth")
+assert loss > 0 and 0 < lr <= 1e-3
+print("MAE", mae.compute(), "maxF1", f1.compute(), mae.count)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(" 5")
+    assert (tmp_path / "weights" / "model_0.pth").exists()

@@ -1,0 +1,296 @@
+"""Train a network on one CPU or one GPU.
+
+    python train.py                                      embedded data: no download, 5 minutes
+    python train.py --images photos --masks masks        your own pairs
+    python train.py --config configs/u2net_lite.yaml --data-path DIR     DUTS, the published recipe
+    python train.py --resume auto                        continue the newest run
+
+Several processes take the same arguments: torchrun --nproc_per_node=N train_multi_GPU.py …
+"""
+
+import argparse
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+import tasks
+from my_dataset import check_pairs
+from train_utils import evaluate, init_distributed_mode, train_one_epoch
+from train_utils.amp import choose_amp_dtype, make_scaler
+from train_utils.checkpoint import load_training_state, split_states
+from train_utils.config import load_yaml, merge, parse_assignments, to_dict
+from train_utils.data import GlobalBatchSampler, eval_loader, train_loader
+from train_utils.distributed_utils import call_on_main, refuse_launcher
+from train_utils.ema import ExponentialMovingAverage
+from train_utils.errors import UserError
+from train_utils.log import get_logger
+from train_utils.metric_logger import MetricLogger
+from train_utils.run_folder import BEST, RunFolder, choose_run_folder, contact_sheet, find_resume
+from train_utils.setup import (
+    clean_errors,
+    default_workers,
+    place_models,
+    seed_everything,
+    wrap_models,
+)
+from train_utils.stop import StopRequest, exit_if_stopped
+from train_utils.train_and_eval import Progress, Sample, StepOptions
+from train_utils.training_state import TrainingState, resumed_global_batch
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
+SHEET_ROWS = 8
+
+
+def main(args: argparse.Namespace) -> None:
+    """Arguments → data → networks → resume → epochs, as rank `args.rank` of `args.world_size`."""
+    device, log = torch.device(args.device), get_logger()
+    task, cfg, resume, saved = configure(args)
+    seed_everything(cfg.train.seed, cfg.train.deterministic)
+
+    # Data. What a step's samples are does not depend on the number of processes or workers.
+    train_set, val_set = task.build_datasets(cfg)
+    call_on_main(lambda: [check_pairs(dataset) for dataset in (train_set, val_set)] and None)
+    global_batch = cfg.train.batch_size * cfg.train.accumulate * args.world_size
+    if saved:
+        global_batch = resumed_global_batch(saved, global_batch, args.world_size)
+    sampler = GlobalBatchSampler(
+        len(train_set),
+        global_batch,
+        micro_batch=cfg.train.batch_size,
+        rank=args.rank,
+        world_size=args.world_size,
+        seed=cfg.train.seed,
+    )
+    workers = cfg.train.workers
+    workers = default_workers(device, args.local_world_size) if workers is None else workers
+    loader = train_loader(train_set, sampler, workers, device)
+    val_loader = eval_loader(
+        val_set, cfg.eval.batch_size, workers, device, args.rank, args.world_size
+    )
+
+    # Networks, and what trains them.
+    networks = task.build_models(cfg)
+    if cfg.train.weights and not saved:
+        split_states(networks, tasks.read_weights(task, cfg.train.weights), cfg.train.weights)
+    networks = place_models(networks, device, cfg.train.sync_bn and args.world_size > 1)
+    optimizers, schedulers = task.build_optimizers(cfg, networks, sampler.steps_per_epoch)
+    amp_dtype, decay = choose_amp_dtype(cfg.train.amp, device), cfg.train.ema
+    state = TrainingState(
+        networks,
+        optimizers,
+        schedulers,
+        scalers={name: make_scaler(amp_dtype, device) for name in optimizers},
+        ema={n: ExponentialMovingAverage(m, decay) for n, m in networks.items() if decay},
+        config=to_dict(cfg),
+        num_samples=len(train_set),
+        global_batch=global_batch,
+        world_size=args.world_size,
+    )
+    if saved:
+        state.restore(saved, str(resume))
+    if args.test_only:
+        scores = score(task, cfg, state, val_loader, device)
+        log.info("  ".join(f"{name}: {value:.5f}" for name, value in scores.items()))
+        return
+
+    # The run.
+    path = choose_run_folder(args.output_dir, resume, Path(args.config or DEFAULT_CONFIG).stem)
+    done = state.epoch * sampler.steps_per_epoch + state.step
+    with RunFolder(path, state.config, state.epoch, done) as run:
+        log.info(
+            f"{args.world_size} process(es) on {device.type} in {amp_dtype or 'float32'}, "
+            f"{workers} loader worker(s) each; {len(train_set)} training and {len(val_set)} "
+            f"validation samples; {global_batch} images per step; run folder {path}"
+        )
+        options = StepOptions(
+            amp_dtype,
+            accumulate=sampler.parts_per_step,
+            clip_norm=cfg.train.clip_norm,
+            clip_value=cfg.train.clip_value,
+            seed=cfg.train.seed,
+            ema=state.ema,
+        )
+        fit(task, cfg, state, run, loader, val_loader, options, device)
+
+
+def fit(
+    task: ModuleType,
+    cfg: Any,
+    state: TrainingState,
+    run: RunFolder,
+    loader: DataLoader,
+    val_loader: DataLoader,
+    options: StepOptions,
+    device: torch.device,
+) -> None:
+    """Train, evaluate and save, from where `state` stands to the last epoch or a request to stop."""
+    sampler, epochs = loader.batch_sampler, cfg.train.epochs
+    steps, (metric, goal) = sampler.steps_per_epoch, task.deciding_metric(cfg)
+    models = wrap_models(state.models, device, cfg.train.compile)
+    stop = StopRequest()
+
+    def after_step(progress: Progress) -> None:
+        stop.agreed = progress.stop
+        due = cfg.train.save_steps and progress.step % cfg.train.save_steps == 0
+        if (due or progress.stop) and progress.step < steps:
+            state.epoch, state.step = progress.epoch, progress.step
+            state.meters = progress.logger.state_dict()
+            run.save(state.capture())
+
+    for epoch in range(state.epoch, epochs):
+        start_step, start_time = state.step, time.monotonic()
+        sampler.set_position(epoch, start_step)
+        logger = MetricLogger(reduce=True, on_values=run.step_writer(epoch * steps + start_step))
+        logger.load_state_dict(state.meters)
+        _, lr = train_one_epoch(
+            models,
+            state.optimizers,
+            loader,
+            device,
+            epoch,
+            state.schedulers,
+            cfg.train.print_freq,
+            state.scalers,
+            train_step=task.train_step(cfg),
+            loss_counts=task.loss_counts,
+            options=options,
+            logger=logger,
+            start_step=start_step,
+            after_step=after_step,
+            stop_requested=lambda: stop.requested is not None,
+        )
+        if stop.agreed and state.step != start_step:
+            break  # in the middle of the epoch
+        seconds = time.monotonic() - start_time
+        losses = {name: m.global_avg for name, m in logger.meters.items() if name != "lr"}
+        record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": lr}
+        record |= {f"train/{name}": value for name, value in losses.items()}
+        record |= {"img_per_s": logger.images / seconds, "time_s": seconds}
+
+        evaluated = (epoch + 1) % cfg.train.eval_interval == 0 or epoch + 1 == epochs
+        if evaluated:
+            scores = score(task, cfg, state, val_loader, device, run, record["step"])
+            record |= {f"val/{name}": value for name, value in scores.items()}
+        best = evaluated and state.note_scores(scores, metric, goal)
+        state.epoch, state.step, state.meters = epoch + 1, 0, {}
+        run.log_epoch(record)
+        run.save(state.capture(), best, epoch if evaluated else None, cfg.train.keep)
+        if stop.agreed:
+            break
+    exit_if_stopped(stop, run, state)
+    run.status("finished", epoch=state.epoch, best=state.best_scores)
+    get_logger().info(
+        f"best: {'  '.join(f'{k}: {v:.5f}' for k, v in state.best_scores.items())}\n"
+        f"checkpoint: {run.path / BEST}\n"
+        f"next: python predict.py YOUR_IMAGE.jpg --weights {run.path / BEST}"
+    )
+
+
+def score(
+    task: ModuleType,
+    cfg: Any,
+    state: TrainingState,
+    loader: DataLoader,
+    device: torch.device,
+    run: RunFolder | None = None,
+    step: int = 0,
+) -> dict[str, float]:
+    """Evaluate the averaged weights if there are any, else the trained ones; returns the scores."""
+    networks = {name: average.module for name, average in state.ema.items()} or state.models
+    samples: list[Sample] = []
+    metrics = evaluate(
+        networks,
+        loader,
+        device,
+        metrics=task.make_metrics(cfg),
+        predict=task.predict(cfg),
+        keep=SHEET_ROWS if run and run.writes else 0,
+        samples=samples,
+    )
+    if samples:
+        run.log_picture("val/sheet", contact_sheet([task.sheet_row(s) for s in samples]), step)
+        for tag, curve in task.curves(metrics).items():
+            run.log_pr_curve(tag, curve, step)
+    scores = task.results(metrics)
+    get_logger().info("val  " + "  ".join(f"{name}: {value:.5f}" for name, value in scores.items()))
+    return scores
+
+
+
+
+def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, dict | None]:
+    """Task and config, and the checkpoint to continue from with its content, if any.
+
+    Precedence: defaults, the checkpoint's settings, --config, flags and --set.
+    """
+    flags = [(*key.split("."), value) for key, value in vars(args).items() if "." in key]
+    overrides = merge(
+        {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
+    )
+    if overrides.get("data", {}).keys() & {"root", "images"}:
+        overrides["data"].setdefault("name", None)  # the flags say which data is meant
+    resume = find_resume(args.resume, args.output_dir, Path(args.config or DEFAULT_CONFIG).stem)
+    saved = load_training_state(resume) if resume else None
+    values, source = (saved["args"], str(resume)) if saved else ({}, "")
+    if args.config or not saved:
+        source = str(args.config or DEFAULT_CONFIG)
+        values = merge(values, load_yaml(source))
+    task, cfg = tasks.read_config(values, source, overrides)
+    if args.test_only and not (saved or cfg.train.weights):
+        raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
+    return task, cfg, resume, saved
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a flag whose dest has a dot sets that key of the config."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(*names: str, **options: Any) -> None:
+        parser.add_argument(*names, **{"default": argparse.SUPPRESS, **options})
+
+    add("--config", default=None, metavar="YAML", help="recipe (default configs/shapes.yaml)")
+    add("--data-path", dest="data.root", metavar="DIR", help="the data set's folder")
+    add("--images", dest="data.images", metavar="DIR", help="any folder of images …")
+    add("--masks", dest="data.masks", metavar="DIR", help="… and the folder of their masks")
+    add("--val-images", dest="data.val_images", metavar="DIR", help="default: a held-out share")
+    add("--val-masks", dest="data.val_masks", metavar="DIR")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
+    add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")
+    add("--epochs", dest="train.epochs", type=int)
+    add("--lr", dest="optim.lr", type=float)
+    add("--wd", "--weight-decay", dest="optim.weight_decay", type=float)
+    add(
+        "--amp",
+        dest="train.amp",
+        nargs="?",
+        const="auto",
+        choices=["auto", "bf16", "fp16", "off"],
+        help="mixed precision; auto: bf16 where it is fast (default)",
+    )
+    add("--sync-bn", dest="train.sync_bn", action="store_true", help="batch norm over all ranks")
+    add("--compile", dest="train.compile", action="store_true", help="torch.compile (GPUs)")
+    add("--deterministic", dest="train.deterministic", action="store_true")
+    add("--seed", dest="train.seed", type=int)
+    add("--print-freq", dest="train.print_freq", type=int, metavar="STEPS")
+    add("--eval-interval", dest="train.eval_interval", type=int, metavar="EPOCHS")
+    add("--weights", dest="train.weights", metavar="FILE", help="start from these weights")
+    add("--resume", default=None, metavar="auto|PATH", help="continue a run")
+    add("--output-dir", default=None, metavar="DIR", help="default runs/<config>/<time>")
+    add("--test-only", default=False, action="store_true", help="evaluate and exit")
+    add("--set", default=[], action="append", metavar="KEY=VALUE", help="any other config key")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        arguments = parse_args()
+        refuse_launcher("train.py")
+        init_distributed_mode(arguments)
+        main(arguments)

@@ -1,0 +1,34 @@
+"""Train on several GPUs, several CPU processes, or several machines: train.py's story under DDP.
+
+    torchrun --nproc_per_node=4 train_multi_GPU.py --config configs/u2net_full.yaml --data-path DIR
+    torchrun --nproc_per_node=2 train_multi_GPU.py --device cpu          two CPU processes, gloo
+    srun --ntasks=8 --ntasks-per-node=4 python train_multi_GPU.py …      Slurm, without torchrun
+    python train_multi_GPU.py …                                          one process
+
+Several machines, on each of them (N = 0 on the first):
+    torchrun --nnodes=2 --node_rank=N --nproc_per_node=4 --master_addr=HOST --master_port=29500 \
+        train_multi_GPU.py …
+
+The arguments are train.py's. --batch-size is per process; the learning rate is not scaled.
+"""
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from train import main, parse_args
+from train_utils import init_distributed_mode
+from train_utils.distributed_utils import shutdown_distributed
+from train_utils.setup import clean_errors
+
+
+@record
+def launch() -> None:
+    """Join the process group, then do what train.py does."""
+    args = parse_args()
+    init_distributed_mode(args)
+    main(args)
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        launch()

@@ -1,0 +1,371 @@
+"""YAML files and ``--set`` assignments into typed dataclasses; what does not fit is refused.
+
+    file = load_yaml("configs/u2net.yaml")
+    build(Config, file, "configs/u2net.yaml")  # alone first, so that its errors name the file
+    config = build(Config, merge(file, parse_assignments(["optim.lr=1e-3"])), "command line")
+
+Supported annotations: int, float, str, bool, ``X | None`` and other unions, list[X], tuple[X, Y],
+tuple[X, ...], Literal and nested dataclasses. A dataclass checks ranges in ``__post_init__`` by
+raising ``ValueError("key: cause. Fix.")``.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import re
+import reprlib
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from train_utils.errors import UserError
+
+T = TypeVar("T")
+
+_TAG = "tag:yaml.org,2002:"
+# Groups: sign, whole, fraction, exponent sign, exponent. YAML 1.1 takes several such numbers for
+# text: 1e-3 (no point), 1.0e5 (no sign in the exponent), -.5 (a sign, but no whole part).
+_NUMBER = re.compile(r"([-+]?)(?=\.?\d)(\d*)\.?(\d*)(?:[eE]([-+]?)(\d+))?\Z", re.ASCII)
+# What YAML 1.1 reads otherwise than people do: 010 is 8, 1:30 is 90, 2024-01-31 is no text.
+_TRAP = re.compile(r"[-+]?0[0-9_]|.*:|\d{4}-")
+_TRAP_TAGS = (_TAG + "int", _TAG + "float", _TAG + "timestamp")
+_SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+# YAML reads these words as booleans; a Literal field that offers one of them means the word.
+_BOOLEAN_WORDS = {False: ("off", "no", "false"), True: ("on", "yes", "true")}
+
+_short = reprlib.Repr()  # a few nested aliases can make a value whose full repr fills the memory
+_short.maxstring = _short.maxother = 80
+
+
+# Reading
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also refuses tags, duplicate keys, keys that are not text, and traps."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        line = f"line {event.start_mark.line + 1}"
+        if tag := getattr(event, "tag", None):
+            raise ValueError(f"{line}: the tag {tag.replace(_TAG, '!!')} is refused. Remove it.")
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+        elif node.tag in _TRAP_TAGS and _TRAP.match(node.value):
+            fix = "Put it in quotes if it is text, else write a plain decimal number."
+            raise ValueError(f"{line}: YAML 1.1 does not read {node.value} as it looks. {fix}")
+        return node
+
+
+class _CommandLineLoader(_Loader):
+    """Reads 1e-3 as a number: on the command line no other YAML reader will disagree."""
+
+
+_CommandLineLoader.add_implicit_resolver(_TAG + "float", _NUMBER, list("-+.0123456789"))
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.tag not in (_TAG + "str", _TAG + "merge"):
+            raise ValueError(f"line {line}: YAML does not read this key as text. Put it in quotes.")
+        if key.value in lines:
+            first = lines[key.value]
+            raise ValueError(f"line {line}: duplicate key {key.value}, see line {first}. Keep one.")
+        lines[key.value] = line
+
+
+def _parse(content: str | bytes, loader: type[_Loader], source: str) -> Any:
+    try:
+        return yaml.load(content, loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        cause = f"line {mark.line + 1}: {error.problem}"
+    except yaml.YAMLError as error:  # bytes that are not text
+        cause = str(error).splitlines()[0]
+    except ValueError as error:  # refused by _Loader, with its own fix
+        raise UserError(f"{source}: {error}") from None
+    except RecursionError:
+        cause = "nested too deeply"
+    fix = "Only plain YAML in UTF-8 is read; put text with special signs in quotes."
+    raise UserError(f"{source}: {cause}. {fix}")
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of sections, lists, numbers and text; an empty file gives ``{}``.
+
+    Raises UserError, with the line, for tags (``!!python/...``), duplicate keys and bad syntax,
+    and for a missing file with the names of those that are there.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. {_suggest_file(path)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Name a readable YAML file.") from None
+    values = _parse(content, _Loader, str(path))
+    if values is not None and not isinstance(values, dict):
+        got = _short.repr(values)
+        raise UserError(f"{path}: not a mapping but {got}. Write lines such as `key: value`.")
+    return values or {}
+
+
+def _suggest_file(path: Path) -> str:
+    files = {file.stem: str(file) for file in sorted(Path("configs").glob("*.yaml"))}
+    files |= {file.stem: str(file) for file in sorted(path.parent.glob("*.yaml"))}
+    near = difflib.get_close_matches(path.stem, files, n=3)
+    if near:
+        return f"Did you mean {' or '.join(files[stem] for stem in near)}?"
+    return f"Name one of: {', '.join(files.values()) or 'no *.yaml file is near'}."
+
+
+def parse_assignments(items: list[str]) -> dict[str, Any]:
+    """Turn ``["optim.lr=1e-3", "data.mean=[0, 0, 0]"]`` into a nested dict; later items win.
+
+    Raises UserError for an item that is not ``key=value`` with a YAML value.
+    """
+    values: dict[str, Any] = {}
+    for item in items:
+        dotted, equals, text = item.partition("=")
+        names = [name.strip() for name in dotted.split(".")]
+        if not equals or not all(names):
+            raise UserError(
+                f"--set {item}: not section.key=value. Write for example --set optim.lr=1e-3."
+            )
+        value = _parse(text, _CommandLineLoader, f"--set {dotted}")
+        for name in reversed(names):
+            value = {name: value}
+        values = merge(values, value)
+    return values
+
+
+# Plain values -> dataclass. Every refusal is a ValueError that starts with the dotted key.
+
+
+def build(cls: type[T], values: dict[str, Any], source: str) -> T:
+    """Make a ``cls`` of plain values, strictly and through nested dataclasses.
+
+    Absent keys take the dataclass's defaults; an empty section is a section of defaults.
+    Raises UserError, starting with `source` and the dotted key, for unknown and missing keys,
+    wrong types, numbers that are not finite, and what a ``__post_init__`` refuses.
+    """
+    try:
+        return _section(cls, values, "", list(_dotted_keys(cls)))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _field_types(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls if isinstance(cls, type) else type(cls))
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _dotted_keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    for name, hint in _field_types(cls).items():
+        yield prefix + name
+        for part in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                yield from _dotted_keys(part, f"{prefix}{name}.")
+
+
+def _section(cls: Any, values: Any, key: str, known: list[str]) -> Any:
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise _wrong(key or "config", "a section of `key: value` lines", values)
+    prefix = f"{key}." if key else ""
+    hints = _field_types(cls)
+    for name in values:
+        if name not in hints:
+            fix = _suggest_key(prefix, str(name), list(hints), known)
+            raise ValueError(f"{prefix}{name}: unknown key. {fix}")
+    for field in dataclasses.fields(cls):
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if field.init and required and field.name not in values:
+            raise ValueError(f"{prefix}{field.name}: missing. Give it a value.")
+    arguments = {n: _convert(hints[n], v, prefix + n, known) for n, v in values.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        names_key = str(error).partition(":")[0] in hints
+        raise ValueError(f"{prefix if names_key or not key else key + ': '}{error}") from None
+
+
+def _suggest_key(prefix: str, name: str, siblings: list[str], known: list[str]) -> str:
+    if prefix + name in known:  # a literal `optim.lr:` in a file
+        section, _, leaf = name.rpartition(".")
+        return f"Nest it: write `{leaf}:` indented under `{section}:`."
+    # Of keys with the same last part the one in this section counts, else the first of all.
+    keys = {key.rpartition(".")[2]: key for key in reversed(known)}
+    keys |= {sibling: prefix + sibling for sibling in siblings}
+    near = difflib.get_close_matches(name.lower(), keys, n=1)
+    return f"Did you mean {keys[near[0]]}?" if near else f"Keys here: {', '.join(siblings)}."
+
+
+def _convert(hint: Any, value: Any, key: str, known: list[str]) -> Any:
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _section(hint, value, key, known)
+    if origin in (Union, types.UnionType):
+        return _union(get_args(hint), value, key, known)
+    if origin in (list, tuple):
+        return _sequence(hint, value, key, known)
+    if origin is Literal:
+        return _choice(get_args(hint), value, key)
+    if hint in (int, float):
+        return _number(hint, value, key)
+    if hint not in (str, bool):
+        raise TypeError(f"{key}: the annotation {hint} is not supported")
+    if isinstance(value, hint):
+        return value
+    fix = "Write true or false." if hint is bool else ""
+    if hint is str and isinstance(value, (bool, int, float)):
+        fix = f"""Put it in quotes ({key}: "{value}", or --set '{key}="{value}"')."""
+    raise _wrong(key, _SCALARS[hint], value, fix)
+
+
+def _union(members: tuple[Any, ...], value: Any, key: str, known: list[str]) -> Any:
+    """The first member that accepts the value wins."""
+    if value is None and types.NoneType in members:
+        return None
+    if float in members and isinstance(value, str) and _NUMBER.match(value):
+        return _number(float, value, key)  # else `float | str` would keep 1e-3 as text
+    errors = []
+    for member in members:
+        if member is not types.NoneType:
+            try:
+                return _convert(member, value, key, known)
+            except ValueError as error:
+                errors.append(str(error))
+    raise ValueError(" Or ".join(errors))
+
+
+def _sequence(hint: Any, value: Any, key: str, known: list[str]) -> Any:
+    kind, parts = get_origin(hint), list(get_args(hint))
+    if not isinstance(value, (list, tuple)):
+        raise _wrong(key, "a list such as [1, 2]", value)
+    if kind is list or parts[1:] == [...]:
+        parts = parts[:1] * len(value)
+    if len(value) != len(parts):
+        raise _wrong(key, f"a list of {len(parts)} values", value, f"It has {len(value)}.")
+    return kind(
+        _convert(part, v, f"{key}[{i}]", known)
+        for i, (part, v) in enumerate(zip(parts, value, strict=True))
+    )
+
+
+def _choice(choices: tuple[Any, ...], value: Any, key: str) -> Any:
+    words = _BOOLEAN_WORDS[value] if isinstance(value, bool) else ()
+    for accepted in (value, *words):
+        for choice in choices:
+            if type(accepted) is type(choice) and accepted == choice:
+                return choice
+    names = [str(choice) for choice in choices]
+    names.sort(key=lambda n: difflib.SequenceMatcher(None, n, str(value)).ratio(), reverse=True)
+    raise _wrong(key, f"one of {', '.join(names)}", value)
+
+
+def _number(kind: Any, value: Any, key: str) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # also nan
+            raise _wrong(key, "a finite number", value)
+        if kind is float or isinstance(value, int):
+            return kind(value)
+    fix = ""
+    match = _NUMBER.match(value) if isinstance(value, str) else None
+    if match and kind is float:
+        sign, whole, fraction, exponent_sign, exponent = match.groups()
+        fix = f"{sign}{whole.lstrip('0') or 0}.{fraction or 0}"
+        fix += f"e{exponent_sign or '+'}{exponent}" if exponent else ""
+        fix = f"{value} is a string in YAML 1.1: write {fix} (without quotes)."
+    elif (match or isinstance(value, float)) and float(value).is_integer():
+        fix = f"Write {int(float(value))} (without point, exponent or quotes)."
+    raise _wrong(key, _SCALARS[kind], value, fix)
+
+
+def _wrong(key: str, expected: str, value: Any, fix: str = "") -> ValueError:
+    got = "nothing (null)" if value is None else f"{_short.repr(value)} ({type(value).__name__})"
+    return ValueError(f"{key}: expected {expected}, got {got}. {fix}".rstrip())
+
+
+# Combining, comparing, writing
+
+
+def merge(base: dict[str, Any], *overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested dicts into a new one; later values win, sections are merged key by key."""
+    merged = dict(base)
+    for override in overrides:
+        for key, value in override.items():
+            old = merged.get(key)
+            if isinstance(old, dict) and isinstance(value, dict):
+                value = merge(old, value)
+            merged[key] = value
+    return merged
+
+
+def to_dict(config: Any) -> Any:
+    """Reduce a dataclass to dicts, lists, text, numbers, booleans and None; tuples become lists.
+
+    The result passes ``torch.load(weights_only=True)`` and, through `build`, gives an equal config.
+    """
+    if dataclasses.is_dataclass(config):
+        return {name: to_dict(getattr(config, name)) for name in _field_types(config)}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    if config is not None and type(config) not in _SCALARS:
+        raise TypeError(f"{config!r} is not a plain value")
+    return config
+
+
+def diff(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List (dotted key, value in `a`, value in `b`) where they differ; an absent key is None."""
+    flat_a, flat_b = _flatten(a), _flatten(b)
+    rows = [(key, flat_a.get(key), flat_b.get(key)) for key in flat_a | flat_b]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes sections as blocks and lists in brackets."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence(_TAG + "seq", items, flow_style=True)
+)
+
+
+def dump_yaml(config: Any, path: str | Path) -> None:
+    """Write a dataclass or dict as YAML that `load_yaml` reads back; the file appears whole.
+
+    Raises UserError if the file cannot be written.
+    """
+    path = Path(path)
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: {error.strerror}. Choose a folder that can be written.") from None

@@ -1,0 +1,224 @@
+"""From a dataset to batches whose content depends on nothing but (seed, epoch, step).
+
+Order = f(seed, epoch); augmentation = f(seed, epoch, index). No random state is carried from sample
+to sample, so the number of workers, of processes and of restarts changes no sample.
+"""
+
+import hashlib
+import random
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+_WORD = 2**64
+
+
+def stable_seed(*key: int) -> int:
+    """Hash integers to a 64-bit seed that is the same in every process and on every machine."""
+    packed = b"".join((part % _WORD).to_bytes(8, "little") for part in key)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+@contextmanager
+def keyed_rng(seed: int) -> Iterator[None]:
+    """Run a block under random generators seeded by `seed`, and put their old states back after.
+
+    Covers torch's CPU generator, `random`, and numpy's global generator where numpy is loaded, so
+    that augmentations a user adds with any of them are keyed as well.
+    """
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy:
+            numpy.random.set_state(states[2])
+
+
+class SampleKey(NamedTuple):
+    """What the sampler hands to the dataset; `real` is False for an empty share's stand-in."""
+
+    epoch: int
+    index: int
+    real: bool = True
+
+
+class _StandIn(NamedTuple):
+    """A sample that only lends its shape to an empty batch."""
+
+    item: Any
+
+
+class KeyedDataset(Dataset):
+    """Any map-style dataset, with its randomness keyed by (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        with keyed_rng(stable_seed(self.seed, key.epoch, key.index)):
+            item = self.dataset[key.index]
+        return item if key.real else _StandIn(item)
+
+
+def collate(items: Sequence[tuple]) -> tuple:
+    """Turn a list of samples (tuples of tensors) into a tuple of batches.
+
+    Each position is stacked to [B, …] where all shapes agree and stays a list of tensors where they
+    do not (evaluation masks keep their own sizes). A stand-in gives a batch of length 0.
+    """
+    if isinstance(items[0], _StandIn):
+        return tuple(batch[:0] for batch in collate([stand_in.item for stand_in in items]))
+    return tuple(_stack(column) for column in zip(*items, strict=True))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    # as_subclass: a batch needs no tv_tensor wrapper, which would slow every later operation
+    plain = [tensor.as_subclass(torch.Tensor) for tensor in tensors]
+    if all(tensor.shape == plain[0].shape for tensor in plain):
+        return torch.stack(plain)
+    return plain
+
+
+class GlobalBatchSampler(Sampler[list[SampleKey]]):
+    """Batches of one process, as its share of global batches that do not depend on the processes.
+
+    Optimizer step k of an epoch takes the slice [k·G, (k+1)·G) of the epoch's permutation, G being
+    `global_batch`; rank r takes every `world_size`-th sample of that slice from the r-th on, and
+    takes it in `micro_batch`-sized parts. The last slice may be short: nothing is dropped and
+    nothing is repeated. Every rank gets the same number of parts, so that collectives match; a part
+    without samples is yielded as one stand-in key, from which `collate` makes an empty batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch: int,
+        micro_batch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.num_samples = num_samples
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch or -(-global_batch // world_size)
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch, self.start_step = 0, 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in a whole epoch."""
+        return -(-self.num_samples // self.global_batch)
+
+    @property
+    def parts_per_step(self) -> int:
+        """Micro-batches that make up a full optimizer step (the last step may have fewer)."""
+        return self._parts(self.global_batch)
+
+    def _parts(self, samples: int) -> int:
+        return -(-(-(-samples // self.world_size)) // self.micro_batch)
+
+    def set_position(self, epoch: int, step: int = 0) -> None:
+        """Start the next iteration at optimizer step `step` of `epoch`."""
+        self.epoch, self.start_step = epoch, step
+
+    def order(self, epoch: int) -> list[int]:
+        """The epoch's permutation, the same on all ranks."""
+        if not self.shuffle:
+            return list(range(self.num_samples))
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch))
+        return torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def step_indices(self, epoch: int, step: int) -> list[int]:
+        """Indices of the global batch of one step, e.g. to name the files behind a bad loss."""
+        return self.order(epoch)[step * self.global_batch : (step + 1) * self.global_batch]
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_samples, self.global_batch)
+        parts = full * self.parts_per_step + (self._parts(rest) if rest else 0)
+        return max(0, parts - self.start_step * self.parts_per_step)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, order = self.epoch, self.order(self.epoch)
+        for step in range(self.start_step, self.steps_per_epoch):
+            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+            share = [SampleKey(epoch, index) for index in batch[self.rank :: self.world_size]]
+            for part in range(self._parts(len(batch))):
+                start = part * self.micro_batch
+                stand_in = [SampleKey(epoch, batch[0], real=False)]
+                yield share[start : start + self.micro_batch] or stand_in
+
+
+class ShardSampler(Sampler[SampleKey]):
+    """Every sample exactly once over all ranks: rank r takes r, r + world_size, … unpadded."""
+
+    def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, num_samples, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        return (SampleKey(0, index) for index in self.indices)
+
+
+def _quiet_signals(_worker: int) -> None:
+    # The launcher decides what a signal means; its handlers must not live on in the workers, where
+    # they would swallow the SIGTERM that ends a worker.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def train_loader(
+    dataset: Dataset, sampler: GlobalBatchSampler, workers: int, device: torch.device
+) -> DataLoader:
+    """Micro-batches of this rank in keyed order; set the epoch by `sampler.set_position`."""
+    keyed = KeyedDataset(dataset, sampler.seed)
+    return _loader(keyed, workers, device, batch_sampler=sampler)
+
+
+def eval_loader(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """This rank's share of the samples, each sample once over all ranks, in order."""
+    keyed = KeyedDataset(dataset, seed=0)
+    sampler = ShardSampler(len(keyed), rank, world_size)
+    return _loader(keyed, workers, device, sampler=sampler, batch_size=batch_size)
+
+
+def _loader(dataset: Dataset, workers: int, device: torch.device, **sampling: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_quiet_signals,
+        # An own generator: by default every new iterator draws from the global one.
+        generator=torch.Generator(),
+        **sampling,
+    )

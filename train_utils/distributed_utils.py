@@ -1,0 +1,333 @@
+"""Processes: who am I, how many are we, on which device, and the few collectives that scripts use."""
+
+import os
+import re
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train_utils.errors import UserError
+from train_utils.metric_logger import MetricLogger, SmoothedValue
+from train_utils.metrics import F1Score, MeanAbsoluteError, reduce_metrics
+
+__all__ = [
+    "F1Score",
+    "MeanAbsoluteError",
+    "MetricLogger",
+    "SmoothedValue",
+    "all_gather",
+    "broadcast_buffers",
+    "broadcast_object",
+    "cpu_cores",
+    "get_rank",
+    "get_world_size",
+    "init_distributed_mode",
+    "is_main_process",
+    "mkdir",
+    "no_sync",
+    "reduce_metrics",
+    "resolve_device",
+    "save_on_master",
+    "sum_over_ranks",
+    "unwrap",
+]
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def is_dist_avail_and_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """Rank of this process, 0 without distributed training."""
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes, 1 without distributed training."""
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def all_gather(data: Any) -> list[Any]:
+    """Gather any picklable object from all ranks into a list ordered by rank."""
+    if get_world_size() == 1:
+        return [data]
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, data)
+    return gathered
+
+
+def broadcast_object(data: Any) -> Any:
+    """Rank 0's picklable object, on every rank."""
+    if get_world_size() == 1:
+        return data
+    box = [data]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element-wise fp64 sum over ranks of host numbers, in one collective.
+
+    It runs over gloo where there is one (`init_distributed_mode` sets one up beside nccl), so that
+    on GPUs the host waits for the other hosts only and never for the device.
+    """
+    if get_world_size() == 1:
+        return list(values)
+    vector = torch.tensor(values, dtype=torch.float64)
+    backend = dist.get_backend_config()
+    if "cpu" not in str(backend):
+        vector = vector.cuda() if "nccl" in str(backend) else vector
+    dist.all_reduce(vector)
+    return vector.tolist()
+
+
+def call_on_main(function: Callable[[], Any]) -> Any:
+    """Run a check on rank 0 only; its result, or its UserError, reaches every rank."""
+    outcome: Any = None
+    if is_main_process():
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, in one broadcast per dtype.
+
+    Batch-norm's running statistics differ between ranks after a step; rank 0's are saved, so rank
+    0's must be evaluated.
+    """
+    if get_world_size() == 1:
+        return
+    buffers = list(model.buffers())
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.reshape(-1) for buffer in alike])
+        dist.broadcast(flat, src=0)
+        for buffer, part in zip(alike, flat.split([b.numel() for b in alike]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def no_sync(model: nn.Module) -> AbstractContextManager:
+    """Accumulate gradients without reducing them, for modules where that means something."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def mkdir(path: str | os.PathLike) -> None:
+    """Make a folder and its parents; one that is there already is fine."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be made a folder ({error.strerror}). Choose another --output-dir."
+        ) from error
+
+
+def save_on_master(state: Any, path: str | os.PathLike) -> None:
+    """Write a checkpoint atomically, on rank 0 only."""
+    from train_utils.checkpoint import save_checkpoint
+
+    if is_main_process():
+        save_checkpoint(state, Path(path))
+
+
+# -- launch ---------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """What the launcher's environment says about this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def read_launch_environment() -> Launch | None:
+    """Read torchrun's variables, or Slurm's under `srun`; None for a plain `python` start.
+
+    Raises UserError when the variables are there in part only.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        local_rank = int(env.get("LOCAL_RANK", 0))
+        return Launch(int(env["RANK"]), world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return _read_slurm()
+    if "RANK" in env or "WORLD_SIZE" in env:
+        raise UserError(
+            "environment: only one of RANK and WORLD_SIZE is set. Start with torchrun, "
+            "or unset it to run a single process."
+        )
+    return None
+
+
+def _read_slurm() -> Launch:
+    env = os.environ
+    world = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
+    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
+    # "4(x2),3": tasks per node; the plain quotient serves where the variable is missing
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", str(-(-world // nodes)))
+    counts = [
+        int(count)
+        for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", tasks)
+        for _ in range(int(times or 1))
+    ]
+    local_world = counts[min(int(env.get("SLURM_NODEID", 0)), len(counts) - 1)]
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _first_slurm_host() if nodes > 1 else "127.0.0.1"
+    # A port that all tasks of a job agree on and that two jobs on one node seldom share.
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    return Launch(int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)), local_world)
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", ""))
+    # "gpu[07-09,11],cpu1" → gpu07
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,]*)", nodes)
+    if not match:
+        raise UserError(
+            "SLURM_NODELIST: empty, so the first node is unknown. Export MASTER_ADDR before srun."
+        )
+    return "".join(part or "" for part in match.groups())
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1`, … into this process's device.
+
+    Raises UserError for a GPU that is not there and for more processes than GPUs; there is no
+    silent fall-back to the CPU for a device that was asked for by name.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device("cuda" if name == "auto" and count else name.replace("auto", "cpu"))
+    except RuntimeError as error:
+        raise UserError(
+            f"--device {name}: no such device. Use auto, cpu, cuda or cuda:0."
+        ) from error
+    if device.type != "cuda":
+        return device
+    if not count:
+        raise UserError(
+            f"--device {name}: torch sees no GPU. Use --device cpu, or install the GPU driver and "
+            "a CUDA build of torch."
+        )
+    if local_world_size > count:
+        raise UserError(
+            f"--device {name}: {local_world_size} processes on this node but {count} GPU(s). "
+            f"Launch with --nproc_per_node={count}, or use --device cpu."
+        )
+    index = local_rank if local_world_size > 1 or device.index is None else device.index
+    if index >= count:
+        raise UserError(f"--device {name}: this node has {count} GPU(s), numbered from 0.")
+    return torch.device("cuda", index)
+
+
+def init_distributed_mode(args: Namespace) -> None:
+    """Join the process group that torchrun or srun asks for; a plain start is world size 1.
+
+    Reads `args.device` (default "auto"); sets `args.rank, world_size, local_world_size, gpu` (the
+    local rank), `distributed, dist_backend` and `args.device`, resolved for this process. GPUs use nccl, with
+    gloo beside it for host numbers; CPUs use gloo and share the node's cores among the processes.
+    """
+    launch = read_launch_environment()
+    rank, world, local_rank, local_world = launch or Launch(0, 1, 0, 1)
+    device = resolve_device(getattr(args, "device", None) or "auto", local_rank, local_world)
+    args.rank, args.world_size, args.local_world_size, args.gpu = (
+        rank,
+        world,
+        local_world,
+        local_rank,
+    )
+    args.distributed, args.device = launch is not None, str(device)
+    args.dist_backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        _share_cores(local_world)
+    if launch is None:
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    try:
+        dist.init_process_group(
+            args.dist_backend,
+            rank=rank,
+            world_size=world,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"{address}: rank {rank} of {world} could not join the process group ({error}). "
+            "Check that the port is free (--master-port) and that all nodes use the same address."
+        ) from error
+
+
+def _share_cores(local_world_size: int) -> None:
+    # torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves most cores idle; a larger
+    # number can only come from the user and is kept.
+    if int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0] or 1) <= 1:
+        torch.set_num_threads(max(1, cpu_cores() // local_world_size))
+
+
+def refuse_launcher(script: str) -> None:
+    """UserError when a script for one process was started as one of several."""
+    launch = read_launch_environment()
+    if launch and launch.world_size > 1:
+        raise UserError(
+            f"{script}: is for one process, but the launcher started {launch.world_size}. Launch "
+            "train_multi_GPU.py with the same arguments."
+        )
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if is_dist_avail_and_initialized():
+        dist.destroy_process_group()
+
+
+def reduce_sum_(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks in place (no-op for one process)."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor

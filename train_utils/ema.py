@@ -1,0 +1,29 @@
+"""Exponential moving average of a network's weights."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+
+class ExponentialMovingAverage:
+    """Keeps `module`, a copy of a network whose parameters are the running average.
+
+    After every optimizer step: average ← decay·average + (1 − decay)·parameter. The decay is
+    lowered to (1 + t)/(10 + t) in the first steps t, so that the random start is soon forgotten.
+    Buffers (batch-norm statistics, averages already) are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.module = deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Fold in the network's present weights."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        averages, parameters = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)

@@ -1,0 +1,8 @@
+"""The one exception for what a user can put right."""
+
+
+class UserError(Exception):
+    """Bad input or a bad setting; the message names the file or key, the cause and the fix.
+
+    The scripts print it as a single ``error: ...`` line, without a traceback, and exit non-zero.
+    """

@@ -1,0 +1,325 @@
+"""Reading and writing image files: one rule per pixel format, in training and prediction alike.
+
+| in the file             | `read_image`, uint8 RGB          | `read_mask`, uint8 grey           |
+|-------------------------|----------------------------------|-----------------------------------|
+| EXIF orientation        | applied                          | applied (the mask's own tag)      |
+| several frames          | the first                        | the first                         |
+| 1 bit                   | 0 or 255                         | 0 or 255                          |
+| grey, up to 8 bits      | replicated to three channels     | as stored                         |
+| grey, 16 bits           | v·255/65535, rounded, replicated | v·255/65535, rounded              |
+| RGB                     | as stored (of 16 bits, upper 8)  | luminance (ITU-R BT.601)          |
+| CMYK, YCbCr, LAB, HSV   | converted to RGB                 | luminance of the RGB              |
+| palette                 | the palette's colours            | grey if all colours in use are    |
+|                         |                                  | grey; else index 0 is 0, all      |
+|                         |                                  | other indices are 255             |
+| alpha, transparent key  | composited over white            | composited over black             |
+| 0 and 1 only, lossless  | as stored                        | a 0/1 mask: multiplied by 255     |
+| grey, 12 or 32 bits     | refused                          | refused                           |
+| float                   | refused                          | refused                           |
+
+An EXIF tag counts where it stands before the pixels (as in every JPEG); one that cannot be parsed
+counts as absent. PNG checksums are verified; JPEG and WebP have none, so damage that their decoders
+conceal cannot be seen. Every error is a `UserError` that names the file, the cause and the fix.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base as ExifTag
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from torchvision import tv_tensors
+
+from train_utils.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_PIXELS = 100_000_000
+
+# Formats are recognised by content, not by suffix; naming them keeps Pillow's rarer parsers (and
+# the external programs that some of them start) away from untrusted files.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+_LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
+_LOSSY_TIFF_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
+_WHITE, _BLACK = 255, 0
+
+_REPLACE = "Replace the file by an intact copy, or remove it."
+_MAKE_SMALLER = "Scale it down or cut it into tiles."
+_SAVE_AS_PNG = "Scale its values and save it as a PNG of 8 or 16 bits."
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+PathLike = str | os.PathLike[str]
+
+
+def read_image(path: PathLike) -> tv_tensors.Image:
+    """Read a file as RGB, uint8 [3, H, W], by the rules of this module's table.
+
+    The memory is laid out pixel by pixel (channels last), which resizing is fastest on.
+    Raises UserError for a file that cannot be read as asked.
+    """
+    image, _ = _decode(path)
+    if _is_wide(image):
+        image = Image.fromarray(_to_8_bits(_wide_values(image, _WHITE)))
+    if image.has_transparency_data:
+        image = _composite(image, _WHITE)
+    pixels = np.array(image.convert("RGB"))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def read_mask(path: PathLike) -> tv_tensors.Mask:
+    """Read a file as a grey mask, uint8 [1, H, W] in 0…255, by the rules of this module's table.
+
+    Raises UserError for a file that cannot be read as asked.
+    """
+    image, lossless = _decode(path)
+    if _is_wide(image):
+        grey = _wide_values(image, _BLACK)
+    elif image.mode in ("P", "PA"):
+        grey = _palette_greys(image)
+    else:
+        if image.has_transparency_data:
+            image = _composite(image, _BLACK)
+        if image.mode not in ("1", "L"):
+            image = image.convert("RGB")  # first: from LAB there is no direct way to luminance
+        grey = np.array(image.convert("L"))
+
+    # Many tools write the truth values 0 and 1. Read as grey levels they are 0 and 1/255: a network
+    # would learn, without any error, to answer black. In a lossy file a 1 can be noise on black.
+    if lossless and grey.max() == 1:
+        grey = grey.astype(np.uint8) * 255
+    elif grey.dtype == np.uint16:
+        grey = _to_8_bits(grey)
+    return tv_tensors.Mask(torch.from_numpy(grey)[None])
+
+
+def image_size(path: PathLike) -> tuple[int, int]:
+    """The upright (width, height) that `read_image` will give, from the header only.
+
+    Raises UserError where the header already shows that the file cannot be read.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, sorted by their path in it: the same order on every platform.
+
+    A file counts by its suffix (`IMAGE_SUFFIXES`, in any case). Hidden files and folders, among
+    them the `._*` files of macOS archives, are left out; links to folders are not followed.
+    Raises UserError if the folder is missing or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        kind = "is not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{printable(folder)}: {kind}. Check the path.")
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        found += [Path(parent, name) for name in files if _is_image_name(name)]
+    if not found:
+        raise UserError(
+            f"{printable(folder)}: holds no images ({' '.join(IMAGE_SUFFIXES)}). Check the path."
+        )
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def save_image(image: Image.Image, path: PathLike) -> None:
+    """Write a PNG (lossless) so that `path` holds either its old content or all of the new.
+
+    Missing parent folders are made. Raises UserError if the file system refuses, and ValueError if
+    `path` does not end in `.png`.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{printable(path)}: images are saved as .png")
+    encoded = BytesIO()
+    image.save(encoded, format="PNG")
+    # Not named after `path`: the suffix could make a long name too long for the file system.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(encoded.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{printable(path)}: cannot be written ({error.strerror}). "
+            "Make room, or choose an output folder that can be written to."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def printable(path: PathLike) -> str:
+    """A path as text that any terminal or log can take.
+
+    Bytes that are not UTF-8 (surrogate escapes in a str) and control characters become backslash
+    escapes; everything else stays as it is.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in os.fspath(path)
+    )
+
+
+def _is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise UserError(
+        f"{printable(error.filename)}: cannot be listed ({error.strerror}). Check its permissions."
+    ) from error
+
+
+# --- opening and decoding ------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: PathLike) -> Iterator[Image.Image]:
+    """Open a file and check its header; whatever Pillow raises within the block is a UserError."""
+    try:
+        with Path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
+            _check_header(path, image)
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # on damaged files Pillow's parsers raise nearly every type there is
+        raise _explained(path, error) from error
+
+
+def _decode(path: PathLike) -> tuple[Image.Image, bool]:
+    """The first frame, loaded and upright in the file's own mode, and whether it is lossless."""
+    with _opened(path) as image:
+        if image.format != "PNG":
+            return _load(image)
+        # Loading skips the checksums of PNG's pixel data, and then most flipped bits go unnoticed.
+        image.verify()
+    with _opened(path) as image:  # a verified image cannot be used further
+        return _load(image)
+
+
+def _load(image: Image.Image) -> tuple[Image.Image, bool]:
+    lossless = (
+        image.format in _LOSSLESS_FORMATS
+        and image.info.get("compression") not in _LOSSY_TIFF_COMPRESSIONS
+    )
+    method = _TRANSPOSE.get(_orientation(image))
+    image.load()
+    return (image if method is None else image.transpose(method)), lossless
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that is left to apply, 1…8; to be asked before the pixels are loaded."""
+    if image.format == "TIFF":
+        return 1  # Pillow itself turns TIFFs when it loads them, and reports their upright size
+    try:
+        # The base class's method, since PNG's own loads all pixels to look for a tag behind them.
+        tag = Image.Image.getexif(image).get(ExifTag.Orientation, 1)
+    except Exception:  # broken metadata is no reason to lose the picture
+        return 1
+    return tag if tag in _TRANSPOSE else 1
+
+
+def _check_header(path: PathLike, image: Image.Image) -> None:
+    width, height = image.size
+    problem = None
+    if width * height > MAX_PIXELS:
+        problem = f"{width}×{height} is more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
+    elif image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        problem = f"32-bit and float pixels have no fixed range. {_SAVE_AS_PNG}"
+    elif isinstance(image, TiffImageFile) and _is_wide(image):
+        # Pillow hands both kinds over as if they were plain 16 bits: far too dark, or inverted.
+        if image.tag_v2.get(BITSPERSAMPLE) == (12,):
+            problem = f"12-bit pixels are not supported. {_SAVE_AS_PNG}"
+        elif image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+            problem = f"16-bit pixels with 0 for white are not supported. {_SAVE_AS_PNG}"
+    if problem:
+        raise UserError(f"{printable(path)}: {problem}")
+
+
+def _explained(path: PathLike, error: Exception) -> UserError:
+    """Cause and fix in the user's terms for an exception raised while reading `path`."""
+    if isinstance(error, FileNotFoundError):
+        problem = "no such file. Check the path."
+    elif isinstance(error, OSError) and error.errno:
+        problem = f"cannot be read ({error.strerror}). Check the path and its permissions."
+    elif isinstance(error, Image.DecompressionBombError):
+        problem = f"has far more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
+    elif not isinstance(error, UnidentifiedImageError):
+        problem = f"damaged or truncated ({printable(str(error))}). {_REPLACE}"
+    elif Path(path).stat().st_size == 0:
+        problem = f"the file is empty. {_REPLACE}"
+    else:
+        problem = f"not an image that can be read ({', '.join(_FORMATS)}). {_REPLACE}"
+    return UserError(f"{printable(path)}: {problem}")
+
+
+# --- pixel formats -------------------------------------------------------------------------------
+
+
+def _is_wide(image: Image.Image) -> bool:
+    # Mode "I" is how older Pillow opens a 16-bit PNG; other files of that mode have been refused.
+    return image.mode.startswith("I")
+
+
+def _wide_values(image: Image.Image, backdrop: int) -> np.ndarray:
+    """The stored values of a 16-bit grey image, uint16 [H, W], a transparent value replaced."""
+    values = np.array(image).astype(np.uint16)
+    if "transparency" in image.info:
+        values[values == image.info["transparency"]] = backdrop * 257
+    return values
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """round(v·255/65535) in integers: 65535/255 = 257 is odd, so there are no ties."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _composite(image: Image.Image, backdrop: int) -> Image.Image:
+    """An image with transparency, over a plain backdrop; mode RGB."""
+    if image.mode == "La":  # premultiplied grey, which Pillow converts to nothing else
+        image = image.convert("LA")
+    canvas = Image.new("RGBA", image.size, (backdrop, backdrop, backdrop, 255))
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas.convert("RGB")
+
+
+def _palette_greys(image: Image.Image) -> np.ndarray:
+    """A palette mask by the table's rule, composited over black; uint8 [H, W]."""
+    image.apply_transparency()  # moves a PNG's or GIF's transparent entries into the palette
+    entries = np.array(image.getpalette("RGBA") or [], dtype=np.uint8).reshape(-1, 4)
+    palette = np.zeros((256, 4))
+    palette[: len(entries)] = entries
+    pixels = np.array(image).reshape(image.height, image.width, -1)
+    index = pixels[..., 0]
+
+    colours = np.rint(palette[:, :3] * palette[:, 3:] / 255)
+    used = np.bincount(index.ravel(), minlength=256) > 0
+    if (colours[used] == colours[used, :1]).all():
+        levels = colours[:, 0]
+    else:  # the colours of class labels: what is not the background class is the object
+        levels = palette[:, 3].copy()
+        levels[0] = 0
+    greys = levels[index]
+    if image.mode == "PA":
+        greys = np.rint(greys * pixels[..., 1] / 255)
+    return greys.astype(np.uint8)

@@ -1,0 +1,45 @@
+"""The project's logger: plain lines on rank 0's standard output, and a file once a run has one."""
+
+import logging
+import sys
+from pathlib import Path
+
+
+def get_logger() -> logging.Logger:
+    """The logger of this project; the first call gives it a console handler.
+
+    Ranks other than 0 print warnings and errors only. No rank's `print` is patched.
+    """
+    logger = logging.getLogger("pixtrain")
+    if not logger.handlers:
+        handler = _Console()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(_main_process_or_warning)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
+
+
+class _Console(logging.StreamHandler):
+    """Writes to whatever `sys.stdout` is at the time, so that redirected output is honoured."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def _main_process_or_warning(record: logging.LogRecord) -> bool:
+    from train_utils.distributed_utils import is_main_process
+
+    return record.levelno >= logging.WARNING or is_main_process()
+
+
+def log_to_file(path: Path) -> None:
+    """Also append every line, with its time, to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    get_logger().addHandler(handler)

@@ -1,0 +1,342 @@
+"""Saliency metrics with the same bits for any order, batch size, thread and number of processes.
+
+Sums of floats depend on their order, sums of integers do not. So a metric's whole state is one
+int64 tensor: counters, and per-image values in fixed point with `FRACTION_BITS` binary places. Each
+image's value is rounded once, by at most 2⁻⁴⁵ (3e-14); all that follows, over batches, threads and
+ranks, is exact. Scores are at most 1 per image, so a state holds `MAX_IMAGES` (half a million).
+
+Predictions and masks: uint8 codes mean code/255, bool 0/1, floats are used as they are. Values that
+are not finite or leave [0, 1] make the score nan, never a number that only looks valid.
+Nothing in an update waits for the device.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from train_utils.losses import unit_values
+
+Images = Tensor | Sequence[Tensor]
+
+FRACTION_BITS = 44
+MAX_IMAGES = 2 ** (63 - FRACTION_BITS) - 1
+MAX_PIXELS = 2**28
+_UNIT = 255 * 2**27  # fixed-point 1 of a pixel: 8-bit codes are exact, MAX_PIXELS of them fit
+_SLACK = 1e-6  # by which rounding in an interpolation may overshoot [0, 1]
+_BETA2 = 0.3
+
+
+class ExactMetric(ABC):
+    """An average over images whose state is one int64 tensor that merges by addition.
+
+    state: [images, images with invalid values, the metric's own sums ...].
+    """
+
+    name: str
+    num_sums: int
+
+    def __init__(self) -> None:
+        self.state = torch.zeros(2 + self.num_sums, dtype=torch.int64)
+        self.reduced = False
+
+    @abstractmethod
+    def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """State of one image, without side effects: for threads that leave the adding to another.
+
+        pred, gt: [1, H, W] or [H, W], of any two sizes; the prediction is resized to the mask.
+        """
+
+    @abstractmethod
+    def compute(self) -> float | dict[str, float]:
+        """The score over all images so far; nan for none, or if any held invalid values."""
+
+    def update(self, pred: Images, gt: Images) -> None:
+        """Add a batch, which may be empty.
+
+        pred, gt: [B, 1, H, W], [B, H, W], or a list of [1, H, W] whose sizes may differ.
+        Raises ValueError if they do not pair up.
+        """
+        if len(pred) != len(gt):
+            raise ValueError(f"{len(pred)} predictions for {len(gt)} masks")
+        for one_pred, one_gt in zip(pred, gt, strict=True):
+            contribution = self.sample_state(one_pred, one_gt)
+            self.state = self.state.to(contribution.device)
+            self.merge(contribution)
+
+    def merge(self, other_state: Tensor) -> None:
+        """Add another metric's `state`, or a `sample_state`.
+
+        Raises RuntimeError after a reduction: what it adds would be on this process alone.
+        """
+        if self.reduced:
+            raise RuntimeError(f"{self.name} is already summed over processes: reset() it first")
+        if other_state.shape != self.state.shape or other_state.dtype != torch.int64:
+            raise ValueError(f"not a state of {type(self).__name__}: {list(other_state.shape)}")
+        # Out of place, as a tensor from inference mode may not be changed outside of it.
+        self.state = self.state + other_state.to(self.state.device)
+
+    def reset(self) -> None:
+        self.state = torch.zeros_like(self.state)
+        self.reduced = False
+
+    def reduce_from_all_processes(self) -> None:
+        """Sum the state over all processes, once: see `reduce_metrics`."""
+        reduce_metrics([self])
+
+    gather_from_all_processes = reduce_from_all_processes
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return int(self.state[0])
+
+    def __str__(self) -> str:
+        result = self.compute()
+        scores = result if isinstance(result, dict) else {self.name: result}
+        text = ", ".join(f"{name}: {score:.4f}" for name, score in scores.items())
+        count, invalid = self.state[:2].tolist()
+        if invalid:
+            text += f" ({invalid} of {count} images have values not finite or outside [0, 1])"
+        return text
+
+    def _averages(self) -> Tensor:
+        """The fixed-point sums as fp64 averages over images, on the CPU."""
+        state = self.state.cpu()
+        count, invalid = state[:2].tolist()
+        if count > MAX_IMAGES:
+            raise OverflowError(f"{self.name}: {count} images, but only {MAX_IMAGES} fit a state")
+        if count == 0 or invalid:
+            return torch.full((self.num_sums,), torch.nan, dtype=torch.float64)
+        return state[2:].double() / 2**FRACTION_BITS / count
+
+
+def reduce_metrics(metrics: Iterable[ExactMetric]) -> None:
+    """Sum the states of several metrics over all processes in one collective.
+
+    Every process must call it with the same metrics, also those that saw no image. Metrics that are
+    reduced already are passed over; without a process group nothing happens.
+    """
+    pending = [metric for metric in metrics if not metric.reduced]
+    if not pending or not (dist.is_available() and dist.is_initialized()):
+        return
+    device = "cpu" if "cpu" in str(dist.get_backend_config()) else "cuda"
+    total = torch.cat([metric.state.to(device) for metric in pending])
+    dist.all_reduce(total)
+    parts = total.split([metric.state.numel() for metric in pending])
+    for metric, part in zip(pending, parts, strict=True):
+        metric.state = part.to(metric.state.device)
+        metric.reduced = True
+
+
+class MeanAbsoluteError(ExactMetric):
+    """Mean over images of the mean |prediction − mask|; grey masks count with their grey value.
+
+    post_norm: stretch each prediction to [0, 1] first (one of a single value stays as it is).
+    A pixel's difference is rounded by at most 1.5e-11; among 8-bit codes it is exact.
+    """
+
+    name = "MAE"
+    num_sums = 1
+
+    def __init__(self, post_norm: bool = False) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+
+    def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
+        pred, gt, valid = _prepare(pred, gt, self.post_norm)
+        total = _to_fixed((pred - gt).abs_(), _UNIT).sum()
+        return _pack_state(valid, _mean_of_fixed(total, gt.numel()))
+
+    def compute(self) -> float:
+        return self._averages().item()
+
+
+class FCurves(NamedTuple):
+    """Curves over thresholds that fall from 254/255 to 0; fp64 [255] each."""
+
+    precision: Tensor
+    recall: Tensor
+    f: Tensor
+
+
+class PixelCounts(NamedTuple):
+    """Pixels of all images at each threshold, from 254/255 down to 0; int64 [255] each."""
+
+    true_positives: Tensor
+    false_positives: Tensor
+    true_negatives: Tensor
+    false_negatives: Tensor
+
+
+class F1Score(ExactMetric):
+    """maxF1 (β² = 0.3): the best F over thresholds, of precision and recall averaged over images.
+
+    A pixel is salient where the mask is > 0.5, and counts as found where the prediction reaches the
+    threshold. Bins are those of `torch.histc(prediction, 255, 0, 1)`.
+    post_norm: as for MeanAbsoluteError.
+    """
+
+    name = "maxF1"
+    bins = 255
+    num_sums = 4 * bins  # precision, recall (fixed point); found and wrongly found pixels (counts)
+
+    def __init__(self, post_norm: bool = False) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+
+    def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
+        pred, gt, valid = _prepare(pred, gt, self.post_norm)
+        # In fp32, as histc does, so that code/255 lands in the bin of its code; 1 in the last one.
+        index = pred.float().mul_(self.bins).long()
+        tp, fp = map(_at_or_above, _count(index, gt > 0.5, self.bins))
+        precision = tp.double() / (tp.double() + fp + 1e-4)
+        recall = tp.double() / (tp[-1].double() + 1e-4)
+        return _pack_state(valid, _to_fixed(precision), _to_fixed(recall), tp, fp)
+
+    def curves(self) -> FCurves:
+        """Averaged precision and recall, and the F of both, whose maximum is the score."""
+        precision, recall = self._averages()[: 2 * self.bins].split(self.bins)
+        f = (1 + _BETA2) * precision * recall / (_BETA2 * precision + recall + 1e-8)
+        return FCurves(precision, recall, f)
+
+    def pixel_counts(self) -> PixelCounts:
+        """What a precision-recall plot over all pixels needs; invalid images are left out."""
+        tp, fp = self.state[2 + 2 * self.bins :].cpu().split(self.bins)
+        return PixelCounts(tp, fp, fp[-1] - fp, tp[-1] - tp)
+
+    def compute(self) -> float:
+        return self.curves().f.max().item()
+
+
+class ToolboxMetrics(ExactMetric):
+    """Scores by the protocol of the field's common toolbox, comparable with published tables.
+
+    The prediction is rounded to 8 bits, as a saved map would be, and stretched to [0, 1] unless it
+    is constant; a pixel is salient where the mask's code is > 128. `compute` gives MAE; maxF and
+    meanF of the F curve (β² = 0.3, thresholds 255 … 0) averaged over images; and adpF, the average
+    F at each image's own threshold min(2 · mean, 1). An empty mask scores F = 0.
+    Agrees to 1e-11 with github.com/lartpang/PySODMetrics.
+    """
+
+    name = "toolbox"
+    codes = 256
+    num_sums = 2 + codes  # MAE, adaptive F, F curve
+
+    def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
+        pred, gt, valid = _prepare(pred, gt)
+        # All scores follow from how often each code occurs on and off the object.
+        code, salient = (pred * 255).round_().long(), (gt * 255).round_() > 128
+        on, off = counts = _count(code, salient, self.codes)
+        value = _stretched_codes(on + off > 0)
+        fixed = _to_fixed(value, _UNIT)
+        absolute_error = (on * (_UNIT - fixed) + off * fixed).sum()
+        mean = ((on + off) * fixed).sum().double() / (gt.numel() * _UNIT)
+        found = value >= (2 * mean).clamp(max=1)
+        adaptive_f = _toolbox_f((on * found).sum(), (off * found).sum(), on.sum())
+        # Truncated, not rounded, to 8 bits again: published numbers are made so.
+        level = (value * 255).long().expand(2, -1)
+        on, off = torch.zeros_like(counts).scatter_add_(1, level, counts)
+        curve = _toolbox_f(_at_or_above(on), _at_or_above(off), on.sum())
+        return _pack_state(
+            valid,
+            _mean_of_fixed(absolute_error, gt.numel()),
+            _to_fixed(adaptive_f),
+            _to_fixed(curve),
+        )
+
+    def compute(self) -> dict[str, float]:
+        mae, adaptive, *_ = averages = self._averages()
+        curve = averages[2:]
+        scores = {"MAE": mae, "maxF": curve.max(), "meanF": curve.mean(), "adpF": adaptive}
+        return {name: score.item() for name, score in scores.items()}
+
+
+def _prepare(pred: Tensor, gt: Tensor, post_norm: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Prediction and mask as fp64 [H, W] of the mask's size, and whether both lie in [0, 1]."""
+    pred, gt = _single_map(pred), _single_map(gt)
+    gt = unit_values(gt.to(pred.device), torch.float64)
+    pred = unit_values(resize_prediction(pred, gt.shape), torch.float64)
+    if post_norm:
+        low, high = pred.aminmax()
+        pred = torch.where(high > low, (pred - low) / (high - low), pred)
+    return pred, gt, _lies_in_unit_range(pred) & _lies_in_unit_range(gt)
+
+
+def _single_map(values: Tensor) -> Tensor:
+    plane = values.detach()
+    if plane.dim() == 3 and plane.shape[0] == 1:
+        plane = plane[0]
+    if plane.dim() != 2 or not 0 < plane.numel() <= MAX_PIXELS:
+        raise ValueError(
+            f"{list(values.shape)} is not one map: give [1, H, W] of 1 to {MAX_PIXELS} pixels"
+        )
+    return plane
+
+
+def resize_prediction(pred: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a map [h, w] to `size` bilinearly (corners not aligned, fp32) if its size differs."""
+    if pred.shape == tuple(size):
+        return pred
+    batch = unit_values(pred)[None, None]
+    return F.interpolate(batch, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+
+
+def _lies_in_unit_range(values: Tensor) -> Tensor:
+    low, high = values.aminmax()  # both nan if any value is
+    return (low >= -_SLACK) & (high <= 1 + _SLACK)
+
+
+def _to_fixed(values: Tensor, one: float = 2**FRACTION_BITS) -> Tensor:
+    return (values * one).round_().long()
+
+
+def _mean_of_fixed(total: Tensor, pixels: int) -> Tensor:
+    """Turn a sum over pixels in units of 1/_UNIT into a mean with FRACTION_BITS."""
+    return _to_fixed(total.double(), 2**FRACTION_BITS / (pixels * _UNIT))
+
+
+def _count(index: Tensor, salient: Tensor, bins: int) -> Tensor:
+    """Histograms [2, bins] of the pixels on and off the object; indices beyond go to the end bins.
+
+    scatter_add_ of integers is exact, and unlike bincount does not make the host wait for a GPU.
+    """
+    key = index.clamp_(0, bins - 1).add_(~salient, alpha=bins).flatten()
+    histogram = torch.zeros(2 * bins, dtype=torch.int64, device=key.device)
+    return histogram.scatter_add_(0, key, torch.ones_like(key)).view(2, bins)
+
+
+def _at_or_above(counts: Tensor) -> Tensor:
+    """Sums of a histogram [bins] from the highest bin down to each."""
+    return counts.flip(0).cumsum(0)
+
+
+def _stretched_codes(present: Tensor) -> Tensor:
+    """The value in [0, 1] of each of 256 codes, such that those present span all of it."""
+    code = torch.arange(256, dtype=torch.float64, device=present.device)
+    # The toolbox's arithmetic step by step, since it truncates the result: a true quotient, which
+    # a GPU takes only for a tensor divisor.
+    value = code / torch.full_like(code, 255)
+    low = torch.where(present, value, 1).amin()
+    high = torch.where(present, value, 0).amax()
+    stretched = torch.where(high > low, (value - low) / (high - low), value)
+    return torch.where(present, stretched, 0)
+
+
+def _toolbox_f(tp: Tensor, fp: Tensor, positives: Tensor) -> Tensor:
+    precision = tp.double() / (tp + fp).clamp(min=1)
+    recall = tp.double() / positives.clamp(min=1)
+    product = precision * recall
+    denominator = torch.where(product > 0, _BETA2 * precision + recall, 1)
+    return (1 + _BETA2) * product / denominator
+
+
+def _pack_state(valid: Tensor, *sums: Tensor) -> Tensor:
+    """One image's state; of an invalid image only the counters are kept."""
+    counters = torch.stack([torch.ones_like(valid), ~valid]).long()
+    values = torch.cat([part.reshape(-1) for part in sums])
+    return torch.cat([counters, torch.where(valid, values, 0)])

@@ -1,0 +1,230 @@
+"""A run's folder: what is written where, by rank 0 only."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train_utils.checkpoint import save_checkpoint
+from train_utils.config import dump_yaml
+from train_utils.distributed_utils import broadcast_object, is_main_process, mkdir
+from train_utils.errors import UserError
+from train_utils.log import get_logger, log_to_file
+
+LAST, BEST = "last.pth", "model_best.pth"
+
+
+def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: str) -> Path:
+    """`output_dir`, or the resumed run's own, or a new runs/<config>/<time>.
+
+    Rank 0 chooses for all ranks, whose clocks may differ.
+    """
+    if output_dir or resume:
+        return Path(output_dir) if output_dir else resume.parent  # type: ignore[union-attr]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(broadcast_object(str(Path("runs", config_name, stamp))))
+
+
+def find_resume(request: str | None, output_dir: str | None, config_name: str) -> Path | None:
+    """The checkpoint that `--resume` means: a file, a run folder, or `auto`.
+
+    `auto` takes `output_dir`'s, or that of the newest run under runs/<config>; where there is none
+    yet, it starts anew. Rank 0 looks for all ranks. Raises UserError for a path without checkpoint.
+    """
+    if request is None:
+        return None
+    if request != "auto":
+        path = Path(request, LAST) if Path(request).is_dir() else Path(request)
+        if not path.is_file():
+            raise UserError(f"--resume {request}: no checkpoint at {path}. Try --resume auto.")
+        return path
+    folder = Path(output_dir) if output_dir else Path("runs", config_name)
+    found = list(folder.glob(LAST if output_dir else f"*/{LAST}"))
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    newest = broadcast_object(newest and str(newest))
+    if newest is None:
+        get_logger().info(f"--resume auto: no {LAST} in {folder} yet, starting a new run")
+    return newest and Path(newest)
+
+
+def newest_best_checkpoint(root: Path = Path("runs")) -> Path:
+    """The best checkpoint of the newest run; UserError tells how to get one if there is none."""
+    found = list(root.glob(f"**/{BEST}"))
+    if not found:
+        raise UserError(
+            f"{root.resolve()}: no run with a {BEST} yet. Train one with `python train.py` "
+            "(5 minutes on two cores), or name a file with --weights."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+class RunFolder:
+    """Config, logs, metrics, TensorBoard events, status and checkpoints of one run.
+
+    Every method may be called on all ranks; only rank 0 touches the disk. A run that continues at
+    (epoch, step) first loses the records of what it is about to do again, so that no step is
+    recorded twice.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], epoch: int = 0, step: int = 0):
+        self.path = path
+        self.writer: Any = None
+        if not is_main_process():
+            return
+        mkdir(path)
+        self._check_writable()
+        log_to_file(path / "log.txt")
+        dump_yaml(dict(config), path / "config.yaml")
+        self._keep_records_before(epoch)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(path), purge_step=step, flush_secs=30)
+        self.status("running", step=step)
+
+    def _check_writable(self) -> None:
+        probe = self.path / ".writable"
+        try:
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}). Choose another --output-dir."
+            ) from error
+
+    def _keep_records_before(self, epoch: int) -> None:
+        metrics = self.path / "metrics.jsonl"
+        results = self.path / "results.txt"
+        if metrics.exists():
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+            _rewrite(metrics, [line for line in lines if _epoch_of_json(line) < epoch])
+        if results.exists():
+            lines = results.read_text(encoding="utf-8").splitlines()
+            _rewrite(results, [line for line in lines if _epoch_of_result(line) < epoch])
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.writer is not None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _trace: object) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            self.status("failed", reason=f"{kind.__name__}: {error}"[:2000])  # type: ignore[union-attr]
+        if self.writer:
+            self.writer.close()
+
+    def step_writer(self, first: int) -> Callable[[int, Mapping[str, float]], None]:
+        """A function that writes the i-th step from `first` on to TensorBoard, under train/."""
+
+        def write(i: int, values: Mapping[str, float]) -> None:
+            if self.writer:
+                for name, value in values.items():
+                    self.writer.add_scalar(f"train/{name}", value, first + i + 1)
+
+        return write
+
+    def log_epoch(self, record: Mapping[str, Any]) -> None:
+        """One epoch's object to metrics.jsonl, its val/ values to TensorBoard and results.txt."""
+        if not is_main_process():
+            return
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        scores = {k: v for k, v in record.items() if k.startswith("val/")}
+        if scores:
+            self._write_result(record, scores)
+        if self.writer:
+            for name in (*scores, "img_per_s"):
+                if name in record:
+                    self.writer.add_scalar(name, record[name], record["step"])
+            self.writer.flush()
+
+    def _write_result(self, record: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        losses = {k: v for k, v in record.items() if k.startswith("train/")}
+        figures = {**losses, **scores}
+        text = "  ".join(f"{name}: {value:.5f}" for name, value in figures.items())
+        line = f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}"
+        with (self.path / "results.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def log_picture(self, tag: str, picture: Tensor, step: int) -> None:
+        """A uint8 picture [3, H, W] to TensorBoard."""
+        if self.writer:
+            self.writer.add_image(tag, picture, step)
+
+    def log_pr_curve(self, tag: str, curve: Mapping[str, Tensor], step: int) -> None:
+        """A precision–recall curve, given as the arguments of TensorBoard's raw curve."""
+        if self.writer:
+            thresholds = len(curve["precision"])
+            self.writer.add_pr_curve_raw(tag, **curve, global_step=step, num_thresholds=thresholds)
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        best: bool = False,
+        numbered: int | None = None,
+        keep: int = 0,
+    ) -> None:
+        """Write last.pth, and the same file as model_best.pth and model_<epoch>.pth where asked.
+
+        Of the numbered files only the newest `keep` stay.
+        """
+        if not is_main_process():
+            return
+        links = [self.path / BEST] if best else []
+        if numbered is not None and keep > 0:
+            links.append(self.path / f"model_{numbered:04d}.pth")
+        save_checkpoint(state, self.path / LAST, tuple(links))
+        for old in sorted(self.path.glob("model_[0-9]*.pth"))[: -keep or None]:
+            old.unlink()
+
+    def status(self, state: str, **details: Any) -> None:
+        """Write status.json: running, finished, stopped or failed, and why."""
+        if is_main_process():
+            record = {"state": state, "pid": os.getpid(), "time": time.time(), **details}
+            _rewrite(self.path / "status.json", [json.dumps(record)])
+
+
+def _rewrite(path: Path, lines: list[str]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _epoch_of_json(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # half a line, from a kill while it was written
+
+
+def _epoch_of_result(line: str) -> float:
+    head, _, rest = line.partition(" ")
+    return int(rest.split()[0]) if head == "epoch:" and rest else float("inf")
+
+
+def resize_for_sheet(image: Tensor, size: int) -> Tensor:
+    """A float image [C, H, W] in [0, 1], or a uint8 one, as uint8 [3, size, size] for a sheet."""
+    if image.dtype == torch.uint8:
+        image = image / 255
+    image = torch.nn.functional.interpolate(
+        image[None].float(), size=(size, size), mode="bilinear", antialias=True
+    )
+    return (image[0].clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
+
+
+def contact_sheet(rows: list[list[Tensor]], size: int = 160, gap: int = 4) -> Tensor:
+    """Lay out images row by row, e.g. input | truth | prediction, as one uint8 [3, H, W] picture."""
+    step = size + gap
+    sheet = torch.full((3, len(rows) * step + gap, len(rows[0]) * step + gap), 255).byte()
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            top, left = i * step + gap, j * step + gap
+            sheet[:, top : top + size, left : left + size] = resize_for_sheet(image, size)
+    return sheet

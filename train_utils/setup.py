@@ -1,0 +1,76 @@
+"""What a run sets up once, before its first step."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train_utils.distributed_utils import cpu_cores, is_dist_avail_and_initialized
+from train_utils.errors import UserError
+from train_utils.sync_batchnorm import convert_sync_batchnorm
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed weight initialisation; with `deterministic`, use reproducible kernels where torch can.
+
+    Where it cannot, torch warns and names the operation. Data order and augmentation need no global
+    seed: they are keyed.
+    """
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def wrap_models(
+    models: dict[str, nn.Module], device: torch.device, compile: bool
+) -> dict[str, nn.Module]:
+    """Networks as they are trained: compiled if asked for, and data-parallel in a process group."""
+    wrapped = {}
+    for name, model in models.items():
+        if compile:
+            model = torch.compile(model)
+        if is_dist_avail_and_initialized():
+            model = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+        wrapped[name] = model
+    return wrapped
+
+
+def place_models(
+    models: dict[str, nn.Module], device: torch.device, sync_bn: bool
+) -> dict[str, nn.Module]:
+    """Networks on the device, channels-last, with batch-norm synchronised if asked for."""
+    if sync_bn:
+        models = {name: convert_sync_batchnorm(model, device) for name, model in models.items()}
+    return {
+        name: model.to(device, memory_format=torch.channels_last) for name, model in models.items()
+    }
+
+
+def default_workers(device: torch.device, local_world_size: int) -> int:
+    """Loader processes per training process: a CPU's cores are busy training, a GPU's are free."""
+    cores = cpu_cores() // max(1, local_world_size)
+    return min(8, cores) if device.type == "cuda" else min(1, cores - 1)
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """Print what a user can put right as one line and exit with 1; other errors keep their trace."""
+    try:
+        yield
+    except UserError as error:
+        # From a loader worker the message arrives with the worker's traceback before it.
+        message = str(error).strip().rpartition("train_utils.errors.UserError: ")[2]
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

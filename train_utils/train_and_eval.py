@@ -1,0 +1,368 @@
+"""The training loop and the evaluation loop that every task and both launchers share."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from train_utils.data import stable_seed
+from train_utils.distributed_utils import (
+    broadcast_buffers,
+    get_rank,
+    no_sync,
+    reduce_metrics,
+    sum_over_ranks,
+    unwrap,
+)
+from train_utils.ema import ExponentialMovingAverage
+from train_utils.errors import UserError
+from train_utils.inference import (
+    chunk_size,
+    eval_mode,
+    forward_chunk,
+    in_order,
+    restore_mode,
+)
+from train_utils.losses import criterion
+from train_utils.metric_logger import MetricLogger, SmoothedValue
+from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
+from train_utils.normalize import normalize_images
+
+Models = Mapping[str, nn.Module]
+Batch = tuple[Any, ...]
+Backward = Callable[[str, Tensor], None]
+# (models, batch, counts, backward) → named losses. The step calls backward(network's name, loss).
+TrainStep = Callable[[Models, Batch, dict[str, float], Backward], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is taken, whatever the task.
+
+    amp_dtype: autocast to it (None: fp32, or fp16 where a GradScaler is given). accumulate:
+    micro-batches per optimizer step. clip_norm, clip_value: gradient clipping. seed: reseed dropout
+    by (seed, step, rank) in every step. ema: moving averages by network.
+    """
+
+    amp_dtype: torch.dtype | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    seed: int | None = None
+    ema: Mapping[str, ExponentialMovingAverage] | None = None
+
+
+class Progress(NamedTuple):
+    """Where a training loop stands: `step` steps of the epoch are done; `stop` on all ranks."""
+
+    epoch: int
+    step: int
+    logger: MetricLogger
+    stop: bool
+
+
+def pixel_counts(batch: Batch) -> dict[str, float]:
+    """What the losses of a batch average over; the loop sums it over parts and ranks."""
+    return {"pixels": float(batch[1].numel())}
+
+
+def saliency_step(
+    models: Models,
+    batch: Batch,
+    counts: dict[str, float],
+    backward: Backward,
+    normalize: Callable[[Tensor], Tensor] = normalize_images,
+) -> dict[str, Tensor]:
+    """Deeply supervised binary cross-entropy of the one network `model`."""
+    images, target = batch
+    loss = criterion(models["model"](normalize(images)), target, counts["pixels"])
+    backward("model", loss)
+    return {"loss": loss.detach()}
+
+
+def train_one_epoch(
+    model: nn.Module | Models,
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    data_loader: DataLoader,
+    device: torch.device,
+    epoch: int,
+    lr_scheduler: Any,
+    print_freq: int = 10,
+    scaler: Any = None,
+    *,
+    train_step: TrainStep = saliency_step,
+    loss_counts: Callable[[Batch], dict[str, float]] = pixel_counts,
+    options: StepOptions = StepOptions(),  # noqa: B008 (frozen)
+    logger: MetricLogger | None = None,
+    start_step: int = 0,
+    after_step: Callable[[Progress], None] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> tuple[float, float]:
+    """Train for one epoch; returns (mean loss, last learning rate).
+
+    Tasks with several networks pass dicts with the same keys as `model`, `optimizer`,
+    `lr_scheduler` and `scaler`; the mean loss is then that of the first loss that `train_step`
+    names. `start_step` is the number of optimizer steps of this epoch done before a restart.
+    `after_step` is called after every optimizer step. When `stop_requested` is true on any rank,
+    all ranks end the epoch after the same step.
+    Raises UserError when a loss is not finite, on all ranks alike, when the next line is printed.
+    """
+    models, optimizers = _named(model), _named(optimizer)
+    schedulers, scalers = _named(lr_scheduler), _named(scaler)
+    logger = logger or MetricLogger(reduce=True)
+    logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    for network in models.values():
+        network.train()
+    take_step = _Step(models, optimizers, schedulers, scalers, device, train_step, options)
+    windows = _Windows(data_loader, options.accumulate)
+    first_step = epoch * (start_step + len(windows)) + start_step
+
+    for step, parts in enumerate(
+        logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", start_step), start_step
+    ):
+        if options.seed is not None:
+            torch.manual_seed(stable_seed(options.seed, first_step + step - start_step, get_rank()))
+        counts, images, stop = _agree(parts, loss_counts, stop_requested())
+        learning_rate = next(iter(optimizers.values())).param_groups[0]["lr"]
+        losses = take_step(parts, counts)
+        logger.images += images
+        logger.update(images, **losses, lr=learning_rate)
+        if after_step:
+            after_step(Progress(epoch, step + 1, logger, stop))
+        if stop:
+            break
+    check_finite(logger, epoch)
+    first_loss = next((meter for name, meter in logger.meters.items() if name != "lr"), None)
+    return first_loss.global_avg if first_loss else float("nan"), logger.meters["lr"].value
+
+
+def check_finite(logger: MetricLogger, epoch: int) -> None:
+    """Raise UserError naming the terms whose epoch totals are not finite."""
+    bad = [name for name, meter in logger.meters.items() if not _is_finite(meter.total)]
+    if bad:
+        raise UserError(
+            f"epoch {epoch}: {', '.join(bad)} became NaN or infinite. Lower --lr, try --amp off or "
+            "gradient clipping (--set train.clip_norm=1), and check the images; the last "
+            "checkpoint is from before."
+        )
+
+
+def _is_finite(number: float) -> bool:
+    return number - number == 0
+
+
+class _Windows:
+    """A loader's batches, grouped by `size`; the last group may be smaller."""
+
+    def __init__(self, loader: Iterable, size: int) -> None:
+        self.loader, self.size = loader, size
+
+    def __len__(self) -> int:
+        return -(-len(self.loader) // self.size)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        window = []
+        for batch in self.loader:
+            window.append(batch)
+            if len(window) == self.size:
+                yield window
+                window = []
+        if window:
+            yield window
+
+
+def _agree(
+    parts: Sequence[Batch], loss_counts: Callable[[Batch], dict[str, float]], stop: bool
+) -> tuple[dict[str, float], int, bool]:
+    """Each loss's count, the number of images, and whether to stop, over all parts and ranks.
+
+    One collective of host numbers. The counts are then divided by the number of ranks, because DistributedDataParallel averages
+    gradients: Σ loss / count on each rank gives Σ loss / Σ count over all of them.
+    """
+    each = [loss_counts(batch) for batch in parts]
+    local = {name: sum(counts[name] for counts in each) for name in each[0]}
+    images = sum(len(batch[0]) for batch in parts)
+    *sums, images, stops, world = sum_over_ranks([*local.values(), images, stop, 1])
+    # A count of 0 (everything ignored) comes with a sum of 0: 0/1, not 0/0.
+    counts = dict(zip(local, (total / world or 1.0 for total in sums), strict=True))
+    return counts, int(images), stops > 0
+
+
+class _Step:
+    """One optimizer step: the parts of its batch forward and backward, then the updates."""
+
+    def __init__(
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        schedulers: Mapping[str, Any],
+        scalers: Mapping[str, Any],
+        device: torch.device,
+        train_step: TrainStep,
+        options: StepOptions,
+    ) -> None:
+        self.models, self.optimizers, self.schedulers = models, optimizers, schedulers
+        # A disabled scaler passes everything through: one loop serves all precisions.
+        off = torch.amp.GradScaler(device.type, enabled=False)
+        self.scalers = {name: scalers.get(name) or off for name in optimizers}
+        self.device, self.train_step, self.options = device, train_step, options
+        scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
+        self.amp_dtype = options.amp_dtype or (torch.float16 if scaled else None)
+
+    def __call__(self, parts: Sequence[Batch], counts: dict[str, float]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for number, batch in enumerate(parts, 1):
+            with ExitStack() as stack:
+                if number < len(parts):
+                    for model in self.models.values():
+                        stack.enter_context(no_sync(model))
+                losses = self._forward_backward(batch, counts)
+            for name, loss in losses.items():
+                total[name] = total[name] + loss if name in total else loss
+        for name in self.optimizers:
+            self._update(name)
+        return total
+
+    def _forward_backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
+        batch = to_device(batch, self.device)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return self.train_step(self.models, batch, counts, self._backward)
+
+    def _backward(self, name: str, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            self.scalers[name].scale(loss).backward()
+
+    def _update(self, name: str) -> None:
+        model, optimizer, scaler = self.models[name], self.optimizers[name], self.scalers[name]
+        options = self.options
+        if options.clip_value or options.clip_norm:
+            scaler.unscale_(optimizer)
+        if options.clip_value:
+            nn.utils.clip_grad_value_(model.parameters(), options.clip_value)
+        if options.clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if name in self.schedulers:
+            self.schedulers[name].step()
+        if options.ema:
+            options.ema[name].update(unwrap(model))
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """A task's dict as it is; a single network (optimizer, …) under the name `model`."""
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else {"model": value}
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch, without waiting for the copies."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(item, device) for name, item in batch.items()}
+    return type(batch)(to_device(item, device) for item in batch)
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """One evaluated sample, kept for pictures (tensors on the CPU)."""
+
+    image: Tensor
+    target: Tensor
+    prediction: Tensor
+
+
+def saliency_predict(
+    models: Models, images: Tensor, normalize: Callable[[Tensor], Tensor] = normalize_images
+) -> Tensor:
+    """Saliency in [0, 1], [B, 1, H, W], for uint8 images [B, 3, H, W]."""
+    return models["model"](normalize(images)).float()
+
+
+def evaluate(
+    model: nn.Module | Models,
+    data_loader: DataLoader,
+    device: torch.device,
+    *,
+    metrics: Sequence[ExactMetric] | None = None,
+    predict: Callable[[Models, Tensor], Tensor] = saliency_predict,
+    keep: int = 0,
+    samples: list[Sample] | None = None,
+) -> tuple[ExactMetric, ...]:
+    """Score a network on a loader's samples; returns the metrics, (MAE, maxF1) unless given others.
+
+    Every rank passes the loader of its own share; each sample must be in one share only. The
+    metrics come back reduced over all ranks, with the same bits for any number of ranks, threads
+    and images per batch on CPUs. Up to `keep` samples of this rank are appended to `samples`.
+    """
+    models = {name: unwrap(network) for name, network in _named(model).items()}
+    metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
+    for network in models.values():
+        broadcast_buffers(network)
+
+    def score(chunk: tuple[Tensor, list[Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
+        images, targets = chunk
+        outputs = forward_chunk(lambda x: predict(models, x), images.to(device), device)
+        targets = [target.to(device, non_blocking=True) for target in targets]
+        return [
+            (output, [metric.sample_state(output, target) for metric in metrics])
+            for output, target in zip(outputs, targets, strict=True)
+        ]
+
+    modes = eval_mode(models)
+    try:
+        chunks = _Tee(_chunks(data_loader, chunk_size(device)), keep)
+        kept: list[Tensor] = []
+        for scored in in_order(score, chunks, device):
+            for output, states in scored:
+                if len(kept) < keep:
+                    kept.append(output.cpu())
+                for metric, state in zip(metrics, states, strict=True):
+                    metric.merge(state)
+    finally:
+        restore_mode(models, modes)
+    reduce_metrics(metrics)
+    if samples is not None:
+        samples.extend(
+            Sample(*pair, output) for pair, output in zip(chunks.kept, kept, strict=True)
+        )
+    return metrics
+
+
+def _chunks(loader: Iterable, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Regroup a loader's batches of any size into chunks of equally sized images."""
+    images: list[Tensor] = []
+    targets: list[Tensor] = []
+    for batch_images, batch_targets in loader:
+        for image, target in zip(batch_images, batch_targets, strict=True):
+            if images and (len(images) == size or image.shape != images[0].shape):
+                yield torch.stack(images), targets
+                images, targets = [], []
+            images.append(image)
+            targets.append(target)
+    if images:
+        yield torch.stack(images), targets
+
+
+class _Tee:
+    """Passes chunks on and keeps their first `keep` (image, target) pairs."""
+
+    def __init__(self, chunks: Iterable, keep: int) -> None:
+        self.chunks, self.keep = chunks, keep
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        for images, targets in self.chunks:
+            space = self.keep - len(self.kept)
+            self.kept += list(zip(images[:space], targets[:space], strict=True)) if space else []
+            yield images, targets

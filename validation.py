@@ -1,0 +1,140 @@
+"""Score weights on labelled images, or score prediction files.
+
+    python validation.py --weights runs/…/model_best.pth                 the run's own data
+    python validation.py --weights FILE --data-path DIR                  DIR/DUTS-TE
+    python validation.py --weights FILE --images DIR --masks DIR --json scores.json
+    python validation.py --weights u2netp.pth --data-path DIR \
+        --set data.mean=[0,0,0] --set data.std=[1,1,1]                   a foreign file's preprocessing
+    python validation.py --predictions DIR --masks DIR --toolbox         maps written by any program
+    torchrun --nproc_per_node=4 validation.py …                          the same numbers, sooner
+
+The network is found from the file. Every sample is scored once, by one process; on CPUs the scores
+are the same to the last bit for any number of processes, threads and images per batch.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tasks
+from my_dataset import PairFolderDataset, check_pairs
+from train_utils import evaluate, init_distributed_mode
+from train_utils.config import merge, parse_assignments
+from train_utils.data import eval_loader
+from train_utils.distributed_utils import call_on_main, is_main_process, shutdown_distributed
+from train_utils.errors import UserError
+from train_utils.log import get_logger
+from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, ToolboxMetrics
+from train_utils.run_folder import newest_best_checkpoint
+from train_utils.setup import clean_errors, default_workers, place_models
+
+
+def main(args: argparse.Namespace) -> None:
+    """Score and report, as rank `args.rank` of `args.world_size` processes."""
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise UserError(f"--json {args.json}: its folder does not exist. Make it first.")
+    scores = score_files(args) if args.predictions else score_weights(args)
+    if not is_main_process():
+        return
+    if scores["n"] == 0:
+        raise UserError("no image was scored: the data set is empty. Check its folder.")
+    get_logger().info("  ".join(f"{name}: {value:.6g}" for name, value in scores.items()))
+    if args.json:
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def score_weights(args: argparse.Namespace) -> dict[str, float]:
+    """Scores of a network on its task's validation data."""
+    device = torch.device(args.device)
+    weights = args.weights or newest_best_checkpoint()
+    task, cfg, models = tasks.load_models(weights, overrides_of(args))
+    models = place_models(models, device, sync_bn=False)
+    dataset = task.build_val_dataset(cfg, all_pairs=bool(args.images))
+    call_on_main(lambda: check_pairs(dataset))
+    workers = args.workers
+    if workers is None:
+        workers = default_workers(device, args.local_world_size)
+    loader = eval_loader(
+        dataset, args.batch_size, workers, device, args.rank, args.world_size
+    )
+    get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
+    metrics = (*task.make_metrics(cfg), *((ToolboxMetrics(),) if args.toolbox else ()))
+    evaluate(models, loader, device, metrics=metrics, predict=task.predict(cfg))
+    return report(metrics)
+
+
+def score_files(args: argparse.Namespace) -> dict[str, float]:
+    """Scores of prediction maps, 8-bit images with the names of their masks."""
+    if not args.masks:
+        raise UserError("--predictions: needs the masks to compare with. Add --masks DIR.")
+    pairs = PairFolderDataset(args.predictions, args.masks, transforms=_as_maps)
+    check_pairs(pairs)
+    metrics = (MeanAbsoluteError(args.post_norm), F1Score(args.post_norm))
+    metrics += (ToolboxMetrics(),) if args.toolbox else ()
+    for index in range(args.rank, len(pairs), args.world_size):
+        prediction, mask = pairs[index]
+        for metric in metrics:
+            metric.update([prediction], [mask])
+    for metric in metrics:
+        metric.reduce_from_all_processes()
+    return report(metrics)
+
+
+def _as_maps(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return image[:1], mask  # a map is grey: its three channels are equal
+
+
+def report(metrics: tuple[ExactMetric, ...]) -> dict[str, float]:
+    """All scores by name at full precision, and `n`, the number of images."""
+    scores: dict[str, float] = {}
+    for metric in metrics:
+        result = metric.compute()
+        if isinstance(result, dict):
+            scores |= {f"toolbox/{name}": value for name, value in result.items()}
+        else:
+            scores[metric.name] = result
+    return {**scores, "n": metrics[0].count}
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line's part of the config."""
+    data = {"root": args.data_path, "images": args.images, "masks": args.masks}
+    data = {key: value for key, value in data.items() if value is not None}
+    if data:
+        # The command line says which data is meant; the checkpoint's own folders do not count.
+        cleared = dict.fromkeys(("name", "root", "images", "masks", "val_images", "val_masks"))
+        data = {**cleared, **data}
+    evaluation = {"post_norm": True} if args.post_norm else {}
+    return merge({"data": data, "eval": evaluation}, parse_assignments(args.set))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
+    add("--data-path", metavar="DIR", help="the data set's folder; default: the training's data")
+    add("--images", metavar="DIR", help="any folder of images, all of which are scored")
+    add("--masks", metavar="DIR", help="the masks of --images or --predictions")
+    add("--predictions", metavar="DIR", help="score these maps instead of a network")
+    add("--post-norm", action="store_true", help="stretch each prediction to [0, 1] first")
+    add("--toolbox", action="store_true", help="also by the common toolbox's protocol")
+    add("--json", metavar="FILE", help="write the scores at full precision")
+    add("--device", default="auto")
+    add("-b", "--batch-size", type=int, default=8, help="images read at a time; changes no score")
+    add("-j", "--workers", type=int, help="loader workers per process")
+    add("--set", default=[], action="append", metavar="KEY=VALUE", help="override a config key")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        arguments = parse_args()
+        init_distributed_mode(arguments)
+        main(arguments)
+        shutdown_distributed()
