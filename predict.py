@@ -10,10 +10,10 @@ were measured with. Without --weights the newest best checkpoint under runs/ is 
 """
 
 import argparse
-import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +30,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-o", "--output", default="predictions", metavar="DIR", help="default: predictions")
     add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
     add("--cutout", action="store_true", help="also <name>_cutout.png: RGBA, the map as alpha")
-    add("--overlay", action="store_true", help="also <name>_overlay.png: the map tinted on the image")
+    add(
+        "--overlay",
+        action="store_true",
+        help="also <name>_overlay.png: the map tinted on the image",
+    )
     add("--threshold", type=float, metavar="T", help="write 255 where the map is > T, else 0")
     add("--device", default="auto")
     add("--set", default=[], action="append", metavar="KEY=VALUE", help="override a config key")
@@ -49,7 +53,6 @@ class Job(NamedTuple):
 
 def main(args: argparse.Namespace) -> int:
     """Predict on every input; returns the number of files that failed."""
-    import torch
 
     import tasks
     from train_utils.config import parse_assignments
@@ -175,9 +178,9 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[tuple[Path, Path]]
             for file in list_images(path, recursive=True):
                 if inside == path.resolve() or inside not in file.resolve().parents:
                     yield file, file.relative_to(path)
-        elif glob.has_magic(text) and not path.exists():
+        elif has_magic(text) and not path.exists():
             root = Path(*_before_wildcard(path.parts))
-            matches = [Path(match) for match in glob.glob(text, recursive=True)]
+            matches = [Path(match) for match in glob(text, recursive=True)]  # noqa: PTH207
             files = sorted(match for match in matches if match.is_file())
             if not files:
                 raise UserError(f"{text}: no file matches the pattern. Check the path.")
@@ -189,7 +192,7 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[tuple[Path, Path]]
 def _before_wildcard(parts: tuple[str, ...]) -> list[str]:
     plain = []
     for part in parts[:-1]:
-        if glob.has_magic(part):
+        if has_magic(part):
             break
         plain.append(part)
     return plain or ([os.curdir] if not parts or parts[0] != os.sep else [os.sep])

@@ -9,16 +9,17 @@ low-contrast patches distract. Shapes and grounds draw colours and textures from
 so neither brightness nor colour gives a shape away.
 
 A scene is a function of (seed, index, size) only. Its composition lives in frame coordinates (x to
-the right, y down, −1…1), so it is the same at every size. Pixels see only arithmetic that IEEE 754 rounds
-exactly (+ − × ÷, comparisons): vector width and thread count change no byte. Nor are there √, floor
-or index tensors: torch splits those over threads from 2,048 elements on, at a loss for this size.
+the right, y down, −1…1), so it is the same at every size. Pixels see only arithmetic that IEEE 754
+rounds exactly (+ − × ÷, comparisons): vector width and thread count change no byte. There is no √,
+floor or tensor[indices] either: torch splits those over threads from about 2,000 elements on, and
+threads that wait for each other stall when the cores are busy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -58,9 +59,7 @@ class Scene:
 
     image: Tensor  # [3, S, S] RGB
     mask: Tensor  # [1, S, S], 255 where alpha >= 128, else 0
-    classes: (
-        Tensor  # [1, S, S], index into CLASS_NAMES of the shape that shows most; 0 off the mask
-    )
+    classes: Tensor  # [1, S, S], index into CLASS_NAMES of the shape on top; 0 off the mask
     alpha: Tensor  # [1, S, S], coverage by the salient shapes
     foreground: Tensor  # [3, S, S] RGB, defined everywhere, also where alpha is 0
     background: Tensor  # [3, S, S] RGB, with all distractors
@@ -125,7 +124,7 @@ def _patches(draw: _Draw, canvas: _Canvas) -> Tensor:
     gain = 1 + draw.uniform(0, 0.12) * blotches
     lattice = draw.tensor(1, 81, 81) - 0.5
     specks = (lattice - 0.43).clamp(min=0) + (lattice + 0.43).clamp(max=0)
-    gain = gain + canvas.stretched(draw.uniform(0, 10) * specks)[0]
+    gain = gain + canvas.stretched(draw.uniform(0, 7) * specks)[0]
     for _ in range(draw.integer(0, 2)):
         shape = _random_shape(draw, draw.uniform(0.25, 0.5))
         blur = max(draw.uniform(0, 0.2), canvas.edge)
@@ -135,9 +134,9 @@ def _patches(draw: _Draw, canvas: _Canvas) -> Tensor:
 
 
 def _paint_strokes(draw: _Draw, canvas: _Canvas, picture: Tensor, codes: Tensor) -> None:
-    """Paint long, thin, bent lines on the picture [3, S, S] and the label codes [S, S], in place."""
+    """Paint long, thin, bent lines on picture [3, S, S] and label codes [S, S], in place."""
     x, y = canvas.bent(draw, 0.3)
-    covered = torch.zeros(canvas.size, canvas.size)
+    covered = canvas.zeros()
     for _ in range(draw.integer(3, 7)):
         cos, sin = draw.direction()
         dx, dy = x - draw.uniform(-1, 1), y - draw.uniform(-1, 1)
@@ -168,11 +167,10 @@ def _draw_shapes(
     """The salient shapes, back to front: RGB [3, S, S], coverage [S, S], classes uint8 [S, S].
 
     Operator "over" on premultiplied colours (Porter & Duff, SIGGRAPH 1984); their sum over the
-    coverage is the foreground.
+    coverage is the foreground. Where shapes overlap, the class is that of the one that shows most.
     """
-    premultiplied = torch.zeros(3, canvas.size, canvas.size)
-    total, strongest = torch.zeros(2, canvas.size, canvas.size)
-    classes = torch.zeros(canvas.size, canvas.size, dtype=torch.uint8)
+    premultiplied, total, strongest = canvas.zeros(3), canvas.zeros(), canvas.zeros()
+    classes = total.to(torch.uint8)
     for shape in _salient_shapes(draw):
         distance, cover = _salient_cover(draw, canvas, shape)
         cover = cover.clamp(min=_COVER_FLOOR)
@@ -353,37 +351,44 @@ def _visible_pair(draw: _Draw, ground_colours: Tensor) -> tuple[Tensor, Tensor]:
 
 def _texture(draw: _Draw, canvas: _Canvas, colours: tuple[Tensor, Tensor]) -> Tensor:
     """Two colours mixed by a random pattern, with roughness on top: RGB [3, S, S]."""
-    x, y = canvas.bent(draw, draw.uniform(0, 0.15))
-    cos, sin = draw.direction(draw.uniform(2, 7))
-    u, v = cos * x + sin * y, cos * y - sin * x
-    pattern = draw.choice((_stripes, _checks, _dots, _marble, _ramp))(draw, canvas, u, v)
+    pattern = draw.choice((_stripes, _checks, _dots, _marble, _ramp))(draw, canvas)
     contrast = draw.uniform(1, 5)
     blend = (pattern * contrast + (0.5 - 0.5 * contrast)).clamp(0, 1)
-    strength = draw.uniform(0.1, 0.7)
-    roughness = canvas.octaves(draw, 9, 2) * strength + (1 - 0.5 * strength)
     first, second = (colour[:, None, None] for colour in colours)
+    strength = draw.uniform(0.1, 0.7)
+    roughness = canvas.noise(draw, 20)[0] * strength + (1 - 0.5 * strength)
     return _mix(first, second, blend) * roughness
 
 
-def _stripes(draw: _Draw, canvas: _Canvas, u: Tensor, v: Tensor) -> Tensor:
+def _axes(draw: _Draw, canvas: _Canvas, frequency: float) -> tuple[Tensor, Tensor]:
+    """Turned and bent coordinates with so many periods per unit; [S, S] each."""
+    x, y = canvas.bent(draw, draw.uniform(0, 0.15))
+    cos, sin = draw.direction(frequency)
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def _stripes(draw: _Draw, canvas: _Canvas) -> Tensor:
+    u, _ = _axes(draw, canvas, draw.uniform(2, 7))
     return _wave(u)
 
 
-def _checks(draw: _Draw, canvas: _Canvas, u: Tensor, v: Tensor) -> Tensor:
+def _checks(draw: _Draw, canvas: _Canvas) -> Tensor:
+    u, v = _axes(draw, canvas, draw.uniform(2, 7))
     return (2 * _wave(u) - 1) * (_wave(v) - 0.5) + 0.5
 
 
-def _dots(draw: _Draw, canvas: _Canvas, u: Tensor, v: Tensor) -> Tensor:
-    across, down = _wave(u), _wave(v)
-    return across * across + down * down
+def _dots(draw: _Draw, canvas: _Canvas) -> Tensor:
+    u, v = (_wave(axis) for axis in _axes(draw, canvas, draw.uniform(2, 7)))
+    return u * u + v * v
 
 
-def _marble(draw: _Draw, canvas: _Canvas, u: Tensor, v: Tensor) -> Tensor:
+def _marble(draw: _Draw, canvas: _Canvas) -> Tensor:
     return canvas.octaves(draw, draw.integer(3, 8), 4)
 
 
-def _ramp(draw: _Draw, canvas: _Canvas, u: Tensor, v: Tensor) -> Tensor:
-    return _wave(0.1 * u + draw.uniform(0, 1))
+def _ramp(draw: _Draw, canvas: _Canvas) -> Tensor:
+    cos, sin = draw.direction(draw.uniform(0.2, 0.7))
+    return _wave(cos * canvas.x + sin * canvas.y + draw.uniform(0, 1))
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -440,6 +445,9 @@ class _Canvas:
             )
             for centre in (shape.y, shape.x)
         )
+
+    def zeros(self, *channels: int) -> Tensor:
+        return torch.zeros(*channels, self.size, self.size, dtype=torch.float32)
 
     def noise(self, draw: _Draw, cells: int, count: int = 1) -> Tensor:
         """`count` fields of value noise in 0…1 with `cells` lattice cells a side; [count, S, S]."""

@@ -127,7 +127,7 @@ def fit(
     options: StepOptions,
     device: torch.device,
 ) -> None:
-    """Train, evaluate and save, from where `state` stands to the last epoch or a request to stop."""
+    """Train, evaluate and save, from where `state` stands to the last epoch or a stop signal."""
     sampler, epochs = loader.batch_sampler, cfg.train.epochs
     steps, (metric, goal) = sampler.steps_per_epoch, task.deciding_metric(cfg)
     models = wrap_models(state.models, device, cfg.train.compile)
@@ -220,8 +220,6 @@ def score(
     return scores
 
 
-
-
 def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, dict | None]:
     """Task and config, and the checkpoint to continue from with its content, if any.
 
@@ -240,6 +238,7 @@ def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, d
         source = str(args.config or DEFAULT_CONFIG)
         values = merge(values, load_yaml(source))
     task, cfg = tasks.read_config(values, source, overrides)
+    task.deciding_metric(cfg)  # refuses a metric that is not tracked
     if args.test_only and not (saved or cfg.train.weights):
         raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
     return task, cfg, resume, saved

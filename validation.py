@@ -4,7 +4,7 @@
     python validation.py --weights FILE --data-path DIR                  DIR/DUTS-TE
     python validation.py --weights FILE --images DIR --masks DIR --json scores.json
     python validation.py --weights u2netp.pth --data-path DIR \
-        --set data.mean=[0,0,0] --set data.std=[1,1,1]                   a foreign file's preprocessing
+        --set data.mean=[0,0,0] --set data.std=[1,1,1]               a foreign preprocessing
     python validation.py --predictions DIR --masks DIR --toolbox         maps written by any program
     torchrun --nproc_per_node=4 validation.py …                          the same numbers, sooner
 
@@ -58,9 +58,7 @@ def score_weights(args: argparse.Namespace) -> dict[str, float]:
     workers = args.workers
     if workers is None:
         workers = default_workers(device, args.local_world_size)
-    loader = eval_loader(
-        dataset, args.batch_size, workers, device, args.rank, args.world_size
-    )
+    loader = eval_loader(dataset, args.batch_size, workers, device, args.rank, args.world_size)
     get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
     metrics = (*task.make_metrics(cfg), *((ToolboxMetrics(),) if args.toolbox else ()))
     evaluate(models, loader, device, metrics=metrics, predict=task.predict(cfg))

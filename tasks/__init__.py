@@ -41,7 +41,7 @@ def load_task(name: str) -> ModuleType:
 def read_config(
     values: dict[str, Any], source: str, overrides: dict[str, Any]
 ) -> tuple[ModuleType, Any]:
-    """Build the typed config of the task that `values` name; `overrides` come from the command line.
+    """Task and typed config that `values` describe, under the command line's `overrides`.
 
     The file is checked on its own first, so that its faults are reported under its name.
     """

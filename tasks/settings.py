@@ -15,7 +15,7 @@ class OptimConfig:
     end_factor: float = 1e-6  # last learning rate / lr
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", "must be positive")
+        _require(self.lr > 0, "lr", "must be positive, e.g. 0.001")
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         _require(self.warmup_epochs >= 0, "warmup_epochs", "must not be negative")
 

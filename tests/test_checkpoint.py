@@ -71,7 +71,7 @@ def test_every_bit_flip_in_the_weights_is_refused(tmp_path, model):
         flipped = bytearray(content)
         flipped[start + draw.randrange(len(stored))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
-        with pytest.raises(UserError, match="damaged|not a readable"):
+        with pytest.raises(UserError, match=r"damaged|not a readable"):
             load_file(path)
 
 

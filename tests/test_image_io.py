@@ -319,6 +319,21 @@ def test_orientation_of_palette_and_wide_masks(tmp_path):
     assert rows(read_mask(png(tmp_path / "b.png", colours, exif=tag))) == [[255, 0], [255, 255]]
 
 
+def test_a_tag_behind_the_pixels_counts_nowhere(tmp_path):
+    # `image_size` cannot see it without reading all pixels, and must agree with `read_image`.
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    data = encode(Image.new("L", (5, 3)), "PNG", exif=tag)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    path = tmp_path / "a.png"
+    path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    with Image.open(path) as image:
+        assert image.getexif()[0x0112] == 6
+    assert read_image(path).shape == (3, 3, 5)
+    assert image_size(path) == (5, 3)
+
+
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00II*\x00"])
 def test_broken_exif_counts_as_none(tmp_path, exif):
     path = tmp_path / "a.jpg"

@@ -122,6 +122,7 @@ def test_bf16_logits_are_scored_in_fp32():
     assert loss.dtype == torch.float32
     reference = F.binary_cross_entropy_with_logits(logits.double(), target.double() / 255)
     assert loss.item() == pytest.approx(2 * reference.item(), rel=1e-6)
+    assert criterion([logits, logits], target).item() == loss.item()  # without autocast's casts
     loss.backward()
     assert layer.weight.grad.dtype == torch.float32
 

@@ -23,7 +23,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh())
+        # No bias before batch norm: its gradient is pure rounding noise, which Adam blows up.
+        conv = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.body = nn.Sequential(conv, nn.BatchNorm2d(6), nn.Tanh())
         self.head = nn.Conv2d(6, 1, 1)
 
     def forward(self, x):

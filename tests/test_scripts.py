@@ -137,7 +137,7 @@ def test_test_only_reports_the_same_scores_and_writes_nothing(trained):
 
 
 def test_predict_mirrors_folders_and_counts_failures(trained):
-    folder, path, _ = trained
+    folder, _, _ = trained
     photos = folder / "photos"
     (photos / "sub").mkdir(parents=True)
     Image.effect_noise((70, 40), 60).convert("RGB").save(photos / "a.jpg")

@@ -90,6 +90,15 @@ def test_the_global_random_state_is_neither_used_nor_changed():
     assert digest(render_scene(0, 9, 32)) == first
 
 
+def test_the_default_dtype_changes_no_byte():
+    expected = digest(render_scene(0, 2, 32))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert digest(render_scene(0, 2, 32)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # --- sizes ----------------------------------------------------------------------------------------
 
 

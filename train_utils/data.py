@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +49,8 @@ def keyed_rng(seed: int) -> Iterator[None]:
             numpy.random.set_state(states[2])
 
 
-class SampleKey(NamedTuple):
+@dataclass(frozen=True)
+class SampleKey:
     """What the sampler hands to the dataset; `real` is False for an empty share's stand-in."""
 
     epoch: int
@@ -77,14 +80,15 @@ class KeyedDataset(Dataset):
         return item if key.real else _StandIn(item)
 
 
-def collate(items: Sequence[tuple]) -> tuple:
+def collate(items: Sequence[Any]) -> tuple:
     """Turn a list of samples (tuples of tensors) into a tuple of batches.
 
     Each position is stacked to [B, …] where all shapes agree and stays a list of tensors where they
     do not (evaluation masks keep their own sizes). A stand-in gives a batch of length 0.
     """
     if isinstance(items[0], _StandIn):
-        return tuple(batch[:0] for batch in collate([stand_in.item for stand_in in items]))
+        shaped = collate([stand_in.item for stand_in in items])
+        return tuple(batch[:0] for batch in shaped)
     return tuple(_stack(column) for column in zip(*items, strict=True))
 
 
@@ -118,7 +122,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     ) -> None:
         self.num_samples = num_samples
         self.global_batch = global_batch
-        self.micro_batch = micro_batch or -(-global_batch // world_size)
+        self.micro_batch = micro_batch or ceil(global_batch / world_size)
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.epoch, self.start_step = 0, 0
@@ -126,7 +130,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in a whole epoch."""
-        return -(-self.num_samples // self.global_batch)
+        return ceil(self.num_samples / self.global_batch)
 
     @property
     def parts_per_step(self) -> int:
@@ -134,7 +138,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         return self._parts(self.global_batch)
 
     def _parts(self, samples: int) -> int:
-        return -(-(-(-samples // self.world_size)) // self.micro_batch)
+        return ceil(ceil(samples / self.world_size) / self.micro_batch)
 
     def set_position(self, epoch: int, step: int = 0) -> None:
         """Start the next iteration at optimizer step `step` of `epoch`."""

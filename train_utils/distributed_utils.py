@@ -1,4 +1,4 @@
-"""Processes: who am I, how many are we, on which device, and the few collectives that scripts use."""
+"""Processes: who am I, how many are we, on which device, and the few collectives in use."""
 
 import os
 import re
@@ -127,13 +127,14 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel and torch.compile wrappers."""
+    inner: Any = model
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager:
@@ -265,8 +266,8 @@ def init_distributed_mode(args: Namespace) -> None:
     """Join the process group that torchrun or srun asks for; a plain start is world size 1.
 
     Reads `args.device` (default "auto"); sets `args.rank, world_size, local_world_size, gpu` (the
-    local rank), `distributed, dist_backend` and `args.device`, resolved for this process. GPUs use nccl, with
-    gloo beside it for host numbers; CPUs use gloo and share the node's cores among the processes.
+    local rank), `distributed, dist_backend` and `args.device`, resolved for this process. GPUs use
+    nccl, with gloo beside it for host numbers; CPUs use gloo and share the node's cores.
     """
     launch = read_launch_environment()
     rank, world, local_rank, local_world = launch or Launch(0, 1, 0, 1)

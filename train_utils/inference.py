@@ -1,7 +1,7 @@
-"""Run a network over many samples: fast on every device, and the same bits however it is shared out.
+"""Run a network over many samples: fast on every device, the same bits however it is shared out.
 
-On CPUs each image goes through the network alone, on one thread, and as many images are under way as
-there are cores: a convolution's result then depends neither on the number of threads nor on the
+On CPUs each image goes through the network alone, on one thread, and as many images are under way
+as there are cores: a convolution's result then depends neither on the number of threads nor on the
 other images of a batch, and no core waits for another. On GPUs images go in chunks of one fixed
 size, the last one padded.
 """
@@ -56,7 +56,7 @@ def in_order(
 def forward_chunk(
     forward: Callable[[Tensor], Tensor], images: Tensor, device: torch.device
 ) -> Tensor:
-    """forward(images) for at most `chunk_size` images [n, C, H, W]; padded so that n is no matter."""
+    """forward(images) of 1 to `chunk_size` images [n, C, H, W], padded to that size on the way."""
     size, n = chunk_size(device), len(images)
     if n < size:
         images = torch.cat([images, images[-1:].expand(size - n, -1, -1, -1)])

@@ -256,14 +256,23 @@ class ToolboxMetrics(ExactMetric):
         return {name: score.item() for name, score in scores.items()}
 
 
+def prediction_at(pred: Tensor, size: Sequence[int], post_norm: bool = False) -> Tensor:
+    """A map [h, w] as it is scored: resized to `size`, fp64, stretched to [0, 1] if asked for.
+
+    The one place that finishes a prediction, for the metrics and for predict.py alike.
+    """
+    pred = unit_values(resize_prediction(pred, size), torch.float64)
+    if post_norm:
+        low, high = pred.aminmax()
+        pred = torch.where(high > low, (pred - low) / (high - low), pred)
+    return pred
+
+
 def _prepare(pred: Tensor, gt: Tensor, post_norm: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Prediction and mask as fp64 [H, W] of the mask's size, and whether both lie in [0, 1]."""
     pred, gt = _single_map(pred), _single_map(gt)
     gt = unit_values(gt.to(pred.device), torch.float64)
-    pred = unit_values(resize_prediction(pred, gt.shape), torch.float64)
-    if post_norm:
-        low, high = pred.aminmax()
-        pred = torch.where(high > low, (pred - low) / (high - low), pred)
+    pred = prediction_at(pred, gt.shape, post_norm)
     return pred, gt, _lies_in_unit_range(pred) & _lies_in_unit_range(gt)
 
 

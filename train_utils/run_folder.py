@@ -220,7 +220,7 @@ def resize_for_sheet(image: Tensor, size: int) -> Tensor:
 
 
 def contact_sheet(rows: list[list[Tensor]], size: int = 160, gap: int = 4) -> Tensor:
-    """Lay out images row by row, e.g. input | truth | prediction, as one uint8 [3, H, W] picture."""
+    """Images row by row, e.g. input | truth | prediction, as one uint8 picture [3, H, W]."""
     step = size + gap
     sheet = torch.full((3, len(rows) * step + gap, len(rows[0]) * step + gap), 255).byte()
     for i, row in enumerate(rows):

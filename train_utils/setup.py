@@ -34,7 +34,7 @@ def wrap_models(
     wrapped = {}
     for name, model in models.items():
         if compile:
-            model = torch.compile(model)
+            model = torch.compile(model)  # type: ignore[assignment]
         if is_dist_avail_and_initialized():
             model = DistributedDataParallel(
                 model,
@@ -52,7 +52,8 @@ def place_models(
     if sync_bn:
         models = {name: convert_sync_batchnorm(model, device) for name, model in models.items()}
     return {
-        name: model.to(device, memory_format=torch.channels_last) for name, model in models.items()
+        name: model.to(device).to(memory_format=torch.channels_last)
+        for name, model in models.items()
     }
 
 
@@ -64,7 +65,7 @@ def default_workers(device: torch.device, local_world_size: int) -> int:
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """Print what a user can put right as one line and exit with 1; other errors keep their trace."""
+    """Print what a user can put right as one line and exit with 1; other errors keep a trace."""
     try:
         yield
     except UserError as error:

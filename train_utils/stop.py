@@ -12,7 +12,7 @@ _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1 (Slurm's preemption warning) and SIGINT; a second SIGINT stops at once.
+    """Notes SIGTERM, SIGUSR1 (Slurm's preemption) and SIGINT; a second SIGINT stops at once.
 
     `requested` names this process's own signal; `agreed` is set once all ranks know of it.
     """

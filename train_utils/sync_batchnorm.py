@@ -26,11 +26,15 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are those of all ranks' batches together.
+    """Affine BatchNorm2d whose training statistics are those of all ranks' batches together.
 
     Ioffe & Szegedy 2015, eq. 1–2 of algorithm 1, with mean and variance from the global sums
     Σx, Σ(x−μ)² and the global count; ranks may hold batches of different sizes, also none.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -55,7 +59,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         self.num_batches_tracked += 1
-        momentum = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
+        momentum = self.momentum or 1 / self.num_batches_tracked.item()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), momentum)
 
@@ -68,7 +72,7 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:
             setattr(module, name, _converted(child))
         else:
             convert_sync_batchnorm(child, device)
@@ -76,8 +80,6 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
 
 
 def _converted(norm: nn.BatchNorm2d) -> SyncBatchNorm2d:
-    synced = SyncBatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
+    synced = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
     synced.load_state_dict(norm.state_dict())
     return synced.to(norm.weight)

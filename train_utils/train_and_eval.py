@@ -97,7 +97,7 @@ def train_one_epoch(
     *,
     train_step: TrainStep = saliency_step,
     loss_counts: Callable[[Batch], dict[str, float]] = pixel_counts,
-    options: StepOptions = StepOptions(),  # noqa: B008 (frozen)
+    options: StepOptions = StepOptions(),
     logger: MetricLogger | None = None,
     start_step: int = 0,
     after_step: Callable[[Progress], None] | None = None,
@@ -181,13 +181,14 @@ def _agree(
 ) -> tuple[dict[str, float], int, bool]:
     """Each loss's count, the number of images, and whether to stop, over all parts and ranks.
 
-    One collective of host numbers. The counts are then divided by the number of ranks, because DistributedDataParallel averages
-    gradients: Σ loss / count on each rank gives Σ loss / Σ count over all of them.
+    One collective of host numbers. The counts are then divided by the number of ranks, because
+    DistributedDataParallel averages gradients: Σ loss / count on each rank gives
+    Σ loss / Σ count over all of them.
     """
     each = [loss_counts(batch) for batch in parts]
     local = {name: sum(counts[name] for counts in each) for name in each[0]}
-    images = sum(len(batch[0]) for batch in parts)
-    *sums, images, stops, world = sum_over_ranks([*local.values(), images, stop, 1])
+    shown = sum(len(batch[0]) for batch in parts)
+    *sums, images, stops, world = sum_over_ranks([*local.values(), shown, stop, 1])
     # A count of 0 (everything ignored) comes with a sum of 0: 0/1, not 0/0.
     counts = dict(zip(local, (total / world or 1.0 for total in sums), strict=True))
     return counts, int(images), stops > 0

@@ -93,7 +93,7 @@ class TrainingState:
         return better
 
     def restore(self, state: Mapping[str, Any], source: str) -> None:
-        """Continue where `state` was captured; UserError if it belongs to another run's settings."""
+        """Continue where `state` was captured; UserError if its settings were others."""
         self._check_same_run(state, source)
         split_states(self.models, state["model"], source)
         if self.ema and "ema" in state:
