@@ -195,7 +195,7 @@ def _salient_cover(draw: _Draw, canvas: _Canvas, shape: _Shape) -> tuple[Tensor,
         blur = max(draw.uniform(0.15, 0.4) * shape.radius, canvas.edge)
         return distance, _smooth(_inside(distance, blur))
     if finish == "hairy":
-        reach = draw.uniform(0.15, 0.35) * shape.radius
+        reach = draw.uniform(0.1, 0.25) * shape.radius
         hair = _hair(draw, x - shape.x, y - shape.y, distance)
         return distance, _inside(distance - reach * hair, max(0.05, canvas.edge))
     cover = _inside(distance, canvas.edge)
@@ -337,8 +337,8 @@ def _hair(draw: _Draw, dx: Tensor, dy: Tensor, distance: Tensor) -> Tensor:
 
 def _colour_pair(draw: _Draw) -> tuple[Tensor, Tensor]:
     """Two RGB colours [3] in 0…1, the second at some distance from the first."""
-    first, second = draw.tensor(2, 3)
-    return first, _mix(first, second, draw.uniform(0.3, 1))
+    first, other = draw.tensor(2, 3)
+    return first, _mix(first, other, draw.uniform(0.3, 1))
 
 
 def _visible_pair(draw: _Draw, ground_colours: Tensor) -> tuple[Tensor, Tensor]:

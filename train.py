@@ -131,12 +131,13 @@ def fit(
     sampler, epochs = loader.batch_sampler, cfg.train.epochs
     steps, (metric, goal) = sampler.steps_per_epoch, task.deciding_metric(cfg)
     models = wrap_models(state.models, device, cfg.train.compile)
-    stop = StopRequest()
+    stop, midway = StopRequest(), False
 
     def after_step(progress: Progress) -> None:
-        stop.agreed = progress.stop
+        nonlocal midway
+        stop.agreed, midway = progress.stop, progress.step < steps
         due = cfg.train.save_steps and progress.step % cfg.train.save_steps == 0
-        if (due or progress.stop) and progress.step < steps:
+        if midway and (due or progress.stop):
             state.epoch, state.step = progress.epoch, progress.step
             state.meters = progress.logger.state_dict()
             run.save(state.capture())
@@ -163,8 +164,8 @@ def fit(
             after_step=after_step,
             stop_requested=lambda: stop.requested is not None,
         )
-        if stop.agreed and state.step != start_step:
-            break  # in the middle of the epoch
+        if stop.agreed and midway:
+            break
         seconds = time.monotonic() - start_time
         losses = {name: m.global_avg for name, m in logger.meters.items() if name != "lr"}
         record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": lr}

@@ -231,3 +231,13 @@ def test_predict_plans_patterns_and_leaves_its_own_output_out():
     assert planned("in/**/b.png", output="o") == ["o/deep/b.png"]
     assert planned("in/a.png", "in/a.png", output="o") == ["o/a.png"]  # named twice, done once
     assert planned("in/a.png", "in/deep", output="o") == ["o/a.png", "o/b.png"]
+
+
+def test_batch_norm_on_a_single_tiny_image_is_explained():
+    argv = ["--set", "data.image_size=32", "--set", "data.train_size=3", "--set", "data.val_size=1"]
+    args = train.parse_args([*argv, "-b", "1", "-j", "0"])
+    init_distributed_mode(args)
+    with pytest.raises(UserError, match=r"--batch-size: batch norm cannot train on one image"):
+        train.main(args)
+    (status,) = Path("runs").rglob("status.json")
+    assert '"failed"' in status.read_text()

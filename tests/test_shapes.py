@@ -51,21 +51,24 @@ def test_every_seed_and_index_gives_another_scene():
 
 def test_the_bytes_of_the_data_set_are_frozen():
     """Every figure ever reported on this data set depends on them."""
-    assert digest(render_scene(0, 0, 64)) == "GOLDEN0"
-    assert digest(render_scene(7, 123456, 96)) == "GOLDEN1"
+    expected = {
+        (0, 0, 64): "80168e9bbdd5083a241ad9377d5769dc20f6e907cc059b3985a806cf83e23abf",
+        (7, 123456, 96): "5a4e94e648115ce20e90be3d839637464313dce942e7827eb326663f0fd72afc",
+    }
+    assert {key: digest(render_scene(*key)) for key in expected} == expected
 
 
 def test_the_number_of_threads_changes_no_byte():
-    # 32,768 elements is the least that torch splits over threads; odd sizes end in partial vectors.
+    # From 32,768 elements on torch splits most work over threads; 185² is more, and odd.
     threads = torch.get_num_threads()
     digests = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2):
             torch.set_num_threads(count)
-            digests.append([digest(render_scene(0, index, 251)) for index in range(4)])
+            digests.append(digest(render_scene(0, 1, 185)))
     finally:
         torch.set_num_threads(threads)
-    assert digests[0] == digests[1] == digests[2]
+    assert digests[0] == digests[1]
 
 
 def test_another_process_draws_the_same_bytes():
@@ -227,7 +230,7 @@ def max_f1(saliency: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 def test_no_threshold_on_a_colour_channel_finds_the_shapes(scenes: list[Scene]):
-    """All salient scores 0.25 on these scenes; u2net_lite passes 0.9 within some hundred steps."""
+    """To call everything salient scores 0.25 on these scenes."""
     image, mask = stacked(scenes, "image").float() / 255, stacked(scenes, "mask")[:, 0] > 0
     high, low = image.amax(1), image.amin(1)
     channels = {

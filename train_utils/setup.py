@@ -71,7 +71,8 @@ def clean_errors() -> Iterator[None]:
     except UserError as error:
         # From a loader worker the message arrives with the worker's traceback before it.
         message = str(error).strip().rpartition("train_utils.errors.UserError: ")[2]
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
