@@ -113,13 +113,16 @@ def predict_chunk(
     if not images:
         return errors
     inputs = torch.stack([task.network_input(cfg, image) for image in images.values()])
-    predictions = forward_chunk(forward, inputs.to(device), device)
+    try:
+        predictions = forward_chunk(forward, inputs.to(device), device)
+    except (RuntimeError, MemoryError) as error:  # too little memory, above all
+        return [f"{printable(job.source)}: {error}" for job in chunk]
     for (i, image), prediction in zip(images.items(), predictions, strict=True):
         try:
             pictures = task.render(cfg, image, prediction, list(chunk[i].outputs), threshold)
             for kind, path in chunk[i].outputs.items():
                 save_image(pictures[kind], path)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError) as error:
             errors[i] = f"{printable(chunk[i].source)}: {error}"
     return errors
 

@@ -29,7 +29,14 @@ from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger
-from train_utils.run_folder import BEST, RunFolder, choose_run_folder, contact_sheet, find_resume
+from train_utils.run_folder import (
+    BEST,
+    LAST,
+    RunFolder,
+    choose_run_folder,
+    contact_sheet,
+    find_resume,
+)
 from train_utils.setup import (
     clean_errors,
     default_workers,
@@ -37,7 +44,7 @@ from train_utils.setup import (
     seed_everything,
     wrap_models,
 )
-from train_utils.stop import StopRequest, exit_if_stopped
+from train_utils.stop import StopRequest, agree_to_stop, exit_stopped
 from train_utils.train_and_eval import Progress, Sample, StepOptions
 from train_utils.training_state import TrainingState, resumed_global_batch
 
@@ -50,6 +57,9 @@ def main(args: argparse.Namespace) -> None:
     device, log = torch.device(args.device), get_logger()
     task, cfg, resume, saved = configure(args)
     seed_everything(cfg.train.seed, cfg.train.deterministic)
+    if args.test_only:
+        test(args, task, cfg, cfg.train.weights or str(resume))
+        return
 
     # Data. What a step's samples are does not depend on the number of processes or workers.
     train_set, val_set = task.build_datasets(cfg)
@@ -65,8 +75,7 @@ def main(args: argparse.Namespace) -> None:
         world_size=args.world_size,
         seed=cfg.train.seed,
     )
-    workers = cfg.train.workers
-    workers = default_workers(device, args.local_world_size) if workers is None else workers
+    workers = worker_count(cfg, args, device)
     loader = train_loader(train_set, sampler, workers, device)
     val_loader = eval_loader(
         val_set, cfg.eval.batch_size, workers, device, args.rank, args.world_size
@@ -92,10 +101,7 @@ def main(args: argparse.Namespace) -> None:
     )
     if saved:
         state.restore(saved, str(resume))
-    if args.test_only:
-        scores = score(task, cfg, state, val_loader, device)
-        log.info("  ".join(f"{name}: {value:.5f}" for name, value in scores.items()))
-        return
+        saved.clear()  # half a gigabyte, for a large network
 
     # The run.
     path = choose_run_folder(args.output_dir, resume, Path(args.config or DEFAULT_CONFIG).stem)
@@ -115,6 +121,24 @@ def main(args: argparse.Namespace) -> None:
             ema=state.ema,
         )
         fit(task, cfg, state, run, loader, val_loader, options, device)
+
+
+def test(args: argparse.Namespace, task: ModuleType, cfg: Any, weights: str) -> None:
+    """Evaluate weights on the recipe's validation data."""
+    device = torch.device(args.device)
+    networks = task.build_models(cfg)
+    split_states(networks, tasks.read_weights(task, weights), weights)
+    dataset = task.build_val_dataset(cfg)
+    call_on_main(lambda: check_pairs(dataset))
+    workers = worker_count(cfg, args, device)
+    loader = eval_loader(dataset, cfg.eval.batch_size, workers, device, args.rank, args.world_size)
+    score(task, cfg, place_models(networks, device, sync_bn=False), loader, device)
+
+
+def worker_count(cfg: Any, args: argparse.Namespace, device: torch.device) -> int:
+    """Loader processes per training process."""
+    asked = cfg.train.workers
+    return default_workers(device, args.local_world_size) if asked is None else asked
 
 
 def fit(
@@ -166,42 +190,49 @@ def fit(
         )
         if stop.agreed and midway:
             break
+        state.lr = state.lr if lr != lr else lr  # nan: all steps were done before a restart
         seconds = time.monotonic() - start_time
         losses = {name: m.global_avg for name, m in logger.meters.items() if name != "lr"}
-        record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": lr}
+        record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": state.lr}
         record |= {f"train/{name}": value for name, value in losses.items()}
         record |= {"img_per_s": logger.images / seconds, "time_s": seconds}
 
         evaluated = (epoch + 1) % cfg.train.eval_interval == 0 or epoch + 1 == epochs
         if evaluated:
-            scores = score(task, cfg, state, val_loader, device, run, record["step"])
+            if start_step < steps:  # a stop or crash in the evaluation must not cost the epoch
+                state.epoch, state.step, state.meters = epoch, steps, logger.state_dict()
+                run.save(state.capture())
+            networks = {name: ema.module for name, ema in state.ema.items()} or state.models
+            scores = score(task, cfg, networks, val_loader, device, run, record["step"])
             record |= {f"val/{name}": value for name, value in scores.items()}
         best = evaluated and state.note_scores(scores, metric, goal)
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         run.log_epoch(record)
         run.save(state.capture(), best, epoch if evaluated else None, cfg.train.keep)
-        if stop.agreed:
+        agree_to_stop(stop)
+        if stop.agreed and epoch + 1 < epochs:
             break
-    exit_if_stopped(stop, run, state)
+    if state.epoch < epochs:
+        exit_stopped(stop, run, state)
     run.status("finished", epoch=state.epoch, best=state.best_scores)
+    checkpoint = next(path for path in (run.path / BEST, run.path / LAST) if path.exists())
     get_logger().info(
         f"best: {'  '.join(f'{k}: {v:.5f}' for k, v in state.best_scores.items())}\n"
-        f"checkpoint: {run.path / BEST}\n"
-        f"next: python predict.py YOUR_IMAGE.jpg --weights {run.path / BEST}"
+        f"checkpoint: {checkpoint}\n"
+        f"next: python predict.py YOUR_IMAGE.jpg --weights {checkpoint}"
     )
 
 
 def score(
     task: ModuleType,
     cfg: Any,
-    state: TrainingState,
+    networks: dict[str, torch.nn.Module],
     loader: DataLoader,
     device: torch.device,
     run: RunFolder | None = None,
     step: int = 0,
 ) -> dict[str, float]:
-    """Evaluate the averaged weights if there are any, else the trained ones; returns the scores."""
-    networks = {name: average.module for name, average in state.ema.items()} or state.models
+    """Evaluate networks; returns the scores, and gives a run its pictures."""
     samples: list[Sample] = []
     metrics = evaluate(
         networks,
@@ -230,10 +261,11 @@ def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, d
     overrides = merge(
         {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
     )
-    if overrides.get("data", {}).keys() & {"root", "images"}:
-        overrides["data"].setdefault("name", None)  # the flags say which data is meant
+    overrides["data"] = tasks.meant_data(overrides.get("data", {}))
     resume = find_resume(args.resume, args.output_dir, Path(args.config or DEFAULT_CONFIG).stem)
     saved = load_training_state(resume) if resume else None
+    if saved:
+        saved["args"] = tasks.complete(saved["args"], str(resume))
     values, source = (saved["args"], str(resume)) if saved else ({}, "")
     if args.config or not saved:
         source = str(args.config or DEFAULT_CONFIG)

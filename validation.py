@@ -35,8 +35,8 @@ from train_utils.setup import clean_errors, default_workers, place_models
 
 def main(args: argparse.Namespace) -> None:
     """Score and report, as rank `args.rank` of `args.world_size` processes."""
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist. Make it first.")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        raise UserError(f"--json {args.json}: not a file in a folder that exists. Make it first.")
     scores = score_files(args) if args.predictions else score_weights(args)
     if not is_main_process():
         return
@@ -101,11 +101,7 @@ def report(metrics: tuple[ExactMetric, ...]) -> dict[str, float]:
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """The command line's part of the config."""
     data = {"root": args.data_path, "images": args.images, "masks": args.masks}
-    data = {key: value for key, value in data.items() if value is not None}
-    if data:
-        # The command line says which data is meant; the checkpoint's own folders do not count.
-        cleared = dict.fromkeys(("name", "root", "images", "masks", "val_images", "val_masks"))
-        data = {**cleared, **data}
+    data = tasks.meant_data({key: value for key, value in data.items() if value is not None})
     evaluation = {"post_norm": True} if args.post_norm else {}
     return merge({"data": data, "eval": evaluation}, parse_assignments(args.set))
 

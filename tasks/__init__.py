@@ -3,14 +3,14 @@
 A task module defines `Config` (its sections of the YAML), `METRICS` (name → "max" or "min", the
 first one decides the best checkpoint by default), and the functions
 
-    build_datasets(cfg, transforms…)       training and validation datasets
-    build_models(cfg)                      networks by name
-    build_optimizers(cfg, models, steps)   optimizers and schedules by network
-    loss_counts(batch), train_step(cfg)    what the loop calls in every step
-    make_metrics(cfg), predict(cfg), results(metrics)
-    sheet_rows(sample), curves(metrics)    pictures for TensorBoard
-    adopt_weights(state_dict)              other projects' weights of the same networks
-    write_prediction(…)                    what predict.py writes
+    build_datasets(cfg), build_val_dataset(cfg, all_pairs)   the data
+    build_models(cfg)                                        networks by name
+    build_optimizers(cfg, models, steps_per_epoch)           optimizers and schedules by network
+    loss_counts(batch), train_step(cfg)                      what the loop calls in every step
+    predict(cfg), make_metrics(cfg), results(metrics), deciding_metric(cfg)
+    sheet_row(sample), curves(metrics)                       pictures for TensorBoard
+    network_input(cfg, image), render(cfg, …)                what predict.py feeds and writes
+    adopt_weights(state_dict)                                weights of other projects
 """
 
 from importlib import import_module
@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from train_utils.checkpoint import load_weights, split_states
-from train_utils.config import build, merge
+from train_utils.config import build, merge, to_dict
 from train_utils.errors import UserError
 
 _NOT_TASKS = {"__init__", "settings"}
@@ -48,6 +48,25 @@ def read_config(
     task = load_task(str(merge(values, overrides).get("task", "saliency")))
     build(task.Config, values, source)
     return task, build(task.Config, merge(values, overrides), "command line")
+
+
+def complete(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A checkpoint's config with the defaults of keys that are newer than the checkpoint."""
+    return to_dict(build(load_task(str(values.get("task"))).Config, values, source))
+
+
+def meant_data(flags: dict[str, Any]) -> dict[str, Any]:
+    """Data settings of a command line that names folders, without those that it replaces.
+
+    `root` and `images` each say by themselves which data is meant: folders of a recipe or of a
+    checkpoint no longer count.
+    """
+    replaced = []
+    if "root" in flags:
+        replaced = ["name", "images", "masks", "val_images", "val_masks"]
+    elif "images" in flags or "masks" in flags:
+        replaced = ["name", "root", "val_images", "val_masks"]
+    return {**dict.fromkeys(replaced), **flags}
 
 
 def load_models(
@@ -84,6 +103,5 @@ def _recognise(state_dict: dict, weights: str | Path) -> tuple[ModuleType, dict,
             return task, *found
     raise UserError(
         f"{weights}: these weights fit none of the networks here; the file has {len(state_dict)} "
-        f"tensors, such as {', '.join(list(state_dict)[:3])}. If it is a variant of one of them, "
-        "train.py --weights tells what differs."
+        f"tensors, such as {', '.join(list(state_dict)[:3])}. Use another file."
     )

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 import src
 from my_dataset import DUTSDataset, PairFolderDataset, ShapesDataset, split_pairs
-from src.u2net import from_official, identify, is_official
+from src.u2net import from_official, is_official
 from tasks.settings import BaseConfig
 from train_utils.errors import UserError
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, prediction_at
@@ -62,16 +62,19 @@ class DataConfig:
             raise ValueError("std: every value must be positive")
         if not 0 <= self.hflip <= 1:
             raise ValueError("hflip: must lie between 0 and 1")
+        self.name = self.name or ("folders" if self.images else "duts" if self.root else "shapes")
+        folders = self.name == "folders"
+        if (folders or self.masks) and not (self.images and self.masks):
+            raise ValueError("images, masks: need each other. Give --images DIR --masks DIR.")
+        if (self.val_images or self.val_masks) and not folders:
+            raise ValueError("val_images: go with --images DIR --masks DIR. Add them.")
+        if bool(self.val_images) != bool(self.val_masks):
+            raise ValueError("val_images, val_masks: need each other. Give both.")
 
     @property
     def crop(self) -> int:
         """Side of the training crop."""
         return self.crop_size or max(1, round(0.9 * self.image_size))
-
-    @property
-    def kind(self) -> str:
-        """The dataset that these settings mean."""
-        return self.name or ("folders" if self.images else "duts" if self.root else "shapes")
 
 
 @dataclass
@@ -97,12 +100,12 @@ def build_datasets(cfg: Config) -> tuple[Dataset, Dataset]:
     """Training and validation pairs."""
     data = cfg.data
     train = SaliencyTrain(data.image_size, data.crop, data.hflip)
-    if data.kind == "shapes":
+    if data.name == "shapes":
         shapes = ShapesDataset(data.image_size, data.seed, data.train_size, transforms=train)
         return shapes, build_val_dataset(cfg)
-    if data.kind == "duts":
+    if data.name == "duts":
         return DUTSDataset(_root(data), train=True, transforms=train), build_val_dataset(cfg)
-    pairs = PairFolderDataset(*_folders(data), transforms=train)
+    pairs = PairFolderDataset(data.images, data.masks, transforms=train)
     if data.val_images:
         return pairs, build_val_dataset(cfg)
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0]), build_val_dataset(
@@ -114,17 +117,15 @@ def build_val_dataset(cfg: Config, all_pairs: bool = False) -> Dataset:
     """Validation pairs; `all_pairs`: of a pair of folders take all, not the held-out share."""
     data = cfg.data
     transforms = SaliencyEval(data.image_size)
-    if data.kind == "shapes":
+    if data.name == "shapes":
         return ShapesDataset(
             data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms=transforms
         )
-    if data.kind == "duts":
+    if data.name == "duts":
         return DUTSDataset(_root(data), train=False, transforms=transforms)
     if data.val_images:
-        if not data.val_masks:
-            raise UserError("data.val_images: given without masks. Add --val-masks DIR.")
         return PairFolderDataset(data.val_images, data.val_masks, transforms=transforms)
-    pairs = PairFolderDataset(*_folders(data), transforms=transforms)
+    pairs = PairFolderDataset(data.images, data.masks, transforms=transforms)
     if all_pairs:
         return pairs
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[1])
@@ -137,12 +138,6 @@ def _root(data: DataConfig) -> str:
             "by --data-path DIR, or your own folders by --images DIR --masks DIR."
         )
     return data.root
-
-
-def _folders(data: DataConfig) -> tuple[str, str]:
-    if not data.images or not data.masks:
-        raise UserError("data.images, data.masks: both are needed. Give --images DIR --masks DIR.")
-    return data.images, data.masks
 
 
 # -- networks -------------------------------------------------------------------------------------
@@ -169,12 +164,21 @@ def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch:
 
 
 def adopt_weights(state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
-    """(config values, weights in our names) of U²-Net weights, also the authors'; else None."""
+    """(config values, weights in our names) of U²-Net weights, also the authors'; else None.
+
+    Weights that fit a network in part only are given its name too: loading them then lists what
+    differs.
+    """
     converted = from_official(state_dict) if is_official(state_dict) else state_dict
-    network = identify(converted)
-    if network is None or network[1] != 1:
-        return None
-    return {"model": {"name": network[0]}}, converted
+    fitting = {}
+    for name in ("u2net_lite", "u2net_full"):
+        with torch.device("meta"):
+            own = getattr(src, name)().state_dict()
+        fitting[name] = sum(
+            key in converted and converted[key].shape == value.shape for key, value in own.items()
+        )
+    nearest = max(fitting, key=fitting.__getitem__)
+    return ({"model": {"name": nearest}}, converted) if fitting[nearest] else None
 
 
 # -- steps ----------------------------------------------------------------------------------------

@@ -62,6 +62,9 @@ class EvalConfig:
     batch_size: int = 8  # images read at a time; changes no result
     post_norm: bool = False  # stretch each prediction to [0, 1] before it is scored and written
 
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", "must be at least 1")
+
 
 @dataclass
 class BaseConfig:

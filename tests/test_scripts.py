@@ -92,7 +92,8 @@ def test_checkpoint_speaks_the_usual_dialect(trained):
     assert state["epoch"] == 1
     assert state["args"]["data"]["image_size"] == 48
     best = max(record["val/maxF1"] for record in records(path))
-    assert weights(path, "model_best.pth")["best"] == best == state["best"]
+    assert weights(path, "model_best.pth")["best_scores"]["maxF1"] == best
+    assert state["best_scores"]["maxF1"] == best
 
 
 def test_tensorboard_has_scalars_sheet_and_curve(trained):

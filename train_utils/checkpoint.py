@@ -18,7 +18,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "net")
 
 
-def save_checkpoint(state: Mapping[str, Any], path: Path, links: tuple[Path, ...] = ()) -> None:
+def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> None:
     """Write `state` (plain types and tensors only) to `path`, atomically.
 
     The file appears under its name only when it is complete and on the disk, so that a kill at any
@@ -29,7 +29,7 @@ def save_checkpoint(state: Mapping[str, Any], path: Path, links: tuple[Path, ...
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         for link in links:
@@ -37,7 +37,8 @@ def save_checkpoint(state: Mapping[str, Any], path: Path, links: tuple[Path, ...
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk surfaces as either
-        temporary.unlink(missing_ok=True)
+        for unfinished in (path, *links):
+            unfinished.with_name(f".{unfinished.name}.tmp").unlink(missing_ok=True)
         raise UserError(
             f"{path}: the checkpoint could not be written ({error}). The earlier files are kept; "
             "free disk space or choose another --output-dir, then continue with --resume auto."
@@ -49,8 +50,11 @@ def _link(source: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
-    except OSError:
-        temporary.write_bytes(source.read_bytes())
+    except OSError:  # a file system without links
+        with temporary.open("wb") as file:
+            file.write(source.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(target)
 
 
@@ -88,12 +92,17 @@ def load_file(path: str | Path) -> Any:
 
 def _check_intact(path: Path) -> None:
     # torch.load skips the CRCs of the zip archive: a flipped bit would load as wrong weights.
-    with path.open("rb") as file:
-        head = file.read(2)
+    try:
+        with path.open("rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
     if not head:
         raise UserError(f"{path}: the file is empty. Use an earlier checkpoint.")
+    if head[:1] == b"\x80":
+        return  # a bare pickle, torch's old format, which has no checksums
     if head != b"PK":
-        return  # torch's old format, which has no checksums
+        raise UserError(f"{path}: not a checkpoint. Give a file written by torch.save (.pth).")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -134,7 +143,8 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
     state_dicts under the usual keys; `module.` and `_orig_mod.` prefixes are removed.
     """
     content = load_file(path)
-    config = content.get("args") if isinstance(content, dict) else None
+    ours = isinstance(content, dict) and "next_epoch" in content
+    config = content.get("args") if ours else None
     found = content
     if isinstance(content, dict) and not _is_state_dict(content):
         keys = ("ema", *_STATE_KEYS)

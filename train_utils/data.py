@@ -5,6 +5,7 @@ to sample, so the number of workers, of processes and of restarts changes no sam
 """
 
 import hashlib
+import os
 import random
 import signal
 import sys
@@ -184,12 +185,15 @@ class ShardSampler(Sampler[SampleKey]):
         return (SampleKey(0, index) for index in self.indices)
 
 
-def _quiet_signals(_worker: int) -> None:
-    # The launcher decides what a signal means; its handlers must not live on in the workers, where
-    # they would swallow the SIGTERM that ends a worker.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_script(_worker: int) -> None:
+    # A signal to the process group (Ctrl-C, torchrun, timeout) is for the script, which saves and
+    # then ends its workers; workers that died first would end it in the middle of the save.
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the script ends its workers
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def train_loader(
@@ -221,7 +225,7 @@ def _loader(dataset: Dataset, workers: int, device: torch.device, **sampling: An
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_quiet_signals,
+        worker_init_fn=_leave_signals_to_the_script,
         # An own generator: by default every new iterator draws from the global one.
         generator=torch.Generator(),
         **sampling,

@@ -181,10 +181,10 @@ def read_launch_environment() -> Launch | None:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", 0))
-        return Launch(int(env["RANK"]), world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        # Launchers that start one process a pod set no LOCAL_ variables.
+        local_rank, local_world = env.get("LOCAL_RANK", "0"), env.get("LOCAL_WORLD_SIZE", "1")
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(local_rank), int(local_world))
+    if _is_srun_task():
         return _read_slurm()
     if "RANK" in env or "WORLD_SIZE" in env:
         raise UserError(
@@ -192,6 +192,14 @@ def read_launch_environment() -> Launch | None:
             "or unset it to run a single process."
         )
     return None
+
+
+def _is_srun_task() -> bool:
+    """Whether srun started this process; a batch script without srun has SLURM_NTASKS as well."""
+    env = os.environ
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    batch_script = "SLURM_JOB_ID" in env and "SLURM_STEP_NUM_TASKS" not in env
+    return "SLURM_PROCID" in env and int(tasks) > 1 and not batch_script
 
 
 def _read_slurm() -> Launch:
@@ -224,11 +232,15 @@ def _first_slurm_host() -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
+def cpu_cores(local_world_size: int = 1) -> int:
+    """This process's share of the node's cores, at least 1."""
+    if per_task := os.environ.get("SLURM_CPUS_PER_TASK"):
+        return int(per_task)  # srun has bound the task to its own cores already
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // local_world_size)
 
 
 def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -238,19 +250,20 @@ def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) ->
     silent fall-back to the CPU for a device that was asked for by name.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device("cuda" if name == "auto" and count else name.replace("auto", "cpu"))
-    except RuntimeError as error:
-        raise UserError(
-            f"--device {name}: no such device. Use auto, cpu, cuda or cuda:0."
-        ) from error
-    if device.type != "cuda":
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: no such device. Use auto, cpu, cuda or cuda:0.")
+    device = torch.device(name)
+    if device.type == "cpu":
         return device
     if not count:
         raise UserError(
             f"--device {name}: torch sees no GPU. Use --device cpu, or install the GPU driver and "
             "a CUDA build of torch."
         )
+    if "SLURM_GPUS_PER_TASK" in os.environ:  # each task sees its own GPU only, as number 0
+        local_rank, local_world_size = 0, 1
     if local_world_size > count:
         raise UserError(
             f"--device {name}: {local_world_size} processes on this node but {count} GPU(s). "
@@ -300,15 +313,16 @@ def init_distributed_mode(args: Namespace) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"{address}: rank {rank} of {world} could not join the process group ({error}). "
-            "Check that the port is free (--master-port) and that all nodes use the same address."
+            "Check that the port is free (--master-port), that all nodes use the same address, and "
+            "that the host's name resolves (else export GLOO_SOCKET_IFNAME)."
         ) from error
 
 
 def _share_cores(local_world_size: int) -> None:
     # torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves most cores idle; a larger
-    # number can only come from the user and is kept.
-    if int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0] or 1) <= 1:
-        torch.set_num_threads(max(1, cpu_cores() // local_world_size))
+    # number can only come from the user and is kept. A single process has torch's own default.
+    if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(cpu_cores(local_world_size))
 
 
 def refuse_launcher(script: str) -> None:

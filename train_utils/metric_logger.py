@@ -1,7 +1,6 @@
 """Meters and the progress line of a loop."""
 
 import math
-import resource
 import sys
 import time
 from collections import deque
@@ -102,6 +101,11 @@ class MetricLogger:
     def meters(self) -> dict[str, SmoothedValue]:
         """All meters by name, with every pending value read."""
         self.flush()
+        return self._meters
+
+    @property
+    def read(self) -> dict[str, SmoothedValue]:
+        """All meters by name, as far as they have been read from the device."""
         return self._meters
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
@@ -221,6 +225,10 @@ def peak_memory_mb() -> float:
     """Peak memory of the current GPU's allocator, or of this process without a GPU, in MB."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # there is none on Windows
+
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from train_utils.checkpoint import save_checkpoint
 from train_utils.config import dump_yaml
-from train_utils.distributed_utils import broadcast_object, is_main_process, mkdir
+from train_utils.distributed_utils import (
+    broadcast_object,
+    call_on_main,
+    is_main_process,
+    mkdir,
+)
 from train_utils.errors import UserError
 from train_utils.log import get_logger, log_to_file
 
@@ -20,14 +25,34 @@ LAST, BEST = "last.pth", "model_best.pth"
 
 
 def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: str) -> Path:
-    """`output_dir`, or the resumed run's own, or a new runs/<config>/<time>.
+    """`output_dir`, or the resumed run's own, or a new runs/<config>/<time>; it is there then.
 
-    Rank 0 chooses for all ranks, whose clocks may differ.
+    Rank 0 chooses for all ranks, whose clocks may differ. Raises UserError for a folder that holds
+    another run or cannot be written.
     """
     if output_dir or resume:
-        return Path(output_dir) if output_dir else resume.parent  # type: ignore[union-attr]
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(broadcast_object(str(Path("runs", config_name, stamp))))
+        path = Path(output_dir) if output_dir else resume.parent  # type: ignore[union-attr]
+    else:
+        path = Path("runs", config_name, time.strftime("%Y%m%d-%H%M%S"))
+
+    def prepare() -> str:
+        if not resume and (path / LAST).exists():
+            raise UserError(
+                f"{path}: holds a run already. Continue it with --resume auto, or choose another "
+                "--output-dir."
+            )
+        mkdir(path)
+        probe = path / ".writable"
+        try:
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}). Choose another --output-dir."
+            ) from error
+        return str(path)
+
+    return Path(call_on_main(prepare))
 
 
 def find_resume(request: str | None, output_dir: str | None, config_name: str) -> Path | None:
@@ -76,27 +101,18 @@ class RunFolder:
         self.writer: Any = None
         if not is_main_process():
             return
-        mkdir(path)
-        self._check_writable()
         log_to_file(path / "log.txt")
         dump_yaml(dict(config), path / "config.yaml")
         self._keep_records_before(epoch)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(path), purge_step=step, flush_secs=30)
+        self.writer = SummaryWriter(str(path), purge_step=step + 1, flush_secs=30)
         self.status("running", step=step)
 
-    def _check_writable(self) -> None:
-        probe = self.path / ".writable"
-        try:
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}). Choose another --output-dir."
-            ) from error
-
     def _keep_records_before(self, epoch: int) -> None:
+        for file in self.path.glob("model_[0-9]*.pth"):
+            if int(file.stem.partition("_")[2]) >= epoch:
+                file.unlink()
         metrics = self.path / "metrics.jsonl"
         results = self.path / "results.txt"
         if metrics.exists():
@@ -180,9 +196,11 @@ class RunFolder:
         links = [self.path / BEST] if best else []
         if numbered is not None and keep > 0:
             links.append(self.path / f"model_{numbered:04d}.pth")
+        self.writer.flush()  # what the checkpoint will not do again must be on the disk
         save_checkpoint(state, self.path / LAST, tuple(links))
-        for old in sorted(self.path.glob("model_[0-9]*.pth"))[: -keep or None]:
-            old.unlink()
+        if numbered is not None:
+            for old in sorted(self.path.glob("model_[0-9]*.pth"))[: -keep or None]:
+                old.unlink()
 
     def status(self, state: str, **details: Any) -> None:
         """Write status.json: running, finished, stopped or failed, and why."""

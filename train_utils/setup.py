@@ -59,13 +59,16 @@ def place_models(
 
 def default_workers(device: torch.device, local_world_size: int) -> int:
     """Loader processes per training process: a CPU's cores are busy training, a GPU's are free."""
-    cores = cpu_cores() // max(1, local_world_size)
-    return min(8, cores) if device.type == "cuda" else min(1, cores - 1)
+    cores = cpu_cores(local_world_size)
+    return min(8, cores) if device.type == "cuda" else int(cores > 1)
 
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
     """Print what a user can put right as one line and exit with 1; other errors keep a trace."""
+    for stream in (sys.stdout, sys.stderr):  # a console that cannot show "→" must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -3,7 +3,9 @@
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
+from train_utils.distributed_utils import sum_over_ranks
 from train_utils.log import get_logger
 from train_utils.run_folder import RunFolder
 from train_utils.training_state import TrainingState
@@ -32,10 +34,15 @@ class StopRequest:
         get_logger().warning(f"{name}: stopping after this step (Ctrl-C again: at once)")
 
 
-def exit_if_stopped(stop: StopRequest, run: RunFolder, state: TrainingState) -> None:
+def agree_to_stop(stop: StopRequest) -> None:
+    """Learn at the end of an epoch whether any rank has been asked to stop meanwhile."""
+    (requests,) = sum_over_ranks([stop.requested is not None])
+    stop.agreed = stop.agreed or requests > 0
+
+
+def exit_stopped(stop: StopRequest, run: RunFolder, state: TrainingState) -> NoReturn:
     """End a stopped run: say where it stands and how to continue, and exit as the signal would."""
-    if not stop.agreed:
-        return
+    sum_over_ranks([0])  # rank 0 has saved: a rank that left earlier would have it terminated
     reason = stop.requested or "SIGTERM"  # another rank's
     run.status("stopped", reason=reason, epoch=state.epoch, step=state.step)
     get_logger().info(

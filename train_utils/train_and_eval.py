@@ -1,5 +1,6 @@
 """The training loop and the evaluation loop that every task and both launchers share."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
 from train_utils.normalize import normalize_images
+
+HOW_TO_TAME = (
+    "Lower --lr, try --amp off or gradient clipping (--set train.clip_norm=1), and check the "
+    "images. The last checkpoint is from before."
+)
 
 Models = Mapping[str, nn.Module]
 Batch = tuple[Any, ...]
@@ -110,7 +116,8 @@ def train_one_epoch(
     names. `start_step` is the number of optimizer steps of this epoch done before a restart.
     `after_step` is called after every optimizer step. When `stop_requested` is true on any rank,
     all ranks end the epoch after the same step.
-    Raises UserError when a loss is not finite, on all ranks alike, when the next line is printed.
+    Raises UserError when a loss is not finite, on all ranks alike, once the values have been read
+    for a line or a checkpoint.
     """
     models, optimizers = _named(model), _named(optimizer)
     schedulers, scalers = _named(lr_scheduler), _named(scaler)
@@ -125,6 +132,7 @@ def train_one_epoch(
     for step, parts in enumerate(
         logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", start_step), start_step
     ):
+        check_finite(logger.read, epoch)
         if options.seed is not None:
             torch.manual_seed(stable_seed(options.seed, first_step + step - start_step, get_rank()))
         counts, images, stop = _agree(parts, loss_counts, stop_requested())
@@ -136,24 +144,16 @@ def train_one_epoch(
             after_step(Progress(epoch, step + 1, logger, stop))
         if stop:
             break
-    check_finite(logger, epoch)
+    check_finite(logger.meters, epoch)
     first_loss = next((meter for name, meter in logger.meters.items() if name != "lr"), None)
     return first_loss.global_avg if first_loss else float("nan"), logger.meters["lr"].value
 
 
-def check_finite(logger: MetricLogger, epoch: int) -> None:
-    """Raise UserError naming the terms whose epoch totals are not finite."""
-    bad = [name for name, meter in logger.meters.items() if not _is_finite(meter.total)]
+def check_finite(meters: Mapping[str, SmoothedValue], epoch: int) -> None:
+    """Raise UserError naming the terms whose totals over the epoch are not finite."""
+    bad = [name for name, meter in meters.items() if not math.isfinite(meter.total)]
     if bad:
-        raise UserError(
-            f"epoch {epoch}: {', '.join(bad)} became NaN or infinite. Lower --lr, try --amp off or "
-            "gradient clipping (--set train.clip_norm=1), and check the images; the last "
-            "checkpoint is from before."
-        )
-
-
-def _is_finite(number: float) -> bool:
-    return number - number == 0
+        raise UserError(f"epoch {epoch}: {', '.join(bad)} became NaN or infinite. {HOW_TO_TAME}")
 
 
 class _Windows:
@@ -272,12 +272,14 @@ def _named(value: Any) -> dict[str, Any]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch, without waiting for the copies."""
+    """Move the tensors in nested tuples, lists and dicts, without waiting for the copies."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {name: to_device(item, device) for name, item in batch.items()}
-    return type(batch)(to_device(item, device) for item in batch)
+    if isinstance(batch, (list, tuple)):
+        return [to_device(item, device) for item in batch]
+    return batch
 
 
 # -- evaluation -----------------------------------------------------------------------------------
@@ -328,6 +330,8 @@ def evaluate(
             for output, target in zip(outputs, targets, strict=True)
         ]
 
+    for metric in metrics:
+        metric.state = metric.state.to(device)  # or each image's would wait to come to the host
     modes = eval_mode(models)
     try:
         chunks = _Tee(_chunks(data_loader, chunk_size(device)), keep)

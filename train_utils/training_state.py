@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from train_utils.checkpoint import join_states, split_states
+from train_utils.checkpoint import FORMAT, join_states, split_states
 from train_utils.config import diff
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
 from train_utils.log import get_logger
+from train_utils.train_and_eval import HOW_TO_TAME
 
 # Settings that may change at a restart, because they change neither the samples nor the steps.
 _FREE = (
@@ -40,9 +42,9 @@ _FREE = (
 class TrainingState:
     """The moving parts of a run; `epoch` and `step` are where training continues.
 
-    `step` counts the optimizer steps done of `epoch`; `best` maps the deciding metric to its best
-    value so far and `scores` are all metrics of that moment; `meters` are the running means of an
-    epoch that a restart splits.
+    `step` counts the optimizer steps done of `epoch` (all of them: only its evaluation is left) and
+    `lr` is the last one's rate; `best_scores` are all metrics of the best evaluation; `meters` are
+    the running means of an epoch that a restart splits.
     """
 
     models: dict[str, nn.Module]  # unwrapped
@@ -56,14 +58,20 @@ class TrainingState:
     world_size: int
     epoch: int = 0
     step: int = 0
-    best: float | None = None
+    lr: float = float("nan")
     best_scores: dict[str, float] = field(default_factory=dict)
     meters: dict[str, list[float]] = field(default_factory=dict)
 
     def capture(self) -> dict[str, Any]:
-        """A checkpoint of plain types and tensors, under the keys that users of the recipe know."""
+        """A checkpoint of plain types and tensors, under the keys that users of the recipe know.
+
+        Raises UserError, on all ranks alike, if a weight is not finite: such a checkpoint would
+        replace one that training can continue from.
+        """
+        self._check_finite()
         averages = {name: ema.module for name, ema in self.ema.items()}
         return {
+            "format": FORMAT,
             "model": join_states(self.models),
             **({"ema": join_states(averages)} if averages else {}),
             "ema_steps": {name: ema.steps for name, ema in self.ema.items()},
@@ -73,7 +81,7 @@ class TrainingState:
             "epoch": self.epoch if self.step else self.epoch - 1,  # the epoch trained last
             "next_epoch": self.epoch,
             "next_step": self.step,
-            "best": self.best,
+            "lr": self.lr,
             "best_scores": self.best_scores,
             "meters": self.meters,
             "num_samples": self.num_samples,
@@ -82,15 +90,23 @@ class TrainingState:
             "args": self.config,
         }
 
+    def _check_finite(self) -> None:
+        for name, model in self.models.items():
+            norms = torch.stack(torch._foreach_norm([p.detach() for p in model.parameters()]))
+            if not norms.isfinite().all():
+                raise UserError(
+                    f"epoch {self.epoch}: weights of {name} became NaN or infinite. {HOW_TO_TAME}"
+                )
+
     def note_scores(self, scores: dict[str, float], metric: str, goal: str) -> bool:
         """Keep `scores` if their `metric` is the best so far (`goal`: max or min); nan never is."""
-        value = scores[metric]
+        value, best = scores[metric], self.best_scores.get(metric)
         if value != value:
             return False
-        better = self.best is None or (value > self.best if goal == "max" else value < self.best)
-        if better:
-            self.best, self.best_scores = value, dict(scores)
-        return better
+        if best is not None and (value <= best if goal == "max" else value >= best):
+            return False
+        self.best_scores = dict(scores)
+        return True
 
     def restore(self, state: Mapping[str, Any], source: str) -> None:
         """Continue where `state` was captured; UserError if its settings were others."""
@@ -106,11 +122,12 @@ class TrainingState:
             ("scaler", self.scalers),
         ):
             for name, saved in _named_states(objects, state.get(key, {})).items():
-                if saved:
+                if saved and objects[name] is not None:  # fp16's scaler has no use in bf16
                     objects[name].load_state_dict(saved)
+        for name, schedule in self.schedulers.items():
+            _apply_schedule(self.optimizers[name], schedule)
         self.epoch, self.step = state["next_epoch"], state["next_step"]
-        self.best, self.best_scores = state["best"], state["best_scores"]
-        self.meters = state["meters"]
+        self.best_scores, self.meters, self.lr = state["best_scores"], state["meters"], state["lr"]
         if state["world_size"] != self.world_size:
             get_logger().info(
                 f"continuing with {self.world_size} process(es) instead of {state['world_size']}: "
@@ -137,14 +154,23 @@ class TrainingState:
 
 def resumed_global_batch(state: Mapping[str, Any], requested: int, world_size: int) -> int:
     """The checkpoint's global batch; UserError if the same processes ask for another one."""
-    saved = state["global_batch"]
-    if requested != saved and state["world_size"] == world_size:
+    saved, train = state["global_batch"], state["args"]["train"]
+    # A run that changed its world size keeps a global batch that its own settings no longer give.
+    as_before = requested == train["batch_size"] * train["accumulate"] * world_size
+    if requested != saved and not as_before and state["world_size"] == world_size:
         raise UserError(
             f"--batch-size: the run has a global batch of {saved} images per step, these settings "
             f"ask for {requested}. Continue with -b {saved // world_size or 1} and the same "
             "train.accumulate, or start a new run with --weights."
         )
     return saved
+
+
+def _apply_schedule(optimizer: Any, schedule: Any) -> None:
+    # The checkpoint's rate belongs to the checkpoint's schedule; more epochs make it another one.
+    factors = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, factor in factors:
+        group["lr"] = base * factor(schedule.last_epoch)
 
 
 def _states(objects: dict[str, Any]) -> dict[str, Any]:
