@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from train_utils import save_on_master
 from train_utils.checkpoint import (
     load_file,
     load_into,
@@ -112,6 +113,7 @@ def test_weights_in_every_usual_wrapping(tmp_path, model, wrap):
 def test_the_moving_average_is_what_is_used(tmp_path, model):
     average = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     content = {"model": model.state_dict(), "ema": average, "args": {"task": "saliency"}}
+    content["next_epoch"] = 1
     save_checkpoint(content, tmp_path / "w.pth")
     loaded, config = load_weights(tmp_path / "w.pth")
     assert loaded["0.weight"].abs().sum() == 0
@@ -148,6 +150,18 @@ def test_file_without_weights(tmp_path, content, cause):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match=cause):
         load_weights(tmp_path / "w.pth")
+
+
+def test_what_is_given_is_what_is_saved(tmp_path, model):
+    save_on_master(model.state_dict(), tmp_path / "w.pth")
+    model.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a photo", b"some text"])
+def test_a_file_of_another_kind(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jpg: not a checkpoint"):
+        load_file(tmp_path / "a.jpg")
 
 
 def test_missing_file_and_bare_weights_for_resume(tmp_path, model):

@@ -16,8 +16,9 @@ import validation
 from src import u2net_full, u2net_lite
 from train_utils import init_distributed_mode
 from train_utils.amp import choose_amp_dtype
-from train_utils.distributed_utils import read_launch_environment, resolve_device
+from train_utils.distributed_utils import cpu_cores, read_launch_environment, resolve_device
 from train_utils.errors import UserError
+from train_utils.setup import default_workers
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--set", "data.image_size=48", "--set", "data.train_size=4", "--set", "data.val_size=2"]
@@ -76,8 +77,9 @@ def test_fewer_gpus_than_processes(monkeypatch):
 
 
 def test_unknown_device_and_half_an_environment(monkeypatch):
-    with pytest.raises(UserError, match="no such device"):
-        resolve_device("gpu")
+    for name in ("gpu", "mps", "cuda:", "auto2"):
+        with pytest.raises(UserError, match="no such device"):
+            resolve_device(name)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="only one of RANK and WORLD_SIZE"):
         read_launch_environment()
@@ -96,6 +98,7 @@ def test_slurm_variables(monkeypatch, nodes, tasks, node, local_world, host):
         "SLURM_PROCID": "5",
         "SLURM_LOCALID": "1",
         "SLURM_NTASKS": "11",
+        "SLURM_STEP_NUM_TASKS": "11",
         "SLURM_NNODES": "3",
         "SLURM_NODEID": node,
         "SLURM_STEP_TASKS_PER_NODE": tasks,
@@ -108,6 +111,28 @@ def test_slurm_variables(monkeypatch, nodes, tasks, node, local_world, host):
         monkeypatch.delenv(name, raising=False)
     assert read_launch_environment() == (5, 11, 1, local_world)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (host, "21234")
+
+
+def test_batch_script_without_srun_is_one_process(monkeypatch):
+    """Slurm sets most variables there too; waiting for the other tasks would hang."""
+    for name, value in {"JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NTASKS": "4"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert read_launch_environment() is None
+
+
+def test_srun_with_one_gpu_and_some_cores_per_task(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert resolve_device("auto", 3, 4) == torch.device("cuda", 0)
+    assert cpu_cores(4) == 6
+
+
+def test_more_processes_than_cores_have_no_loader_workers(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert default_workers(torch.device("cpu"), 10_000) == 0
+    assert cpu_cores(10_000) == 1
 
 
 def test_plain_start_is_world_size_one():
@@ -163,12 +188,29 @@ def test_images_without_masks_and_wrong_layout():
         (["--test-only"], ["--test-only", "--weights"]),
         (["--resume", "nowhere"], ["nowhere", "--resume auto"]),
         (["--weights", "none.pth"], ["none.pth", "no such file"]),
+        (["--set", "eval.batch_size=0"], ["batch_size", "at least 1"]),
+        (["--masks", "masks"], ["--images DIR --masks DIR"]),
+        (["--val-images", "a", "--val-masks", "b"], ["--images DIR --masks DIR"]),
     ],
 )
 def test_train_settings(argv, parts):
     message = refused(train, *TINY, *argv)
     for part in parts:
         assert part in message
+
+
+def test_folders_on_the_command_line_replace_those_of_a_recipe():
+    Path("own.yaml").write_text("data: {images: a, masks: b, val_images: c, val_masks: d}")
+    assert "elsewhere" in refused(train, "--config", "own.yaml", "--data-path", "elsewhere")
+    message = refused(train, "--config", "own.yaml", "--images", "x", "--masks", "y")
+    assert "x" in message and "no such folder" in message.lower()
+
+
+def test_a_run_is_not_started_over_another():
+    Path("out").mkdir()
+    Path("out/last.pth").write_bytes(b"precious")
+    assert "--resume auto" in refused(train, *TINY, "--output-dir", "out")
+    assert [p.name for p in Path("out").iterdir()] == ["last.pth"]
 
 
 def test_output_folder_that_cannot_be_made():
@@ -183,6 +225,13 @@ def test_weights_of_another_network():
     torch.save({"a": torch.zeros(2)}, "other.pth")
     message = refused(validation, "--weights", "other.pth")
     assert "fit none of the networks" in message
+    state = u2net_lite().state_dict()
+    state["side.1.wrong"] = state.pop("side.1.weight")
+    torch.save(state, "almost.pth")
+    message = refused(validation, "--weights", "almost.pth")
+    assert "1 missing: side.1.weight; 1 unexpected: side.1.wrong" in message
+    torch.save({"model": u2net_lite().state_dict(), "args": {"lr": 1}}, "foreign.pth")
+    assert "DIR" in refused(validation, "--weights", "foreign.pth", "--data-path", "nowhere")
     message = refused(train, *TINY, "--weights", "other.pth")
     assert "missing" in message and "1 unexpected: a" in message
 
@@ -193,6 +242,9 @@ def test_validation_without_anything_to_score():
     missing = refused(validation, "--weights", "lite.pth", "--json", "none/s.json")
     assert "none/s.json" in missing
     assert "--masks" in refused(validation, "--predictions", "maps")
+    assert "--images" in refused(validation, "--weights", "lite.pth", "--masks", "maps")
+    Path("scores").mkdir()
+    assert "scores" in refused(validation, "--weights", "lite.pth", "--json", "scores")
 
 
 def test_predict_without_a_run_says_how_to_get_one():

@@ -1,0 +1,121 @@
+"""What a run may change when it continues, and what it never saves."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from tasks.saliency import Config
+from train_utils import create_lr_scheduler, train_one_epoch
+from train_utils.config import to_dict
+from train_utils.data import GlobalBatchSampler, train_loader
+from train_utils.errors import UserError
+from train_utils.train_and_eval import Progress
+from train_utils.training_state import TrainingState, resumed_global_batch
+
+CPU = torch.device("cpu")
+
+
+def make_state(epochs=8, scaler=None, **changes):
+    net = nn.Conv2d(3, 1, 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.5)
+    schedule = create_lr_scheduler(optimizer, 10, epochs, warmup=False)
+    config = to_dict(Config())
+    config["train"]["epochs"] = epochs
+    fields = {
+        "models": {"model": net},
+        "optimizers": {"model": optimizer},
+        "schedulers": {"model": schedule},
+        "scalers": {"model": scaler},
+        "ema": {},
+        "config": config,
+        "num_samples": 9,
+        "global_batch": 4,
+        "world_size": 1,
+    }
+    return TrainingState(**{**fields, **changes})
+
+
+def test_more_epochs_follow_the_new_schedule_from_the_first_step():
+    old = make_state(epochs=8)
+    for _ in range(80):
+        old.optimizers["model"].step()
+        old.schedulers["model"].step()
+    assert old.optimizers["model"].param_groups[0]["lr"] == pytest.approx(0.5e-6)
+    new = make_state(epochs=16)
+    new.restore(old.capture(), "last.pth")
+    # Half of the cosine is left.
+    assert new.optimizers["model"].param_groups[0]["lr"] == pytest.approx(0.25, rel=1e-5)
+
+
+def test_an_fp16_checkpoint_continues_in_another_precision():
+    saved = make_state().capture()
+    saved["scaler"] = {"scale": 65536.0, "growth_factor": 2.0}
+    make_state().restore(saved, "last.pth")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("optim", "lr", 0.1), ("data", "image_size", 64)]
+)
+def test_other_settings_are_refused_with_the_difference(section, key, value):
+    saved = make_state().capture()
+    other = make_state()
+    other.config[section][key] = value
+    with pytest.raises(UserError, match=rf"{section}\.{key}: .* → {value}.*--weights"):
+        other.restore(saved, "last.pth")
+
+
+def test_other_data_is_refused():
+    with pytest.raises(UserError, match="9 samples, now there are 8"):
+        make_state(num_samples=8).restore(make_state().capture(), "last.pth")
+
+
+def test_global_batch_outlives_changes_of_the_world_size():
+    def saved(world, batch):
+        return {
+            "global_batch": 4,
+            "world_size": world,
+            "args": {"train": {"batch_size": batch, "accumulate": 1}},
+        }
+
+    assert resumed_global_batch(saved(2, 2), 4, 2) == 4
+    assert resumed_global_batch(saved(2, 2), 2, 1) == 4  # a process less
+    assert resumed_global_batch(saved(1, 2), 2, 1) == 4  # and once more with the same settings
+    with pytest.raises(UserError, match="global batch of 4"):
+        resumed_global_batch(saved(1, 4), 8, 1)
+
+
+def test_best_scores_follow_the_deciding_metric():
+    state = make_state()
+    assert state.note_scores({"MAE": 0.3, "maxF1": 0.5}, "maxF1", "max")
+    assert not state.note_scores({"MAE": 0.1, "maxF1": 0.4}, "maxF1", "max")
+    assert not state.note_scores({"MAE": 0.1, "maxF1": float("nan")}, "maxF1", "max")
+    assert state.best_scores == {"MAE": 0.3, "maxF1": 0.5}
+    assert state.note_scores({"MAE": 0.2, "maxF1": 0.1}, "MAE", "min")
+
+
+def test_weights_that_are_not_finite_are_never_captured():
+    state = make_state()
+    with torch.no_grad():
+        state.models["model"].weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="weights of model became NaN or infinite"):
+        state.capture()
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_next_line_and_is_named():
+    images = torch.randn(8, 3, 4, 4)
+    images[5] = float("nan")
+    data = TensorDataset(images, torch.rand(8, 1, 4, 4))
+    net = nn.Conv2d(3, 1, 1)
+    sampler = GlobalBatchSampler(8, 1, shuffle=False)
+    steps = []
+
+    def note(progress: Progress) -> None:
+        steps.append(progress.step)
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(UserError, match="epoch 0: loss became NaN"):
+        train_one_epoch(
+            net, optimizer, train_loader(data, sampler, 0, CPU), CPU, 0, None, 1, after_step=note
+        )
+    assert steps == [1, 2, 3, 4, 5, 6]
