@@ -96,11 +96,15 @@ def test_checkpoint_speaks_the_usual_dialect(trained):
     assert state["best_scores"]["maxF1"] == best
 
 
-def test_tensorboard_has_scalars_sheet_and_curve(trained):
+def tensorboard(run_folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
+
+
+def test_tensorboard_has_scalars_sheet_and_curve(trained):
     _, path, _ = trained
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    events = tensorboard(path)
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("val/maxF1")] == [3, 6]
     assert [event.value for event in events.Scalars("val/MAE")] == pytest.approx(
@@ -202,17 +206,25 @@ def test_killed_run_continues_as_if_nothing_had_happened(trained, tmp_path):
         for name, value in moments.items():
             assert torch.equal(value, resumed["optimizer"]["state"][index][name])
     assert resumed["best_scores"] == expected["best_scores"]
+    for tag in ("train/loss", "val/maxF1"):
+        before, after = (tensorboard(p).Scalars(tag) for p in (path, tmp_path / "run"))
+        assert [(e.step, e.value) for e in after] == [(e.step, e.value) for e in before]
 
 
 def test_sigterm_saves_after_a_step_and_says_so(tmp_path):
-    options = ["-b", "1", *TINY, "--epochs", "50", "--output-dir", "run"]
+    """Also when, as torchrun and Slurm do it, the loader's workers get the signal too."""
+    options = ["-b", "1", *TINY, "--epochs", "50", "-j", "2", "--output-dir", "run"]
     process = subprocess.Popen(
-        command("train.py", *options), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        command("train.py", *options),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     for line in process.stdout:
         if "[ 3/11]" in line:
             break
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "Continue with --resume run" in output
@@ -322,3 +334,20 @@ print("MAE", mae.compute(), "maxF1", f1.compute(), mae.count)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith(" 5")
     assert (tmp_path / "weights" / "model_0.pth").exists()
+
+
+def test_official_weights_on_photographs(tmp_path, shared_data):
+    """The reference figures, from one process and, to the last bit, from two."""
+    options = [
+        *("--weights", shared_data / "weights" / "u2netp_official_keys.pth"),
+        *("--data-path", shared_data / "saliency", "--json", "scores.json"),
+        *("--set", "data.mean=[0,0,0]", "--set", "data.std=[1,1,1]"),
+    ]
+    results = []
+    for processes in (0, 2):
+        run(tmp_path, "validation.py", *options, processes=processes)
+        results.append(json.loads((tmp_path / "scores.json").read_text()))
+    assert results[0]["n"] == 80
+    assert results[0]["MAE"] == pytest.approx(0.1324, abs=0.002)
+    assert results[0]["maxF1"] == pytest.approx(0.8048, abs=0.002)
+    assert results[1] == results[0]

@@ -9,6 +9,7 @@ size, the last one padded.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -63,14 +64,15 @@ def forward_chunk(
     return forward(images)[:n]
 
 
-def eval_mode(models: dict[str, nn.Module]) -> dict[str, bool]:
-    """Switch networks to evaluation; returns the modes they were in, for `restore_mode`."""
-    modes = {name: model.training for name, model in models.items()}
-    for model in models.values():
+@contextmanager
+def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch networks to evaluation; every sub-module's own mode is put back afterwards."""
+    models = list(models)
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
         model.eval()
-    return modes
-
-
-def restore_mode(models: dict[str, nn.Module], modes: dict[str, bool]) -> None:
-    for name, model in models.items():
-        model.train(modes[name])
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -22,13 +22,7 @@ from train_utils.distributed_utils import (
 )
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
-from train_utils.inference import (
-    chunk_size,
-    eval_mode,
-    forward_chunk,
-    in_order,
-    restore_mode,
-)
+from train_utils.inference import chunk_size, evaluation_mode, forward_chunk, in_order
 from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
@@ -332,8 +326,7 @@ def evaluate(
 
     for metric in metrics:
         metric.state = metric.state.to(device)  # or each image's would wait to come to the host
-    modes = eval_mode(models)
-    try:
+    with evaluation_mode(models.values()):
         chunks = _Tee(_chunks(data_loader, chunk_size(device)), keep)
         kept: list[Tensor] = []
         for scored in in_order(score, chunks, device):
@@ -342,8 +335,6 @@ def evaluate(
                     kept.append(output.cpu())
                 for metric, state in zip(metrics, states, strict=True):
                     metric.merge(state)
-    finally:
-        restore_mode(models, modes)
     reduce_metrics(metrics)
     if samples is not None:
         samples.extend(
