@@ -18,15 +18,15 @@ import torch
 from torch.utils.data import DataLoader
 
 import tasks
+from arguments import DEFAULT_CONFIG, configure, parse_args
 from my_dataset import check_pairs
 from train_utils import evaluate, init_distributed_mode, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
-from train_utils.checkpoint import load_training_state, split_states
-from train_utils.config import load_yaml, merge, parse_assignments, to_dict
+from train_utils.checkpoint import split_states
+from train_utils.config import to_dict
 from train_utils.data import GlobalBatchSampler, eval_loader, train_loader
 from train_utils.distributed_utils import call_on_main, refuse_launcher
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger
 from train_utils.run_folder import (
@@ -35,7 +35,6 @@ from train_utils.run_folder import (
     RunFolder,
     choose_run_folder,
     contact_sheet,
-    find_resume,
 )
 from train_utils.setup import (
     clean_errors,
@@ -48,7 +47,6 @@ from train_utils.stop import StopRequest, agree_to_stop, exit_stopped
 from train_utils.train_and_eval import Progress, Sample, StepOptions
 from train_utils.training_state import TrainingState, resumed_global_batch
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 SHEET_ROWS = 8
 
 
@@ -252,77 +250,9 @@ def score(
     return scores
 
 
-def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, dict | None]:
-    """Task and config, and the checkpoint to continue from with its content, if any.
-
-    Precedence: defaults, the checkpoint's settings, --config, flags and --set.
-    """
-    flags = [(*key.split("."), value) for key, value in vars(args).items() if "." in key]
-    overrides = merge(
-        {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
-    )
-    overrides["data"] = tasks.meant_data(overrides.get("data", {}))
-    resume = find_resume(args.resume, args.output_dir, Path(args.config or DEFAULT_CONFIG).stem)
-    saved = load_training_state(resume) if resume else None
-    if saved:
-        saved["args"] = tasks.complete(saved["args"], str(resume))
-    values, source = (saved["args"], str(resume)) if saved else ({}, "")
-    if args.config or not saved:
-        source = str(args.config or DEFAULT_CONFIG)
-        values = merge(values, load_yaml(source))
-    task, cfg = tasks.read_config(values, source, overrides)
-    task.deciding_metric(cfg)  # refuses a metric that is not tracked
-    if args.test_only and not (saved or cfg.train.weights):
-        raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
-    return task, cfg, resume, saved
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; a flag whose dest has a dot sets that key of the config."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def add(*names: str, **options: Any) -> None:
-        parser.add_argument(*names, **{"default": argparse.SUPPRESS, **options})
-
-    add("--config", default=None, metavar="YAML", help="recipe (default configs/shapes.yaml)")
-    add("--data-path", dest="data.root", metavar="DIR", help="the data set's folder")
-    add("--images", dest="data.images", metavar="DIR", help="any folder of images …")
-    add("--masks", dest="data.masks", metavar="DIR", help="… and the folder of their masks")
-    add("--val-images", dest="data.val_images", metavar="DIR", help="default: a held-out share")
-    add("--val-masks", dest="data.val_masks", metavar="DIR")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
-    add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
-    add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")
-    add("--epochs", dest="train.epochs", type=int)
-    add("--lr", dest="optim.lr", type=float)
-    add("--wd", "--weight-decay", dest="optim.weight_decay", type=float)
-    add(
-        "--amp",
-        dest="train.amp",
-        nargs="?",
-        const="auto",
-        choices=["auto", "bf16", "fp16", "off"],
-        help="mixed precision; auto: bf16 where it is fast (default)",
-    )
-    add("--sync-bn", dest="train.sync_bn", action="store_true", help="batch norm over all ranks")
-    add("--compile", dest="train.compile", action="store_true", help="torch.compile (GPUs)")
-    add("--deterministic", dest="train.deterministic", action="store_true")
-    add("--seed", dest="train.seed", type=int)
-    add("--print-freq", dest="train.print_freq", type=int, metavar="STEPS")
-    add("--eval-interval", dest="train.eval_interval", type=int, metavar="EPOCHS")
-    add("--weights", dest="train.weights", metavar="FILE", help="start from these weights")
-    add("--resume", default=None, metavar="auto|PATH", help="continue a run")
-    add("--output-dir", default=None, metavar="DIR", help="default runs/<config>/<time>")
-    add("--test-only", default=False, action="store_true", help="evaluate and exit")
-    add("--set", default=[], action="append", metavar="KEY=VALUE", help="any other config key")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
     with clean_errors():
-        arguments = parse_args()
+        args = parse_args(description=__doc__)
         refuse_launcher("train.py")
-        init_distributed_mode(arguments)
-        main(arguments)
+        init_distributed_mode(args)
+        main(args)

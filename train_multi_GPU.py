@@ -14,7 +14,8 @@ The arguments are train.py's. --batch-size is per process; the learning rate is 
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from train import main, parse_args
+from arguments import parse_args
+from train import main
 from train_utils import init_distributed_mode
 from train_utils.distributed_utils import shutdown_distributed
 from train_utils.setup import clean_errors
@@ -23,7 +24,7 @@ from train_utils.setup import clean_errors
 @record
 def launch() -> None:
     """Join the process group, then do what train.py does."""
-    args = parse_args()
+    args = parse_args(description=__doc__)
     init_distributed_mode(args)
     main(args)
     shutdown_distributed()

@@ -1,0 +1,83 @@
+"""The command line of train.py and train_multi_GPU.py, and the config that comes of it."""
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tasks
+from train_utils.checkpoint import load_training_state
+from train_utils.config import load_yaml, merge, parse_assignments
+from train_utils.errors import UserError
+from train_utils.run_folder import find_resume
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The command line; a flag whose dest has a dot sets that key of the config."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(*names: str, **options: Any) -> None:
+        defaults = {"default": argparse.SUPPRESS} | ({"metavar": "N"} if "type" in options else {})
+        parser.add_argument(*names, **{**defaults, **options})
+
+    add("--config", default=None, metavar="YAML", help="recipe (default configs/shapes.yaml)")
+    add("--data-path", dest="data.root", metavar="DIR", help="the data set's folder")
+    add("--images", dest="data.images", metavar="DIR", help="any folder of images …")
+    add("--masks", dest="data.masks", metavar="DIR", help="… and the folder of their masks")
+    add("--val-images", dest="data.val_images", metavar="DIR", help="default: a held-out share")
+    add("--val-masks", dest="data.val_masks", metavar="DIR")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
+    add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")
+    add("--epochs", dest="train.epochs", type=int)
+    add("--lr", dest="optim.lr", type=float)
+    add("--wd", "--weight-decay", dest="optim.weight_decay", type=float)
+    add(
+        "--amp",
+        dest="train.amp",
+        nargs="?",
+        const="auto",
+        choices=["auto", "bf16", "fp16", "off"],
+        help="mixed precision; auto: bf16 where it is fast (default)",
+    )
+    add("--sync-bn", dest="train.sync_bn", action="store_true", help="batch norm over all ranks")
+    add("--compile", dest="train.compile", action="store_true", help="torch.compile (GPUs)")
+    add("--deterministic", dest="train.deterministic", action="store_true")
+    add("--seed", dest="train.seed", type=int)
+    add("--print-freq", dest="train.print_freq", type=int, metavar="STEPS")
+    add("--eval-interval", dest="train.eval_interval", type=int, metavar="EPOCHS")
+    add("--weights", dest="train.weights", metavar="FILE", help="start from these weights")
+    add("--resume", default=None, metavar="auto|PATH", help="continue a run")
+    add("--output-dir", default=None, metavar="DIR", help="default runs/<config>/<time>")
+    add("--test-only", default=False, action="store_true", help="evaluate and exit")
+    add("--set", default=[], action="append", metavar="KEY=VALUE", help="any other config key")
+    return parser.parse_args(argv)
+
+
+def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, dict | None]:
+    """Task and config, and the checkpoint to continue from with its content, if any.
+
+    Precedence: defaults, the checkpoint's settings, --config, flags and --set.
+    """
+    flags = [(*key.split("."), value) for key, value in vars(args).items() if "." in key]
+    overrides = merge(
+        {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
+    )
+    overrides["data"] = tasks.meant_data(overrides.get("data", {}))
+    resume = find_resume(args.resume, args.output_dir, Path(args.config or DEFAULT_CONFIG).stem)
+    saved = load_training_state(resume) if resume else None
+    if saved:
+        saved["args"] = tasks.complete(saved["args"], str(resume))
+    values, source = (saved["args"], str(resume)) if saved else ({}, "")
+    if args.config or not saved:
+        source = str(args.config or DEFAULT_CONFIG)
+        values = merge(values, load_yaml(source))
+    task, cfg = tasks.read_config(values, source, overrides)
+    task.deciding_metric(cfg)  # refuses a metric that is not tracked
+    if args.test_only and not (saved or cfg.train.weights):
+        raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
+    return task, cfg, resume, saved
