@@ -184,9 +184,19 @@ def test_predict_does_what_validation_measured(trained):
     assert written["maxF1"] == pytest.approx(direct["maxF1"], abs=0.02)
 
 
-def test_killed_run_continues_as_if_nothing_had_happened(trained, tmp_path):
+ALL_OPTIONS = (
+    *("--set", "train.ema=0.9", "--set", "train.accumulate=2", "--set", "train.clip_norm=1"),
+    *("--amp", "bf16", "--deterministic", "-b", "2"),
+)
+
+
+@pytest.mark.parametrize("extra", [(), ALL_OPTIONS], ids=["plain", "all-options"])
+def test_killed_run_continues_as_if_nothing_had_happened(trained, tmp_path, extra):
     _, path, _ = trained
-    options = ["-b", "4", *TINY, "--set", "train.save_steps=1", "--output-dir", "run"]
+    if extra:
+        run(tmp_path, "train.py", "-b", "4", *TINY, *extra, "--output-dir", "whole")
+        path = tmp_path / "whole"
+    options = ["-b", "4", *TINY, *extra, "--set", "train.save_steps=1", "--output-dir", "run"]
     process = subprocess.Popen(
         command("train.py", *options), cwd=tmp_path, stdout=subprocess.DEVNULL
     )
@@ -200,8 +210,10 @@ def test_killed_run_continues_as_if_nothing_had_happened(trained, tmp_path):
     run(tmp_path, "train.py", *options, "--resume", "auto")
     assert records(tmp_path / "run") == records(path)
     expected, resumed = weights(path), weights(tmp_path / "run")
-    for key, value in expected["model"].items():
-        assert torch.equal(value, resumed["model"][key]), key
+    assert ("ema" in expected) == bool(extra)
+    for part in {"model", "ema"} & expected.keys():
+        for key, value in expected[part].items():
+            assert torch.equal(value, resumed[part][key]), key
     for index, moments in expected["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, resumed["optimizer"]["state"][index][name])

@@ -1,0 +1,34 @@
+"""The recipes under configs/ fit their tasks and say what their papers say."""
+
+from pathlib import Path
+
+import pytest
+
+import tasks
+from train_utils.config import load_yaml
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_builds(path):
+    task, cfg = tasks.read_config(load_yaml(path), str(path), {})
+    assert set(task.build_models(cfg)) == {"model"}
+    assert task.deciding_metric(cfg) == ("maxF1", "max")
+
+
+@pytest.mark.parametrize(("name", "lr"), [("u2net_full", 4e-3), ("u2net_lite", 1e-3)])
+def test_published_recipe(name, lr):
+    path = CONFIGS / f"{name}.yaml"
+    _, cfg = tasks.read_config(load_yaml(path), str(path), {})
+    assert (cfg.model.name, cfg.data.name) == (name, "duts")
+    assert (cfg.data.image_size, cfg.data.crop, cfg.data.hflip) == (320, 288, 0.5)
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.warmup_epochs) == (lr, 1e-4, 2)
+    assert (cfg.optim.warmup_factor, cfg.optim.end_factor) == (1e-3, 1e-6)
+    assert (cfg.train.epochs, cfg.train.batch_size, cfg.train.eval_interval) == (360, 16, 10)
+
+
+def test_crop_follows_the_image_size():
+    _, cfg = tasks.read_config({}, "", {"data": {"image_size": 64}})
+    assert cfg.data.crop == 58
+    assert cfg.data.name == "shapes"
