@@ -134,12 +134,15 @@ def kinds_of(args: argparse.Namespace) -> list[str]:
 def plan(inputs: list[str], output: Path, kinds: list[str]) -> list[Job]:
     """Every input file with its output paths, decided before anything is written.
 
-    Raises UserError when there is no input at all, and when an output would overwrite an input or
-    another output.
+    Raises UserError when there is no input at all, and when an output would overwrite an input,
+    another output or a file that predict.py has not written.
     """
     from train_utils.errors import UserError
-    from train_utils.image_io import printable
+    from train_utils.image_io import printable, saved_here
 
+    first = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not first.is_dir():
+        raise UserError(f"{printable(first)}: not a folder. Choose another one with -o.")
     jobs: dict[Path, Job] = {}
     for source, relative in _sources(inputs, output):
         stem = output / relative.with_suffix("")
@@ -165,6 +168,11 @@ def plan(inputs: list[str], output: Path, kinds: list[str]) -> list[Job]:
                     "would both be written there. Rename one, or predict them into different "
                     "folders with -o."
                 )
+            if path.exists() and not saved_here(path):
+                raise UserError(
+                    f"{printable(path)}: exists and was not written by predict.py. Choose another "
+                    "folder with -o, or move the file."
+                )
             taken[target] = job.source
     return list(jobs.values())
 
@@ -175,6 +183,8 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[tuple[Path, Path]]
     from train_utils.image_io import list_images
 
     for text in inputs:
+        if not text:
+            raise UserError("an input is empty. Name an image, a folder or a pattern.")
         path = Path(text)
         if path.is_dir():
             inside = output.resolve()

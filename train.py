@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> None:
         world_size=args.world_size,
         seed=cfg.train.seed,
     )
+    task.check_batches(cfg, sampler.smallest_part)
     workers = worker_count(cfg, args, device)
     loader = train_loader(train_set, sampler, workers, device)
     val_loader = eval_loader(
@@ -81,7 +82,9 @@ def main(args: argparse.Namespace) -> None:
 
     # Networks, and what trains them.
     networks = task.build_models(cfg)
-    if cfg.train.weights and not saved:
+    if cfg.train.weights and saved:
+        log.info(f"--weights {cfg.train.weights}: not used, the run continues from {resume}")
+    elif cfg.train.weights:
         split_states(networks, tasks.read_weights(task, cfg.train.weights), cfg.train.weights)
     networks = place_models(networks, device, cfg.train.sync_bn and args.world_size > 1)
     optimizers, schedulers = task.build_optimizers(cfg, networks, sampler.steps_per_epoch)

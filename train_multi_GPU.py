@@ -6,7 +6,7 @@
     python train_multi_GPU.py …                                          one process
 
 Several machines, on each of them (N = 0 on the first):
-    torchrun --nnodes=2 --node_rank=N --nproc_per_node=4 --master_addr=HOST --master_port=29500 \
+    torchrun --nnodes=2 --node_rank=N --nproc_per_node=4 --master_addr=HOST --master_port=29500 \\
         train_multi_GPU.py …
 
 The arguments are train.py's. --batch-size is per process; the learning rate is not scaled.
@@ -24,12 +24,12 @@ from train_utils.setup import clean_errors
 @record
 def launch() -> None:
     """Join the process group, then do what train.py does."""
-    args = parse_args(description=__doc__)
-    init_distributed_mode(args)
-    main(args)
-    shutdown_distributed()
+    with clean_errors():
+        args = parse_args(description=__doc__)
+        init_distributed_mode(args)
+        main(args)
+        shutdown_distributed()
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        launch()
+    launch()

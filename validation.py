@@ -3,8 +3,8 @@
     python validation.py --weights runs/…/model_best.pth                 the run's own data
     python validation.py --weights FILE --data-path DIR                  DIR/DUTS-TE
     python validation.py --weights FILE --images DIR --masks DIR --json scores.json
-    python validation.py --weights u2netp.pth --data-path DIR \
-        --set data.mean=[0,0,0] --set data.std=[1,1,1]               a foreign preprocessing
+    python validation.py --weights u2netp.pth --data-path DIR \\
+        --set data.mean=[0,0,0] --set data.std=[1,1,1]                a foreign preprocessing
     python validation.py --predictions DIR --masks DIR --toolbox         maps written by any program
     torchrun --nproc_per_node=4 validation.py …                          the same numbers, sooner
 
@@ -44,7 +44,23 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("no image was scored: the data set is empty. Check its folder.")
     get_logger().info("  ".join(f"{name}: {value:.6g}" for name, value in scores.items()))
     if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(args.json), scores)
+
+
+def write_json(path: Path, scores: dict[str, float]) -> None:
+    """Write the scores, whole or not at all."""
+    text = json.dumps(scores, indent=2) + "\n"
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device
+            path.write_text(text, encoding="utf-8")
+            return
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"--json {path}: cannot be written ({error.strerror}). Choose another file."
+        ) from error
 
 
 def score_weights(args: argparse.Namespace) -> dict[str, float]:
@@ -70,6 +86,12 @@ def score_files(args: argparse.Namespace) -> dict[str, float]:
     if not args.masks:
         raise UserError("--predictions: needs the masks to compare with. Add --masks DIR.")
     pairs = PairFolderDataset(args.predictions, args.masks, transforms=_as_maps)
+    if pairs.unmatched_masks:
+        raise UserError(
+            f"{args.predictions}: {pairs.unmatched_masks} of the masks in {args.masks} have no "
+            "prediction, and leaving images out flatters the scores. Predict them all, or score "
+            "against the masks that are meant."
+        )
     check_pairs(pairs)
     metrics = (MeanAbsoluteError(args.post_norm), F1Score(args.post_norm))
     metrics += (ToolboxMetrics(),) if args.toolbox else ()
@@ -123,7 +145,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-b", "--batch-size", type=int, default=8, help="images read at a time; changes no score")
     add("-j", "--workers", type=int, help="loader workers per process")
     add("--set", default=[], action="append", metavar="KEY=VALUE", help="override a config key")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or (args.workers is not None and args.workers < 0):
+        parser.error("--batch-size must be at least 1 and --workers not negative")
+    return args
 
 
 if __name__ == "__main__":

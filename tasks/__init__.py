@@ -6,6 +6,7 @@ first one decides the best checkpoint by default), and the functions
     build_datasets(cfg), build_val_dataset(cfg, all_pairs)   the data
     build_models(cfg)                                        networks by name
     build_optimizers(cfg, models, steps_per_epoch)           optimizers and schedules by network
+    check_batches(cfg, smallest)                             refuses batches that cannot train
     loss_counts(batch), train_step(cfg)                      what the loop calls in every step
     predict(cfg), make_metrics(cfg), results(metrics), deciding_metric(cfg)
     sheet_row(sample), curves(metrics)                       pictures for TensorBoard
@@ -59,9 +60,11 @@ def meant_data(flags: dict[str, Any]) -> dict[str, Any]:
     """Data settings of a command line that names folders, without those that it replaces.
 
     `root` and `images` each say by themselves which data is meant: folders of a recipe or of a
-    checkpoint no longer count.
+    checkpoint no longer count. Raises UserError if both are given.
     """
     replaced = []
+    if "root" in flags and ("images" in flags or "masks" in flags):
+        raise UserError("--data-path and --images: name one or the other.")
     if "root" in flags:
         replaced = ["name", "images", "masks", "val_images", "val_masks"]
     elif "images" in flags or "masks" in flags:

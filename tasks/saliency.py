@@ -56,6 +56,8 @@ class DataConfig:
                 raise ValueError(f"{name}: must be at least 1")
         if not 1 <= self.crop <= self.image_size:
             raise ValueError("crop_size: must lie between 1 and image_size")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError("seed: must lie between 0 and 2^63 − 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError("val_fraction: must lie between 0 and 1")
         if min(self.std) <= 0:
@@ -179,6 +181,16 @@ def adopt_weights(state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor
         )
     nearest = max(fitting, key=fitting.__getitem__)
     return ({"model": {"name": nearest}}, converted) if fitting[nearest] else None
+
+
+def check_batches(cfg: Config, smallest: int) -> None:
+    """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""
+    if smallest == 1 and cfg.data.crop <= 32:
+        raise UserError(
+            f"data.image_size: crops of {cfg.data.crop} pixels end as a 1×1 map, and some step "
+            "has a single image on some process, on which batch norm cannot train. Use crops of "
+            "33 pixels or more, or another --batch-size."
+        )
 
 
 # -- steps ----------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "print_freq", "eval_interval"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
+        _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         for name in ("keep", "save_steps"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         _require(self.workers is None or self.workers >= 0, "workers", "must not be negative")

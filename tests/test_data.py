@@ -92,6 +92,14 @@ def test_micro_batches_part_a_share_and_match_in_number_on_all_ranks():
     assert (sampler.parts_per_step, sampler.steps_per_epoch, len(sampler)) == (2, 2, 3)
 
 
+def test_smallest_part_of_any_step_and_rank():
+    assert GlobalBatchSampler(13, 6).smallest_part == 1
+    assert GlobalBatchSampler(12, 6).smallest_part == 6
+    assert GlobalBatchSampler(16, 8, 3, 0, 2).smallest_part == 1  # shares of 4 as 3 + 1
+    assert GlobalBatchSampler(3, 8, 4, 0, 2).smallest_part == 1
+    assert GlobalBatchSampler(4, 8, 4, 0, 2).smallest_part == 2
+
+
 def test_batch_larger_than_the_data_is_one_short_batch():
     (batches,) = epoch_of(3, 8)
     assert [len(batch) for batch in batches] == [3]

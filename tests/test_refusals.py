@@ -18,6 +18,8 @@ from train_utils import init_distributed_mode
 from train_utils.amp import choose_amp_dtype
 from train_utils.distributed_utils import cpu_cores, read_launch_environment, resolve_device
 from train_utils.errors import UserError
+from train_utils.image_io import save_image
+from train_utils.run_folder import choose_run_folder
 from train_utils.setup import default_workers
 
 REPO = Path(__file__).resolve().parents[1]
@@ -188,6 +190,7 @@ def test_images_without_masks_and_wrong_layout():
         (["--test-only"], ["--test-only", "--weights"]),
         (["--resume", "nowhere"], ["nowhere", "--resume auto"]),
         (["--weights", "none.pth"], ["none.pth", "no such file"]),
+        (["--set", "train.seed=99999999999999999999"], ["train.seed", "2^63"]),
         (["--set", "eval.batch_size=0"], ["batch_size", "at least 1"]),
         (["--masks", "masks"], ["--images DIR --masks DIR"]),
         (["--val-images", "a", "--val-masks", "b"], ["--images DIR --masks DIR"]),
@@ -285,11 +288,73 @@ def test_predict_plans_patterns_and_leaves_its_own_output_out():
     assert planned("in/a.png", "in/deep", output="o") == ["o/a.png", "o/b.png"]
 
 
-def test_batch_norm_on_a_single_tiny_image_is_explained():
-    argv = ["--set", "data.image_size=32", "--set", "data.train_size=3", "--set", "data.val_size=1"]
-    args = train.parse_args([*argv, "-b", "1", "-j", "0"])
-    init_distributed_mode(args)
-    with pytest.raises(UserError, match=r"--batch-size: batch norm cannot train on one image"):
-        train.main(args)
-    (status,) = Path("runs").rglob("status.json")
-    assert '"failed"' in status.read_text()
+def test_batch_norm_on_a_single_tiny_image_is_refused():
+    """Five images in batches of four leave one, whose deepest map has a single pixel."""
+    argv = ["--set", "data.image_size=33", "--set", "data.train_size=5", "--set", "data.val_size=1"]
+    message = refused(train, *argv, "-b", "4")
+    assert "batch norm cannot train" in message and "--batch-size" in message
+
+
+def test_data_path_beside_folders_is_refused():
+    folders = ("--images", "a", "--masks", "b")
+    assert "one or the other" in refused(train, "--data-path", "x", *folders)
+    torch.save(u2net_lite().state_dict(), "lite.pth")
+    both = ("--weights", "lite.pth", "--data-path", "x", *folders)
+    assert "one or the other" in refused(validation, *both)
+
+
+def test_predictions_of_a_part_of_the_images_are_refused():
+    pairs(3)
+    Path("images/2.jpg").unlink()
+    message = refused(validation, "--predictions", "images", "--masks", "masks")
+    assert "1 of the masks in masks have no prediction" in message
+
+
+def test_scores_are_written_whole_or_refused():
+    validation.write_json(Path("s.json"), {"MAE": 0.1})
+    assert Path("s.json").read_text() == '{\n  "MAE": 0.1\n}\n'
+    if Path("/dev/full").exists():
+        with pytest.raises(UserError, match="No space left"):
+            validation.write_json(Path("/dev/full"), {"MAE": 0.1})
+
+
+def test_predict_leaves_files_alone_that_it_has_not_written():
+    Image.new("RGB", (8, 8)).save("a.jpg")
+    Path("gt").mkdir()
+    Image.new("L", (8, 8)).save("gt/a.png")
+    assert "was not written by predict.py" in refused(predict, "a.jpg", "-o", "gt")
+    save_image(Image.new("L", (8, 8)), Path("gt/a.png"))
+    assert len(predict.plan(["a.jpg"], Path("gt"), ["map"])) == 1  # a second call may
+    assert "not a folder" in refused(predict, "a.jpg", "-o", "a.jpg/x")
+    assert "empty" in refused(predict, "")
+
+
+def test_two_runs_in_one_folder_or_one_second():
+    holder = "from train_utils.run_folder import _lock; import pathlib, sys; "
+    holder += "_lock(pathlib.Path('out')); print('locked', flush=True); sys.stdin.read()"
+    Path("out").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+    assert process.stdout.readline() == "locked\n"
+    message = refused(train, *TINY, "--output-dir", "out")
+    process.communicate("")
+    assert f"process {process.pid} on" in message
+    first, second = (choose_run_folder(None, None, "name") for _ in range(2))
+    assert first != second and second.is_dir()
+
+
+def test_a_run_continued_elsewhere_takes_its_records_along():
+    Path("a").mkdir()
+    for name in ("last.pth", "model_best.pth", "results.txt"):
+        Path("a", name).write_text(name)
+    new = choose_run_folder("b", Path("a/last.pth"), "name")
+    assert sorted(p.name for p in new.glob("[!.]*")) == ["model_best.pth", "results.txt"]
+    Path("c").mkdir()
+    Path("c/last.pth").write_text("")
+    with pytest.raises(UserError, match="holds a run already"):
+        choose_run_folder("c", Path("a/last.pth"), "name")

@@ -138,6 +138,17 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         """Micro-batches that make up a full optimizer step (the last step may have fewer)."""
         return self._parts(self.global_batch)
 
+    @property
+    def smallest_part(self) -> int:
+        """Images in the smallest batch that is not empty, of any step on any rank."""
+        full, rest = divmod(self.num_samples, self.global_batch)
+        smallest = self.micro_batch
+        for samples in ([self.global_batch] if full else []) + ([rest] if rest else []):
+            for rank in range(min(samples, self.world_size)):
+                share = len(range(rank, samples, self.world_size))
+                smallest = min(smallest, share % self.micro_batch or self.micro_batch)
+        return smallest
+
     def _parts(self, samples: int) -> int:
         return ceil(ceil(samples / self.world_size) / self.micro_batch)
 

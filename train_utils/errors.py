@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The scripts print it as a single ``error: ...`` line, without a traceback, and exit non-zero.
     """
+
+
+def plain_message(error: BaseException) -> str:
+    """An error's own text; from a loader worker it arrives behind the worker's traceback."""
+    return str(error).strip().rpartition("train_utils.errors.UserError: ")[2]

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torchvision import tv_tensors
 
@@ -47,6 +48,7 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 _LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
 _LOSSY_TIFF_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 _WHITE, _BLACK = 255, 0
+_SOFTWARE = "pixtrain"
 
 _REPLACE = "Replace the file by an intact copy, or remove it."
 _MAKE_SMALLER = "Scale it down or cut it into tiles."
@@ -141,14 +143,17 @@ def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
 def save_image(image: Image.Image, path: PathLike) -> None:
     """Write a PNG (lossless) so that `path` holds either its old content or all of the new.
 
-    Missing parent folders are made. Raises UserError if the file system refuses, and ValueError if
-    `path` does not end in `.png`.
+    Missing parent folders are made. The file says in a text field that it comes from here, which
+    `saved_here` reads. Raises UserError if the file system refuses, and ValueError if `path` does
+    not end in `.png`.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{printable(path)}: images are saved as .png")
     encoded = BytesIO()
-    image.save(encoded, format="PNG")
+    note = PngInfo()
+    note.add_text("Software", _SOFTWARE)
+    image.save(encoded, format="PNG", pnginfo=note)
     # Not named after `path`: the suffix could make a long name too long for the file system.
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -166,6 +171,15 @@ def save_image(image: Image.Image, path: PathLike) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def saved_here(path: PathLike) -> bool:
+    """Whether `save_image` wrote this file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def printable(path: PathLike) -> str:

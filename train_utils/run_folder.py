@@ -1,11 +1,14 @@
 """A run's folder: what is written where, by rank 0 only."""
 
+import errno
 import json
 import os
+import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from train_utils.distributed_utils import (
     is_main_process,
     mkdir,
 )
-from train_utils.errors import UserError
+from train_utils.errors import UserError, plain_message
 from train_utils.log import get_logger, log_to_file
 
 LAST, BEST = "last.pth", "model_best.pth"
@@ -30,29 +33,75 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
     Rank 0 chooses for all ranks, whose clocks may differ. Raises UserError for a folder that holds
     another run or cannot be written.
     """
-    if output_dir or resume:
-        path = Path(output_dir) if output_dir else resume.parent  # type: ignore[union-attr]
-    else:
-        path = Path("runs", config_name, time.strftime("%Y%m%d-%H%M%S"))
 
     def prepare() -> str:
-        if not resume and (path / LAST).exists():
+        if output_dir:
+            path = Path(output_dir)
+        else:
+            path = resume.parent if resume else _new_folder(Path("runs", config_name))
+        another = not resume or path.resolve() != resume.parent.resolve()
+        if another and (path / LAST).exists():
             raise UserError(
                 f"{path}: holds a run already. Continue it with --resume auto, or choose another "
                 "--output-dir."
             )
         mkdir(path)
-        probe = path / ".writable"
-        try:
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}). Choose another --output-dir."
-            ) from error
+        _lock(path)
+        if resume and another:  # its records and best checkpoint go on in the new folder
+            for name in ("metrics.jsonl", "results.txt", BEST):
+                if (resume.parent / name).exists():
+                    shutil.copyfile(resume.parent / name, path / name)
         return str(path)
 
     return Path(call_on_main(prepare))
+
+
+def _new_folder(parent: Path) -> Path:
+    """Make <parent>/<time>; runs that start within a second get a number."""
+    mkdir(parent)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for name in (stamp, *(f"{stamp}-{number}" for number in range(2, 1000))):
+        try:
+            (parent / name).mkdir()
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # told by the caller's mkdir
+        return parent / name
+    raise UserError(f"{parent}: too many runs within a second. Name one with --output-dir.")
+
+
+_locked_files: list[IO] = []  # kept open: closing a file gives its lock up
+
+
+def _lock(path: Path) -> None:
+    """Claim a run folder for the life of this process; UserError names who else runs in it."""
+    try:
+        file = (path / ".lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}). Choose another --output-dir."
+        ) from error
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        # A record lock, unlike flock, dies with this process even while its loader workers live.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        owner = (path / ".lock").read_text().strip()
+        raise UserError(
+            f"{path}: process {owner} is training in this folder. Wait for it, or choose another "
+            "--output-dir."
+        ) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locked_files.append(file)
 
 
 def find_resume(request: str | None, output_dir: str | None, config_name: str) -> Path | None:
@@ -112,6 +161,7 @@ class RunFolder:
     def _keep_records_before(self, epoch: int) -> None:
         for file in self.path.glob("model_[0-9]*.pth"):
             if int(file.stem.partition("_")[2]) >= epoch:
+                get_logger().info(f"removing {file}, from the epochs that are trained again")
                 file.unlink()
         metrics = self.path / "metrics.jsonl"
         results = self.path / "results.txt"
@@ -130,9 +180,11 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _trace: object) -> None:
-        if error is not None and not isinstance(error, SystemExit):
-            self.status("failed", reason=f"{kind.__name__}: {error}"[:2000])  # type: ignore[union-attr]
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.status("stopped", reason="SIGINT, at once")
+        elif error is not None and not isinstance(error, SystemExit):
+            self.status("failed", reason=f"{type(error).__name__}: {plain_message(error)}"[:2000])
         if self.writer:
             self.writer.close()
 

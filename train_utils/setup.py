@@ -4,13 +4,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train_utils.distributed_utils import cpu_cores, is_dist_avail_and_initialized
-from train_utils.errors import UserError
+from train_utils.errors import UserError, plain_message
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 
 
@@ -72,10 +73,17 @@ def clean_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # From a loader worker the message arrives with the worker's traceback before it.
-        message = str(error).strip().rpartition("train_utils.errors.UserError: ")[2]
-        rank = int(os.environ.get("RANK", 0))
-        print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _exit_with(plain_message(error))
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "[gloo" in str(error)):
+            raise
+        _exit_with(f"lost the other processes; their errors tell why ({str(error)[:200]})")
     except KeyboardInterrupt:
+        print("interrupted: stopped at once; checkpoints are as last saved", file=sys.stderr)
         sys.exit(130)
+
+
+def _exit_with(message: str) -> NoReturn:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -225,16 +225,8 @@ class _Step:
 
     def _forward_backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
         batch = to_device(batch, self.device)
-        try:
-            with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
-                return self.train_step(self.models, batch, counts, self._backward)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                "--batch-size: batch norm cannot train on one image whose deepest feature map is "
-                "1×1. Use more images per process, a larger data.image_size, or --sync-bn."
-            ) from error
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
+            return self.train_step(self.models, batch, counts, self._backward)
 
     def _backward(self, name: str, loss: Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
