@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
+from src import u2net_lite
 from train_utils import create_lr_scheduler, get_params_groups, train_one_epoch
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.distributed_utils import get_rank, get_world_size
@@ -33,13 +34,13 @@ class Net(nn.Module):
         return [logits, logits * 0.5] if self.training else torch.sigmoid(logits)
 
 
-def train(dtype, clip_norm=None):
+def train(dtype, clip_norm=None, network=Net, size=8):
     """Weights after four epochs on the present process group, as lists."""
     torch.manual_seed(0)
     world = get_world_size()
-    net = convert_sync_batchnorm(Net(), CPU).to(dtype)
-    images = torch.randn(SAMPLES, 3, 8, 8, dtype=dtype)
-    masks = (torch.rand(SAMPLES, 1, 8, 8) > 0.6).to(dtype)
+    net = convert_sync_batchnorm(network(), CPU).to(dtype)
+    images = torch.randn(SAMPLES, 3, size, size, dtype=dtype)
+    masks = (torch.rand(SAMPLES, 1, size, size) > 0.6).to(dtype)
     sampler = GlobalBatchSampler(SAMPLES, GLOBAL_BATCH, None, get_rank(), world, seed=5)
     loader = train_loader(TensorDataset(images, masks), sampler, 0, CPU)
     optimizer = torch.optim.AdamW(get_params_groups(net, 1e-2), lr=1e-2)
@@ -75,6 +76,15 @@ def test_any_number_of_processes_trains_the_same(dtype, world, clip, bound):
     for other_losses, other in on_ranks(world, train, dtype, clip):
         assert torch.allclose(flat(other), flat(weights), rtol=bound, atol=bound)
         # Loss meters are fp32 on purpose; the epoch means must agree to that.
+        assert other_losses == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_u2net_trains_the_same_on_two_processes():
+    """Twelve optimizer steps of the real network, the last of every epoch on a single image."""
+    losses, weights = train(torch.float64, None, u2net_lite, 40)
+    for other_losses, other in on_ranks(2, train, torch.float64, None, u2net_lite, 40):
+        assert torch.allclose(flat(other), flat(weights), rtol=1e-8, atol=1e-8)
         assert other_losses == pytest.approx(losses, rel=1e-6)
 
 
