@@ -89,7 +89,7 @@ def train_one_epoch(
     model: nn.Module | Models,
     optimizer: Optimizer | Mapping[str, Optimizer],
     data_loader: DataLoader,
-    device: torch.device,
+    device: torch.device | str,
     epoch: int,
     lr_scheduler: Any,
     print_freq: int = 10,
@@ -113,6 +113,7 @@ def train_one_epoch(
     Raises UserError when a loss is not finite, on all ranks alike, once the values have been read
     for a line or a checkpoint.
     """
+    device = torch.device(device)  # a script may pass "cuda"
     models, optimizers = _named(model), _named(optimizer)
     schedulers, scalers = _named(lr_scheduler), _named(scaler)
     logger = logger or MetricLogger(reduce=True)
@@ -289,7 +290,7 @@ def saliency_predict(
 def evaluate(
     model: nn.Module | Models,
     data_loader: DataLoader,
-    device: torch.device,
+    device: torch.device | str,
     *,
     metrics: Sequence[ExactMetric] | None = None,
     predict: Callable[[Models, Tensor], Tensor] = saliency_predict,
@@ -302,6 +303,7 @@ def evaluate(
     metrics come back reduced over all ranks, with the same bits for any number of ranks, threads
     and images per batch on CPUs. Up to `keep` samples of this rank are appended to `samples`.
     """
+    device = torch.device(device)
     models = {name: unwrap(network) for name, network in _named(model).items()}
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
     for network in models.values():
