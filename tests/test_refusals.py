@@ -110,7 +110,8 @@ def test_slurm_variables(monkeypatch, nodes, tasks, node, local_world, host):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the call sets is undone after the test
+        monkeypatch.delenv(name)
     assert read_launch_environment() == (5, 11, 1, local_world)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (host, "21234")
 

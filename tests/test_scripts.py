@@ -293,7 +293,11 @@ def test_srun_variables_launch_without_torchrun(tmp_path):
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 process(es)" in outputs[0]
     assert "Epoch" not in outputs[1]
