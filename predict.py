@@ -53,7 +53,6 @@ class Job(NamedTuple):
 
 def main(args: argparse.Namespace) -> int:
     """Predict on every input; returns the number of files that failed."""
-
     import tasks
     from train_utils.config import parse_assignments
     from train_utils.distributed_utils import resolve_device

@@ -38,9 +38,9 @@ from train_utils.run_folder import (
 )
 from train_utils.setup import (
     clean_errors,
-    default_workers,
     place_models,
     seed_everything,
+    worker_count,
     wrap_models,
 )
 from train_utils.stop import StopRequest, agree_to_stop, exit_stopped
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
         seed=cfg.train.seed,
     )
     task.check_batches(cfg, sampler.smallest_part)
-    workers = worker_count(cfg, args, device)
+    workers = worker_count(cfg.train.workers, device, args.local_world_size)
     loader = train_loader(train_set, sampler, workers, device)
     val_loader = eval_loader(
         val_set, cfg.eval.batch_size, workers, device, args.rank, args.world_size
@@ -131,15 +131,9 @@ def test(args: argparse.Namespace, task: ModuleType, cfg: Any, weights: str) -> 
     split_states(networks, tasks.read_weights(task, weights), weights)
     dataset = task.build_val_dataset(cfg)
     call_on_main(lambda: check_pairs(dataset))
-    workers = worker_count(cfg, args, device)
+    workers = worker_count(cfg.train.workers, device, args.local_world_size)
     loader = eval_loader(dataset, cfg.eval.batch_size, workers, device, args.rank, args.world_size)
     score(task, cfg, place_models(networks, device, sync_bn=False), loader, device)
-
-
-def worker_count(cfg: Any, args: argparse.Namespace, device: torch.device) -> int:
-    """Loader processes per training process."""
-    asked = cfg.train.workers
-    return default_workers(device, args.local_world_size) if asked is None else asked
 
 
 def fit(

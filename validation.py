@@ -27,10 +27,11 @@ from train_utils.config import merge, parse_assignments
 from train_utils.data import eval_loader
 from train_utils.distributed_utils import call_on_main, is_main_process, shutdown_distributed
 from train_utils.errors import UserError
+from train_utils.files import write_text
 from train_utils.log import get_logger
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, ToolboxMetrics
 from train_utils.run_folder import newest_best_checkpoint
-from train_utils.setup import clean_errors, default_workers, place_models
+from train_utils.setup import clean_errors, place_models, worker_count
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,10 +54,8 @@ def write_json(path: Path, scores: dict[str, float]) -> None:
     try:
         if path.exists() and not path.is_file():  # a pipe or a device
             path.write_text(text, encoding="utf-8")
-            return
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        else:
+            write_text(path, text)
     except OSError as error:
         raise UserError(
             f"--json {path}: cannot be written ({error.strerror}). Choose another file."
@@ -71,9 +70,7 @@ def score_weights(args: argparse.Namespace) -> dict[str, float]:
     models = place_models(models, device, sync_bn=False)
     dataset = task.build_val_dataset(cfg, all_pairs=bool(args.images))
     call_on_main(lambda: check_pairs(dataset))
-    workers = args.workers
-    if workers is None:
-        workers = default_workers(device, args.local_world_size)
+    workers = worker_count(args.workers, device, args.local_world_size)
     loader = eval_loader(dataset, args.batch_size, workers, device, args.rank, args.world_size)
     get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
     metrics = (*task.make_metrics(cfg), *((ToolboxMetrics(),) if args.toolbox else ()))

@@ -607,7 +607,7 @@ def test_writing_replaces_the_file_whole_or_not_at_all(tmp_path, monkeypatch):
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cfg.os, "fsync", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     message = refusal(cfg.dump_yaml, Config(epochs=3), path)
     assert message.startswith(f"{path}: No space left on device.")
     assert path.read_bytes() == before

@@ -9,10 +9,8 @@ tuple[X, ...], Literal and nested dataclasses. A dataclass checks ranges in ``__
 raising ``ValueError("key: cause. Fix.")``.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import os
 import re
 import reprlib
 import sys
@@ -24,6 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from train_utils.errors import UserError
+from train_utils.files import write_text
 
 T = TypeVar("T")
 
@@ -358,14 +357,7 @@ def dump_yaml(config: Any, path: str | Path) -> None:
     """
     path = Path(path)
     text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path}: {error.strerror}. Choose a folder that can be written.") from None

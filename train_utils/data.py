@@ -163,10 +163,6 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch))
         return torch.randperm(self.num_samples, generator=generator).tolist()
 
-    def step_indices(self, epoch: int, step: int) -> list[int]:
-        """Indices of the global batch of one step, e.g. to name the files behind a bad loss."""
-        return self.order(epoch)[step * self.global_batch : (step + 1) * self.global_batch]
-
     def __len__(self) -> int:
         full, rest = divmod(self.num_samples, self.global_batch)
         parts = full * self.parts_per_step + (self._parts(rest) if rest else 0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from train_utils.errors import UserError
 from train_utils.metric_logger import MetricLogger, SmoothedValue
@@ -339,10 +339,3 @@ def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()
-
-
-def reduce_sum_(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all ranks in place (no-op for one process)."""
-    if get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor

@@ -22,6 +22,7 @@ from train_utils.distributed_utils import (
     mkdir,
 )
 from train_utils.errors import UserError, plain_message
+from train_utils.files import write_text
 from train_utils.log import get_logger, log_to_file
 
 LAST, BEST = "last.pth", "model_best.pth"
@@ -163,14 +164,14 @@ class RunFolder:
             if int(file.stem.partition("_")[2]) >= epoch:
                 get_logger().info(f"removing {file}, from the epochs that are trained again")
                 file.unlink()
-        metrics = self.path / "metrics.jsonl"
-        results = self.path / "results.txt"
-        if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines()
-            _rewrite(metrics, [line for line in lines if _epoch_of_json(line) < epoch])
-        if results.exists():
-            lines = results.read_text(encoding="utf-8").splitlines()
-            _rewrite(results, [line for line in lines if _epoch_of_result(line) < epoch])
+        for name, epoch_of in (
+            ("metrics.jsonl", _epoch_of_json),
+            ("results.txt", _epoch_of_result),
+        ):
+            file = self.path / name
+            if file.exists():
+                lines = file.read_text(encoding="utf-8").splitlines()
+                write_text(file, "".join(f"{line}\n" for line in lines if epoch_of(line) < epoch))
 
     @property
     def writes(self) -> bool:
@@ -258,13 +259,7 @@ class RunFolder:
         """Write status.json: running, finished, stopped or failed, and why."""
         if is_main_process():
             record = {"state": state, "pid": os.getpid(), "time": time.time(), **details}
-            _rewrite(self.path / "status.json", [json.dumps(record)])
-
-
-def _rewrite(path: Path, lines: list[str]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+            write_text(self.path / "status.json", json.dumps(record) + "\n")
 
 
 def _epoch_of_json(line: str) -> float:

@@ -64,6 +64,11 @@ def default_workers(device: torch.device, local_world_size: int) -> int:
     return min(8, cores) if device.type == "cuda" else int(cores > 1)
 
 
+def worker_count(asked: int | None, device: torch.device, local_world_size: int) -> int:
+    """The loader processes that were asked for, or the default."""
+    return default_workers(device, local_world_size) if asked is None else asked
+
+
 @contextmanager
 def clean_errors() -> Iterator[None]:
     """Print what a user can put right as one line and exit with 1; other errors keep a trace."""
