@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--masks", dest="data.masks", metavar="DIR", help="… and the folder of their masks")
     add("--val-images", dest="data.val_images", metavar="DIR", help="default: a held-out share")
     add("--val-masks", dest="data.val_masks", metavar="DIR")
+    add("--direction", dest="data.direction", choices=["AtoB", "BtoA"], help="of pix2pix")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
     add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")
@@ -67,7 +68,6 @@ def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, d
     overrides = merge(
         {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
     )
-    overrides["data"] = tasks.meant_data(overrides.get("data", {}))
     resume = find_resume(args.resume, args.output_dir, Path(args.config or DEFAULT_CONFIG).stem)
     saved = load_training_state(resume) if resume else None
     if saved:

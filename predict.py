@@ -4,9 +4,13 @@
     python predict.py photos -o maps --cutout --overlay     a folder tree, mirrored below maps/
     python predict.py "photos/*.jpg" --weights runs/…/model_best.pth
     python predict.py photo.jpg --weights u2netp.pth --set data.mean=[0,0,0] --set data.std=[1,1,1]
+    python predict.py photo.jpg --trimap photo_trimap.png --cutout       matting
+    python predict.py photos --trimap trimaps                            trimaps of the same names
 
 The weights file says which network and preprocessing to use; both are exactly those that its scores
-were measured with. Without --weights the newest best checkpoint under runs/ is taken.
+were measured with. Without --weights the newest best checkpoint under runs/ is taken. What the map
+is depends on the network: a saliency map, an alpha matte, a label map (palette PNG of class
+indices) or the translated image.
 """
 
 import argparse
@@ -29,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="IMG|DIR|GLOB")
     add("-o", "--output", default="predictions", metavar="DIR", help="default: predictions")
     add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
+    add("--config", metavar="YAML", help="recipe of weights that bring none with them")
     add("--cutout", action="store_true", help="also <name>_cutout.png: RGBA, the map as alpha")
     add(
         "--overlay",
@@ -36,6 +41,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="also <name>_overlay.png: the map tinted on the image",
     )
     add("--threshold", type=float, metavar="T", help="write 255 where the map is > T, else 0")
+    add(
+        "--trimap", metavar="FILE|DIR", help="what matting needs: 0 ground, 128 unknown, 255 object"
+    )
     add("--device", default="auto")
     add("--set", default=[], action="append", metavar="KEY=VALUE", help="override a config key")
     args = parser.parse_args(argv)
@@ -49,6 +57,7 @@ class Job(NamedTuple):
 
     source: Path
     outputs: dict[str, Path]
+    trimap: Path | None = None
 
 
 def main(args: argparse.Namespace) -> int:
@@ -61,10 +70,11 @@ def main(args: argparse.Namespace) -> int:
     from train_utils.run_folder import newest_best_checkpoint
     from train_utils.setup import place_models
 
-    jobs = plan(args.inputs, Path(args.output), kinds_of(args))
+    jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.trimap)
     device = resolve_device(args.device)
     weights = args.weights or newest_best_checkpoint()
-    task, cfg, models = tasks.load_models(weights, parse_assignments(args.set))
+    task, cfg, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
+    check_flags(args, task.PREDICT_FLAGS, str(weights))
     models = place_models(models, device, sync_bn=False)
     print(f"{weights} → {len(jobs)} image(s)", flush=True)
 
@@ -96,67 +106,175 @@ def predict_chunk(
     threshold: float | None,
 ) -> list[str | None]:
     """Read, predict and write some images; returns each one's error, or None."""
-    import torch
-
     from train_utils.errors import UserError
-    from train_utils.image_io import printable, read_image, save_image
-    from train_utils.inference import forward_chunk
+    from train_utils.image_io import printable, save_image
 
     errors: list[str | None] = [None] * len(chunk)
-    images = {}
+    images, inputs = {}, {}
     for i, job in enumerate(chunk):
         try:
-            images[i] = read_image(job.source)
+            images[i] = read_inputs(job)
+            inputs[i] = task.network_input(cfg, **images[i])
         except UserError as error:
             errors[i] = str(error)
-    if not images:
-        return errors
-    inputs = torch.stack([task.network_input(cfg, image) for image in images.values()])
     try:
-        predictions = forward_chunk(forward, inputs.to(device), device)
+        predictions = forward_alike(forward, inputs, device)
     except (RuntimeError, MemoryError) as error:  # too little memory, above all
         return [f"{printable(job.source)}: {error}" for job in chunk]
-    for (i, image), prediction in zip(images.items(), predictions, strict=True):
+    for i, prediction in predictions.items():
+        outputs = chunk[i].outputs
         try:
-            pictures = task.render(cfg, image, prediction, list(chunk[i].outputs), threshold)
-            for kind, path in chunk[i].outputs.items():
+            pictures = task.render(
+                cfg,
+                prediction=prediction,
+                kinds=list(outputs),
+                threshold=threshold,
+                **images[i],
+            )
+            for kind, path in outputs.items():
                 save_image(pictures[kind], path)
         except (UserError, OSError, MemoryError) as error:
             errors[i] = f"{printable(chunk[i].source)}: {error}"
     return errors
 
 
+def read_inputs(job: Job) -> dict[str, "torch.Tensor"]:
+    """A job's image, and its trimap if there is one, by name."""
+    from train_utils.errors import UserError
+    from train_utils.image_io import printable, read_image, read_trimap
+
+    image = read_image(job.source)
+    if not job.trimap:
+        return {"image": image}
+    trimap = read_trimap(job.trimap)
+    if trimap.shape[-2:] != image.shape[-2:]:
+        raise UserError(
+            f"{printable(job.trimap)}: {trimap.shape[-1]}×{trimap.shape[-2]} pixels, but "
+            f"{printable(job.source)} has {image.shape[-1]}×{image.shape[-2]}. Make them alike."
+        )
+    return {"image": image, "trimap": trimap}
+
+
+def forward_alike(forward: Any, inputs: dict[int, Any], device: "torch.device") -> dict[int, Any]:
+    """Predictions by key, those of equally sized inputs in one pass."""
+    import torch
+
+    from train_utils.inference import forward_chunk
+
+    predictions = {}
+    for shape in dict.fromkeys(x.shape for x in inputs.values()):
+        keys = [key for key, x in inputs.items() if x.shape == shape]
+        batch = torch.stack([inputs[key] for key in keys]).to(device)
+        predictions |= dict(zip(keys, forward_chunk(forward, batch, device), strict=True))
+    return predictions
+
+
+def check_flags(args: argparse.Namespace, flags: dict[str, bool], weights: str) -> None:
+    """UserError for a flag that the network has no use for, or lacks (name → required?)."""
+    from train_utils.errors import UserError
+
+    for name in ("cutout", "overlay", "threshold", "trimap"):
+        given = getattr(args, name) not in (None, False)
+        if given and name not in flags:
+            offered = ", ".join(f"--{flag}" for flag in flags) or "none of these"
+            raise UserError(
+                f"--{name}: {weights} has no use for it; its network takes {offered}. Leave it out."
+            )
+        if flags.get(name) and not given:
+            raise UserError(
+                f"--{name}: {weights} needs one beside every image. Add --{name} FILE, or a folder "
+                "with files of the images' names."
+            )
+
+
 def kinds_of(args: argparse.Namespace) -> list[str]:
     return ["map", *(kind for kind in ("cutout", "overlay") if getattr(args, kind))]
 
 
-def plan(inputs: list[str], output: Path, kinds: list[str]) -> list[Job]:
-    """Every input file with its output paths, decided before anything is written.
+def plan(inputs: list[str], output: Path, kinds: list[str], trimap: str | None = None) -> list[Job]:
+    """Every input file with its trimap and output paths, decided before anything is written.
 
-    Raises UserError when there is no input at all, and when an output would overwrite an input,
-    another output or a file that predict.py has not written.
+    Raises UserError when there is no input at all, when a trimap is missing, and when an output
+    would overwrite an input, another output or a file that predict.py has not written.
     """
     from train_utils.errors import UserError
-    from train_utils.image_io import printable, saved_here
+    from train_utils.image_io import printable
 
     first = next(folder for folder in (output, *output.parents) if folder.exists())
     if not first.is_dir():
         raise UserError(f"{printable(first)}: not a folder. Choose another one with -o.")
+    sources = list(_sources(inputs, output))
+    trimaps = find_trimaps(sources, Path(trimap)) if trimap else {}
+    used = {path.resolve() for path in trimaps.values()}
     jobs: dict[Path, Job] = {}
-    for source, relative in _sources(inputs, output):
+    for source, relative in sources:
+        if source.resolve() in used:
+            continue  # it lies among the images
         stem = output / relative.with_suffix("")
         names = {
             kind: stem.with_name(stem.name + ("" if kind == "map" else f"_{kind}") + ".png")
             for kind in kinds
         }
-        jobs.setdefault(source.resolve(), Job(source, names))
+        jobs.setdefault(source.resolve(), Job(source, names, trimaps.get(source)))
     if not any(job.source.exists() for job in jobs.values()):
         raise UserError(f"{', '.join(inputs)}: no image there. Check the path.")
+    _check_outputs(jobs)
+    return list(jobs.values())
+
+
+def find_trimaps(sources: list[tuple[Path, Path]], trimap: Path) -> dict[Path, Path]:
+    """The trimap of every source that has one: the file given, or of a folder the same name.
+
+    In a folder, `a/photo_trimap.*` goes before `a/photo.*`. Raises UserError for a source without.
+    """
+    from train_utils.errors import UserError
+    from train_utils.image_io import list_images, printable
+
+    if not trimap.is_dir():
+        if len(sources) > 1:
+            raise UserError(
+                f"--trimap {printable(trimap)}: is one file for several images. Give a folder."
+            )
+        if any(source.resolve() == trimap.resolve() for source, _ in sources):
+            raise UserError(f"--trimap {printable(trimap)}: is the image itself. Give its trimap.")
+        return {source: trimap for source, _ in sources}
+    files = {
+        path.relative_to(trimap).with_suffix("").as_posix(): path
+        for path in list_images(trimap, recursive=True)
+    }
+    found = {}
+    for source, relative in sources:
+        stem = relative.with_suffix("").as_posix()
+        candidates = [files.get(f"{stem}_trimap"), files.get(stem)]
+        others = [path for path in candidates if path and path.resolve() != source.resolve()]
+        if others:
+            found[source] = others[0]
+    used = {path.resolve() for path in found.values()}  # trimaps may lie among the images
+    missing = [
+        printable(source)
+        for source, _ in sources
+        if source not in found and source.resolve() not in used
+    ]
+    if missing:
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise UserError(
+            f"--trimap {printable(trimap)}: holds no trimap for {', '.join(missing[:10])}{more}. "
+            "Name each like its image, or <image>_trimap."
+        )
+    return found
+
+
+def _check_outputs(jobs: dict[Path, Job]) -> None:
+    """Raise UserError if an output would overwrite what it must not; `jobs` by resolved source."""
+    from train_utils.errors import UserError
+    from train_utils.image_io import printable, saved_here
+
+    inputs = jobs.keys() | {job.trimap.resolve() for job in jobs.values() if job.trimap}
     taken: dict[Path, Path] = {}
     for job in jobs.values():
         for path in job.outputs.values():
             target = path.resolve()
-            if target in jobs:
+            if target in inputs:
                 raise UserError(
                     f"{printable(path)}: the output of {printable(job.source)} would overwrite an "
                     "input. Choose another folder with -o."
@@ -173,7 +291,6 @@ def plan(inputs: list[str], output: Path, kinds: list[str]) -> list[Job]:
                     "folder with -o, or move the file."
                 )
             taken[target] = job.source
-    return list(jobs.values())
 
 
 def _sources(inputs: Iterable[str], output: Path) -> Iterator[tuple[Path, Path]]:

@@ -15,20 +15,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import tasks
 from arguments import DEFAULT_CONFIG, configure, parse_args
-from my_dataset import check_pairs
 from train_utils import evaluate, init_distributed_mode, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.checkpoint import split_states
 from train_utils.config import to_dict
-from train_utils.data import GlobalBatchSampler, eval_loader, train_loader
-from train_utils.distributed_utils import call_on_main, refuse_launcher
+from train_utils.data import GlobalBatchSampler, SampleKey, eval_loader, train_loader
+from train_utils.distributed_utils import broadcast_tensors, call_on_main, refuse_launcher
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger
+from train_utils.metrics import all_remarks, all_scores
 from train_utils.run_folder import (
     BEST,
     LAST,
@@ -36,6 +36,7 @@ from train_utils.run_folder import (
     choose_run_folder,
     contact_sheet,
 )
+from train_utils.schedule import describe_schedules
 from train_utils.setup import (
     clean_errors,
     place_models,
@@ -44,7 +45,7 @@ from train_utils.setup import (
     wrap_models,
 )
 from train_utils.stop import StopRequest, agree_to_stop, exit_stopped
-from train_utils.train_and_eval import Progress, Sample, StepOptions
+from train_utils.train_and_eval import Progress, Sample, StepOptions, predict_samples
 from train_utils.training_state import TrainingState, resumed_global_batch
 
 SHEET_ROWS = 8
@@ -60,8 +61,10 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # Data. What a step's samples are does not depend on the number of processes or workers.
+    workers = worker_count(cfg.train.workers, device, args.local_world_size)
     train_set, val_set = task.build_datasets(cfg)
-    call_on_main(lambda: [check_pairs(dataset) for dataset in (train_set, val_set)] and None)
+    found = call_on_main(lambda: task.prepare_data(cfg, train_set, val_set, workers))
+    cfg = tasks.with_values(cfg, found)
     global_batch = cfg.train.batch_size * cfg.train.accumulate * args.world_size
     if saved:
         global_batch = resumed_global_batch(saved, global_batch, args.world_size)
@@ -74,7 +77,6 @@ def main(args: argparse.Namespace) -> None:
         seed=cfg.train.seed,
     )
     task.check_batches(cfg, sampler.smallest_part)
-    workers = worker_count(cfg.train.workers, device, args.local_world_size)
     loader = train_loader(train_set, sampler, workers, device)
     val_loader = eval_loader(
         val_set, cfg.eval.batch_size, workers, device, args.rank, args.world_size
@@ -86,6 +88,10 @@ def main(args: argparse.Namespace) -> None:
         log.info(f"--weights {cfg.train.weights}: not used, the run continues from {resume}")
     elif cfg.train.weights:
         split_states(networks, tasks.read_weights(task, cfg.train.weights), cfg.train.weights)
+    elif not saved:
+        call_on_main(lambda: task.initialise(cfg, networks))  # one download for all processes
+        for network in networks.values():
+            broadcast_tensors(list(network.state_dict().values()))
     networks = place_models(networks, device, cfg.train.sync_bn and args.world_size > 1)
     optimizers, schedulers = task.build_optimizers(cfg, networks, sampler.steps_per_epoch)
     amp_dtype, decay = choose_amp_dtype(cfg.train.amp, device), cfg.train.ema
@@ -113,6 +119,7 @@ def main(args: argparse.Namespace) -> None:
             f"{workers} loader worker(s) each; {len(train_set)} training and {len(val_set)} "
             f"validation samples; {global_batch} images per step; run folder {path}"
         )
+        log.info(describe_schedules(schedulers, sampler.steps_per_epoch * cfg.train.epochs))
         options = StepOptions(
             amp_dtype,
             accumulate=sampler.parts_per_step,
@@ -130,8 +137,8 @@ def test(args: argparse.Namespace, task: ModuleType, cfg: Any, weights: str) -> 
     networks = task.build_models(cfg)
     split_states(networks, tasks.read_weights(task, weights), weights)
     dataset = task.build_val_dataset(cfg)
-    call_on_main(lambda: check_pairs(dataset))
     workers = worker_count(cfg.train.workers, device, args.local_world_size)
+    call_on_main(lambda: task.prepare_data(cfg, None, dataset, workers))
     loader = eval_loader(dataset, cfg.eval.batch_size, workers, device, args.rank, args.world_size)
     score(task, cfg, place_models(networks, device, sync_bn=False), loader, device)
 
@@ -150,7 +157,7 @@ def fit(
     sampler, epochs = loader.batch_sampler, cfg.train.epochs
     steps, (metric, goal) = sampler.steps_per_epoch, task.deciding_metric(cfg)
     models = wrap_models(state.models, device, cfg.train.compile)
-    stop, midway = StopRequest(), False
+    stop, midway, early_stop = StopRequest(), False, cfg.train.early_stop
 
     def after_step(progress: Progress) -> None:
         nonlocal midway
@@ -160,8 +167,14 @@ def fit(
             state.epoch, state.step = progress.epoch, progress.step
             state.meters = progress.logger.state_dict()
             run.save(state.capture())
+        done = progress.epoch * steps + progress.step
+        if run.writes and cfg.train.sample_interval and done % cfg.train.sample_interval == 0:
+            save_samples(task, cfg, averaged(state), val_loader.dataset, device, run, done)
 
     for epoch in range(state.epoch, epochs):
+        if early_stop and state.stale >= early_stop:
+            get_logger().info(f"no better {metric} for {state.stale} evaluations: ending the run")
+            break
         start_step, start_time = state.step, time.monotonic()
         sampler.set_position(epoch, start_step)
         logger = MetricLogger(reduce=True, on_values=run.step_writer(epoch * steps + start_step))
@@ -176,7 +189,7 @@ def fit(
             cfg.train.print_freq,
             state.scalers,
             train_step=task.train_step(cfg),
-            loss_counts=task.loss_counts,
+            loss_counts=task.loss_counts(cfg),
             options=options,
             logger=logger,
             start_step=start_step,
@@ -197,17 +210,20 @@ def fit(
             if start_step < steps:  # a stop or crash in the evaluation must not cost the epoch
                 state.epoch, state.step, state.meters = epoch, steps, logger.state_dict()
                 run.save(state.capture())
-            networks = {name: ema.module for name, ema in state.ema.items()} or state.models
-            scores = score(task, cfg, networks, val_loader, device, run, record["step"])
+            scores = score(task, cfg, averaged(state), val_loader, device, run, record["step"])
             record |= {f"val/{name}": value for name, value in scores.items()}
         best = evaluated and state.note_scores(scores, metric, goal)
+        if evaluated and state.stale and state.stale % cfg.train.plateau_patience == 0:
+            state.scale_learning_rates(cfg.train.plateau_factor)
+        kept = evaluated or (cfg.train.keep_every and (epoch + 1) % cfg.train.keep_every == 0)
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         run.log_epoch(record)
-        run.save(state.capture(), best, epoch if evaluated else None, cfg.train.keep)
+        numbered = epoch if kept else None
+        run.save(state.capture(), best, numbered, cfg.train.keep, cfg.train.keep_every)
         agree_to_stop(stop)
         if stop.agreed and epoch + 1 < epochs:
             break
-    if state.epoch < epochs:
+    if stop.agreed and state.epoch < epochs:
         exit_stopped(stop, run, state)
     run.status("finished", epoch=state.epoch, best=state.best_scores)
     checkpoint = next(path for path in (run.path / BEST, run.path / LAST) if path.exists())
@@ -216,6 +232,26 @@ def fit(
         f"checkpoint: {checkpoint}\n"
         f"next: python predict.py YOUR_IMAGE.jpg --weights {checkpoint}"
     )
+
+
+def averaged(state: TrainingState) -> dict[str, torch.nn.Module]:
+    """The networks to evaluate: the moving averages where they are kept."""
+    return {name: ema.module for name, ema in state.ema.items()} or state.models
+
+
+def save_samples(
+    task: ModuleType,
+    cfg: Any,
+    networks: dict[str, torch.nn.Module],
+    dataset: Dataset,
+    device: torch.device,
+    run: RunFolder,
+    step: int,
+) -> None:
+    """A sheet of the first validation samples, drawn by this process alone."""
+    items = [dataset[SampleKey(0, index)] for index in range(min(SHEET_ROWS, len(dataset)))]
+    samples = predict_samples(networks, items, device, task.predict(cfg))
+    run.save_sheet(contact_sheet([task.sheet_row(cfg, sample) for sample in samples]), step)
 
 
 def score(
@@ -239,11 +275,14 @@ def score(
         samples=samples,
     )
     if samples:
-        run.log_picture("val/sheet", contact_sheet([task.sheet_row(s) for s in samples]), step)
+        rows = [task.sheet_row(cfg, sample) for sample in samples]
+        run.log_picture("val/sheet", contact_sheet(rows), step)
         for tag, curve in task.curves(metrics).items():
             run.log_pr_curve(tag, curve, step)
-    scores = task.results(metrics)
+    scores = all_scores(metrics)
     get_logger().info("val  " + "  ".join(f"{name}: {value:.5f}" for name, value in scores.items()))
+    for remark in all_remarks(metrics):
+        get_logger().info(f"     {remark}")
     return scores
 
 

@@ -29,7 +29,14 @@ from train_utils.distributed_utils import call_on_main, is_main_process, shutdow
 from train_utils.errors import UserError
 from train_utils.files import write_text
 from train_utils.log import get_logger
-from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, ToolboxMetrics
+from train_utils.metrics import (
+    ExactMetric,
+    F1Score,
+    MeanAbsoluteError,
+    ToolboxMetrics,
+    all_remarks,
+    all_scores,
+)
 from train_utils.run_folder import newest_best_checkpoint
 from train_utils.setup import clean_errors, place_models, worker_count
 
@@ -43,12 +50,16 @@ def main(args: argparse.Namespace) -> None:
         return
     if scores["n"] == 0:
         raise UserError("no image was scored: the data set is empty. Check its folder.")
-    get_logger().info("  ".join(f"{name}: {value:.6g}" for name, value in scores.items()))
+    remarks = scores.get("remarks", [])
+    numbers = {name: value for name, value in scores.items() if name != "remarks"}
+    get_logger().info("  ".join(f"{name}: {value:.6g}" for name, value in numbers.items()))
+    for remark in remarks:
+        get_logger().info(remark)
     if args.json:
         write_json(Path(args.json), scores)
 
 
-def write_json(path: Path, scores: dict[str, float]) -> None:
+def write_json(path: Path, scores: dict[str, Any]) -> None:
     """Write the scores, whole or not at all."""
     text = json.dumps(scores, indent=2) + "\n"
     try:
@@ -62,23 +73,27 @@ def write_json(path: Path, scores: dict[str, float]) -> None:
         ) from error
 
 
-def score_weights(args: argparse.Namespace) -> dict[str, float]:
+def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     """Scores of a network on its task's validation data."""
     device = torch.device(args.device)
     weights = args.weights or newest_best_checkpoint()
-    task, cfg, models = tasks.load_models(weights, overrides_of(args))
+    task, cfg, models = tasks.load_models(weights, overrides_of(args), args.config)
+    if args.toolbox and not hasattr(task, "make_toolbox_metrics"):
+        raise UserError(f"--toolbox: scores saliency maps, and {weights} is of another task.")
     models = place_models(models, device, sync_bn=False)
     dataset = task.build_val_dataset(cfg, all_pairs=bool(args.images))
-    call_on_main(lambda: check_pairs(dataset))
     workers = worker_count(args.workers, device, args.local_world_size)
+    call_on_main(lambda: task.prepare_data(cfg, None, dataset, workers))
     loader = eval_loader(dataset, args.batch_size, workers, device, args.rank, args.world_size)
     get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
-    metrics = (*task.make_metrics(cfg), *((ToolboxMetrics(),) if args.toolbox else ()))
+    metrics = task.make_metrics(cfg)
+    if args.toolbox:
+        metrics += task.make_toolbox_metrics()
     evaluate(models, loader, device, metrics=metrics, predict=task.predict(cfg))
     return report(metrics)
 
 
-def score_files(args: argparse.Namespace) -> dict[str, float]:
+def score_files(args: argparse.Namespace) -> dict[str, Any]:
     """Scores of prediction maps, 8-bit images with the names of their masks."""
     if not args.masks:
         raise UserError("--predictions: needs the masks to compare with. Add --masks DIR.")
@@ -105,22 +120,20 @@ def _as_maps(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return image[:1], mask  # a map is grey: its three channels are equal
 
 
-def report(metrics: tuple[ExactMetric, ...]) -> dict[str, float]:
-    """All scores by name at full precision, and `n`, the number of images."""
-    scores: dict[str, float] = {}
-    for metric in metrics:
-        result = metric.compute()
-        if isinstance(result, dict):
-            scores |= {f"toolbox/{name}": value for name, value in result.items()}
-        else:
-            scores[metric.name] = result
-    return {**scores, "n": metrics[0].count}
+def report(metrics: tuple[ExactMetric, ...]) -> dict[str, Any]:
+    """All scores by name at full precision, `n`, the number of images, and remarks if any."""
+    remarks = all_remarks(metrics)
+    return {
+        **all_scores(metrics),
+        "n": metrics[0].count,
+        **({"remarks": remarks} if remarks else {}),
+    }
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """The command line's part of the config."""
     data = {"root": args.data_path, "images": args.images, "masks": args.masks}
-    data = tasks.meant_data({key: value for key, value in data.items() if value is not None})
+    data = {key: value for key, value in data.items() if value is not None}
     evaluation = {"post_norm": True} if args.post_norm else {}
     return merge({"data": data, "eval": evaluation}, parse_assignments(args.set))
 
@@ -131,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
+    add("--config", metavar="YAML", help="recipe of weights that bring none with them")
     add("--data-path", metavar="DIR", help="the data set's folder; default: the training's data")
     add("--images", metavar="DIR", help="any folder of images, all of which are scored")
     add("--masks", metavar="DIR", help="the masks of --images or --predictions")

@@ -1,19 +1,26 @@
 """One module per task: what the shared scripts do not know.
 
-A task module defines `Config` (its sections of the YAML), `METRICS` (name → "max" or "min", the
-first one decides the best checkpoint by default), and the functions
+A task module defines `Config` (its sections of the YAML, `DataConfig` among them), `METRICS`
+(name → "max" or "min", the first one decides the best checkpoint by default), `PREDICT_FLAGS`
+(which of predict.py's `cutout`, `overlay`, `threshold`, `trimap` it takes → whether it needs them),
+and the functions
 
     build_datasets(cfg), build_val_dataset(cfg, all_pairs)   the data
+    prepare_data(cfg, train_set, val_set, workers)           checks; settings that the data decide
     build_models(cfg)                                        networks by name
+    initialise(cfg, models)                                  where a new training starts from
     build_optimizers(cfg, models, steps_per_epoch)           optimizers and schedules by network
     check_batches(cfg, smallest)                             refuses batches that cannot train
-    loss_counts(batch), train_step(cfg)                      what the loop calls in every step
-    predict(cfg), make_metrics(cfg), results(metrics), deciding_metric(cfg)
-    sheet_row(sample), curves(metrics)                       pictures for TensorBoard
+    loss_counts(cfg), train_step(cfg)                        what the loop calls in every step
+    predict(cfg), make_metrics(cfg), deciding_metric(cfg)    what evaluation calls
+    sheet_row(cfg, sample), curves(metrics)                  pictures
     network_input(cfg, image), render(cfg, …)                what predict.py feeds and writes
     adopt_weights(state_dict)                                weights of other projects
+
+and, if it can, `make_toolbox_metrics()`: scores by a protocol of the field besides its own.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +29,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from train_utils.checkpoint import load_weights, split_states
-from train_utils.config import build, merge, to_dict
+from train_utils.config import build, load_yaml, merge, to_dict
 from train_utils.errors import UserError
 
 _NOT_TASKS = {"__init__", "settings"}
@@ -48,7 +55,14 @@ def read_config(
     """
     task = load_task(str(merge(values, overrides).get("task", "saliency")))
     build(task.Config, values, source)
+    data = meant_data(overrides.get("data", {}), task.DataConfig.sources)
+    overrides = {**overrides, "data": data}
     return task, build(task.Config, merge(values, overrides), "command line")
+
+
+def with_values(cfg: Any, values: dict[str, Any]) -> Any:
+    """A config with some of its values replaced, e.g. by what `prepare_data` found."""
+    return build(type(cfg), merge(to_dict(cfg), values), "data") if values else cfg
 
 
 def complete(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -56,32 +70,41 @@ def complete(values: dict[str, Any], source: str) -> dict[str, Any]:
     return to_dict(build(load_task(str(values.get("task"))).Config, values, source))
 
 
-def meant_data(flags: dict[str, Any]) -> dict[str, Any]:
-    """Data settings of a command line that names folders, without those that it replaces.
+def meant_data(flags: Any, sources: Sequence[str]) -> Any:
+    """Data settings of a command line that names folders, without those that they replace.
 
-    `root` and `images` each say by themselves which data is meant: folders of a recipe or of a
-    checkpoint no longer count. Raises UserError if both are given.
+    `root` and `images` each say by themselves which data is meant: all other `sources`, of a recipe
+    or of a checkpoint, no longer count. Raises UserError if both are given.
     """
-    replaced = []
-    if "root" in flags and ("images" in flags or "masks" in flags):
+    folders = {"images", "masks"}
+    if not isinstance(flags, dict) or not flags.keys() & {"root", *folders}:
+        return flags
+    if "root" in flags and flags.keys() & folders:
         raise UserError("--data-path and --images: name one or the other.")
-    if "root" in flags:
-        replaced = ["name", "images", "masks", "val_images", "val_masks"]
-    elif "images" in flags or "masks" in flags:
-        replaced = ["name", "root", "val_images", "val_masks"]
-    return {**dict.fromkeys(replaced), **flags}
+    kept = {"root"} if "root" in flags else folders
+    return {**{key: None for key in sources if key not in kept}, **flags}
 
 
 def load_models(
-    weights: str | Path, overrides: dict[str, Any]
+    weights: str | Path, overrides: dict[str, Any], recipe: str | None = None
 ) -> tuple[ModuleType, Any, dict[str, nn.Module]]:
     """Task, config and networks (in evaluation mode) of a weights file, from the file alone.
 
-    A checkpoint of ours brings its config; a foreign file is recognised by its keys and gets the
-    task's defaults. `overrides` come on top, e.g. to state a foreign file's preprocessing.
+    A checkpoint of ours brings its config; a bare state_dict needs the `recipe`, unless it is
+    recognised by its keys and gets the task's defaults. `overrides` come on top, e.g. to state a
+    foreign file's preprocessing. Raises UserError for a recipe beside a checkpoint that has one.
     """
     state_dict, values = load_weights(weights)
-    if values is None:
+    if values is not None and recipe:
+        raise UserError(
+            f"--config {recipe}: {weights} brings its own settings. Leave --config out, or change "
+            "single settings with --set."
+        )
+    if recipe:
+        values = load_yaml(recipe)
+        adopted = load_task(str(values.get("task", "saliency"))).adopt_weights(state_dict)
+        state_dict = adopted[1] if adopted else state_dict
+    elif values is None:
         task, found, state_dict = _recognise(state_dict, weights)
         values = {"task": task.__name__.removeprefix("tasks."), **found}
     task, cfg = read_config(values, str(weights), overrides)
@@ -105,6 +128,7 @@ def _recognise(state_dict: dict, weights: str | Path) -> tuple[ModuleType, dict,
         if found := task.adopt_weights(state_dict):
             return task, *found
     raise UserError(
-        f"{weights}: these weights fit none of the networks here; the file has {len(state_dict)} "
-        f"tensors, such as {', '.join(list(state_dict)[:3])}. Use another file."
+        f"{weights}: says nothing of its network and is none that is recognised; it has "
+        f"{len(state_dict)} tensors, such as {', '.join(list(state_dict)[:3])}. Name the recipe "
+        "that it was trained with by --config, or use another file."
     )

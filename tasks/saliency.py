@@ -8,70 +8,50 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 import src
-from my_dataset import DUTSDataset, PairFolderDataset, ShapesDataset, split_pairs
+from my_dataset import DUTSDataset, ShapesDataset, check_pairs, folder_pairs
 from src.u2net import from_official, is_official
-from tasks.settings import BaseConfig
+from tasks import settings
+from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData
 from train_utils.errors import UserError
-from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, prediction_at
+from train_utils.metrics import (
+    ExactMetric,
+    F1Score,
+    MeanAbsoluteError,
+    ToolboxMetrics,
+    prediction_at,
+)
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
-from train_utils.schedule import create_lr_scheduler, get_params_groups
+from train_utils.schedule import make_optimizer, make_schedule
 from train_utils.train_and_eval import Sample, pixel_counts, saliency_predict, saliency_step
 from transforms import SaliencyEval, SaliencyTrain, predict_input
 
 METRICS = {"maxF1": "max", "MAE": "min"}
-# Validation scenes of the embedded data are drawn from here on, training scenes from 0.
-FIRST_VAL_SCENE = 1_000_000
-
-loss_counts = pixel_counts
+PREDICT_FLAGS = {"cutout": False, "overlay": False, "threshold": False}
 
 
 @dataclass
-class DataConfig:
+class DataConfig(FolderData):
     """Where pairs of image and mask come from, and how they are prepared."""
 
-    # null: folders where `images` is given, duts where `root` is, else the embedded shapes
-    name: Literal["shapes", "duts", "folders"] | None = None
-    root: str | None = None  # the folder that holds DUTS-TR and DUTS-TE
-    images: str | None = None  # any folder of images …
-    masks: str | None = None  # … and the folder of their masks, of the same names
-    val_images: str | None = None  # null: a share of `images` is held out by the seed
-    val_masks: str | None = None
-    val_fraction: float = 0.1
-    train_size: int = 400  # embedded scenes
-    val_size: int = 80
-    seed: int = 0  # of the embedded scenes and of the split
-    image_size: int = 320  # side of the square that images are resized to
+    layout = "duts"
+
+    name: Literal["shapes", "duts", "folders"] | None = None  # duts: root holds DUTS-TR, DUTS-TE
     crop_size: int | None = None  # random crop in training; null: 0.9 × image_size
     hflip: float = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("train_size", "val_size", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
+        super().__post_init__()
         if not 1 <= self.crop <= self.image_size:
             raise ValueError("crop_size: must lie between 1 and image_size")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError("seed: must lie between 0 and 2^63 − 1")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError("val_fraction: must lie between 0 and 1")
         if min(self.std) <= 0:
             raise ValueError("std: every value must be positive")
         if not 0 <= self.hflip <= 1:
             raise ValueError("hflip: must lie between 0 and 1")
-        self.name = self.name or ("folders" if self.images else "duts" if self.root else "shapes")
-        folders = self.name == "folders"
-        if (folders or self.masks) and not (self.images and self.masks):
-            raise ValueError("images, masks: need each other. Give --images DIR --masks DIR.")
-        if (self.val_images or self.val_masks) and not folders:
-            raise ValueError("val_images: go with --images DIR --masks DIR. Add them.")
-        if bool(self.val_images) != bool(self.val_masks):
-            raise ValueError("val_images, val_masks: need each other. Give both.")
 
     @property
     def crop(self) -> int:
@@ -87,12 +67,20 @@ class ModelConfig:
 
 
 @dataclass
+class EvalConfig(settings.EvalConfig):
+    """Evaluation, and (post_norm) what predict.py writes."""
+
+    post_norm: bool = False  # stretch each prediction to [0, 1] before it is scored and written
+
+
+@dataclass
 class Config(BaseConfig):
     """A saliency recipe."""
 
     task: str = "saliency"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 # -- data -----------------------------------------------------------------------------------------
@@ -101,18 +89,14 @@ class Config(BaseConfig):
 def build_datasets(cfg: Config) -> tuple[Dataset, Dataset]:
     """Training and validation pairs."""
     data = cfg.data
-    train = SaliencyTrain(data.image_size, data.crop, data.hflip)
+    transforms = SaliencyTrain(data.image_size, data.crop, data.hflip)
     if data.name == "shapes":
-        shapes = ShapesDataset(data.image_size, data.seed, data.train_size, transforms=train)
-        return shapes, build_val_dataset(cfg)
-    if data.name == "duts":
-        return DUTSDataset(_root(data), train=True, transforms=train), build_val_dataset(cfg)
-    pairs = PairFolderDataset(data.images, data.masks, transforms=train)
-    if data.val_images:
-        return pairs, build_val_dataset(cfg)
-    return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0]), build_val_dataset(
-        cfg
-    )
+        train = ShapesDataset(data.image_size, data.seed, data.train_size, transforms=transforms)
+    elif data.name == "duts":
+        train = DUTSDataset(_root(data), train=True, transforms=transforms)
+    else:
+        train = folder_pairs(data, train=True, transforms=transforms)
+    return train, build_val_dataset(cfg)
 
 
 def build_val_dataset(cfg: Config, all_pairs: bool = False) -> Dataset:
@@ -125,12 +109,15 @@ def build_val_dataset(cfg: Config, all_pairs: bool = False) -> Dataset:
         )
     if data.name == "duts":
         return DUTSDataset(_root(data), train=False, transforms=transforms)
-    if data.val_images:
-        return PairFolderDataset(data.val_images, data.val_masks, transforms=transforms)
-    pairs = PairFolderDataset(data.images, data.masks, transforms=transforms)
-    if all_pairs:
-        return pairs
-    return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[1])
+    return folder_pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
+
+
+def prepare_data(cfg: Config, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
+    """Check every file's header; nothing in the config comes from the data."""
+    for dataset in (train_set, val_set):
+        if dataset is not None:
+            check_pairs(dataset)
+    return {}
 
 
 def _root(data: DataConfig) -> str:
@@ -149,19 +136,14 @@ def build_models(cfg: Config) -> dict[str, nn.Module]:
     return {"model": getattr(src, cfg.model.name)(out_ch=1)}
 
 
+def initialise(cfg: Config, models: dict[str, nn.Module]) -> None:
+    """U²-Net starts from torch's own initialisation."""
+
+
 def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch: int) -> tuple:
-    """AdamW and the warm-up–cosine schedule, by network."""
-    optim = cfg.optim
-    groups = get_params_groups(models["model"], optim.weight_decay)
-    optimizer = AdamW(groups, lr=optim.lr, fused=True)
-    schedule = create_lr_scheduler(
-        optimizer,
-        steps_per_epoch,
-        cfg.train.epochs,
-        warmup_epochs=optim.warmup_epochs,
-        warmup_factor=optim.warmup_factor,
-        end_factor=optim.end_factor,
-    )
+    """AdamW and the warm-up–cosine schedule, unless the recipe names others."""
+    optimizer = make_optimizer(models["model"], cfg.optim)
+    schedule = make_schedule(optimizer, cfg.optim, steps_per_epoch, cfg.train.epochs)
     return {"model": optimizer}, {"model": schedule}
 
 
@@ -194,6 +176,10 @@ def check_batches(cfg: Config, smallest: int) -> None:
 
 
 # -- steps ----------------------------------------------------------------------------------------
+
+
+def loss_counts(cfg: Config) -> Callable:
+    return pixel_counts
 
 
 def train_step(cfg: Config) -> Callable:
@@ -248,20 +234,16 @@ def make_metrics(cfg: Config) -> tuple[ExactMetric, ...]:
     return MeanAbsoluteError(cfg.eval.post_norm), F1Score(cfg.eval.post_norm)
 
 
-def results(metrics: Sequence[ExactMetric]) -> dict[str, float]:
-    """Scores by name."""
-    return {metric.name: metric.compute() for metric in metrics}
+def make_toolbox_metrics() -> tuple[ExactMetric, ...]:
+    """Additional scores by the field's common protocol (validation.py --toolbox)."""
+    return (ToolboxMetrics(),)
 
 
 def deciding_metric(cfg: Config) -> tuple[str, str]:
-    """The metric that decides the best checkpoint, and whether its "max" or "min" is best."""
-    name = cfg.train.best or next(iter(METRICS))
-    if name not in METRICS:
-        raise UserError(f"train.best: {name!r} is not tracked. Use one of {', '.join(METRICS)}.")
-    return name, METRICS[name]
+    return settings.deciding_metric(cfg, METRICS)
 
 
-def sheet_row(sample: Sample) -> list[Tensor]:
+def sheet_row(cfg: Config, sample: Sample) -> list[Tensor]:
     """input | truth | prediction."""
     return [sample.image, sample.target, sample.prediction]
 

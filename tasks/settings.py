@@ -1,23 +1,76 @@
 """The sections of a config that every task has; each key's meaning stands beside it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from train_utils.errors import UserError
+
+# Validation scenes of the embedded data are drawn from here on, training scenes from 0.
+FIRST_VAL_SCENE = 1_000_000
+
+
+@dataclass
+class FolderData:
+    """Where pairs of image and target come from; a task adds its layouts and preparation."""
+
+    layout: ClassVar[str] = ""  # what `root` means where no `name` is given
+    # the keys that say where the data is
+    sources: ClassVar = ("name", "root", "images", "masks", "val_images", "val_masks")
+
+    # null: folders where `images` is given, the task's layout where `root` is, else shapes
+    name: str | None = None
+    root: str | None = None  # the data set's folder
+    images: str | None = None  # any folder of images …
+    masks: str | None = None  # … and the folder of their targets, of the same names
+    val_images: str | None = None  # null: a share of `images` is held out by the seed
+    val_masks: str | None = None
+    val_fraction: float = 0.1
+    train_size: int = 400  # embedded scenes
+    val_size: int = 80
+    seed: int = 0  # of the embedded scenes and of the split
+    image_size: int = 320  # side of the square that the network is trained on
+
+    def __post_init__(self) -> None:
+        for name in ("train_size", "val_size", "image_size"):
+            _require(getattr(self, name) >= 1, name, "must be at least 1")
+        _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
+        _require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
+        self.name = self.name or ("folders" if self.images else self._layout_of_root())
+        folders = self.name == "folders"
+        if (folders or self.masks) and not (self.images and self.masks):
+            raise ValueError("images, masks: need each other. Give --images DIR --masks DIR.")
+        if (self.val_images or self.val_masks) and not folders:
+            raise ValueError("val_images: go with --images DIR --masks DIR. Add them.")
+        if bool(self.val_images) != bool(self.val_masks):
+            raise ValueError("val_images, val_masks: need each other. Give both.")
+
+    def _layout_of_root(self) -> str:
+        return self.layout if self.root else "shapes"
 
 
 @dataclass
 class OptimConfig:
     """The optimizer and its schedule."""
 
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 1e-3
-    weight_decay: float = 1e-4
-    warmup_epochs: float = 2  # linear warm-up, then cosine
-    warmup_factor: float = 1e-3  # first learning rate / lr
-    end_factor: float = 1e-6  # last learning rate / lr
+    weight_decay: float = 1e-4  # not of batch norm and biases
+    momentum: float = 0.9  # of sgd
+    betas: tuple[float, float] = (0.9, 0.999)  # of adam and adamw
+    schedule: Literal["cosine", "constant", "halving"] = "cosine"
+    warmup_epochs: float = 2  # cosine: linear warm-up first
+    warmup_factor: float = 1e-3  # cosine: first learning rate / lr
+    end_factor: float = 1e-6  # cosine: last learning rate / lr
+    halve_epochs: int = 90  # halving: epochs between two halvings
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", "must be positive, e.g. 0.001")
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         _require(self.warmup_epochs >= 0, "warmup_epochs", "must not be negative")
+        _require(0 <= self.momentum < 1, "momentum", "must lie between 0 and 1")
+        for beta in self.betas:
+            _require(0 <= beta < 1, "betas", "must lie between 0 and 1")
+        _require(self.halve_epochs >= 1, "halve_epochs", "must be at least 1")
 
 
 @dataclass
@@ -40,14 +93,21 @@ class TrainConfig:
     eval_interval: int = 1  # epochs per evaluation; the last epoch is always evaluated
     best: str | None = None  # metric that decides the best checkpoint; null: the task's first
     keep: int = 2  # numbered checkpoints kept (of evaluated epochs, the newest)
+    keep_every: int = 0  # epochs between numbered checkpoints that are kept for good (0: none)
     save_steps: int = 0  # also save every so many optimizer steps (0: at the ends of epochs)
+    sample_interval: int = 0  # steps between sheets of predictions written as PNG (0: none)
+    plateau_factor: float = 1.0  # × learning rates whenever the deciding metric did not improve …
+    plateau_patience: int = 2  # … for so many evaluations
+    early_stop: int = 0  # end after so many evaluations without a better one (0: never)
     weights: str | None = None  # start from these weights
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "print_freq", "eval_interval"):
+        positive = ("epochs", "batch_size", "accumulate", "print_freq", "eval_interval")
+        for name in (*positive, "plateau_patience"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
+        _require(0 < self.plateau_factor <= 1, "plateau_factor", "must lie between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
-        for name in ("keep", "save_steps"):
+        for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         _require(self.workers is None or self.workers >= 0, "workers", "must not be negative")
         _require(self.ema is None or 0 < self.ema < 1, "ema", "must lie between 0 and 1")
@@ -58,10 +118,9 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """Evaluation, in training, in validation.py and (post_norm) in predict.py."""
+    """Evaluation, in training and in validation.py."""
 
     batch_size: int = 8  # images read at a time; changes no result
-    post_norm: bool = False  # stretch each prediction to [0, 1] before it is scored and written
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", "must be at least 1")
@@ -75,6 +134,17 @@ class BaseConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def deciding_metric(cfg: BaseConfig, metrics: dict[str, str]) -> tuple[str, str]:
+    """The metric that decides the best checkpoint, and whether its "max" or "min" is best.
+
+    metrics: a task's METRICS, the first of which decides by default.
+    """
+    name = cfg.train.best or next(iter(metrics))
+    if name not in metrics:
+        raise UserError(f"train.best: {name!r} is not tracked. Use one of {', '.join(metrics)}.")
+    return name, metrics[name]
 
 
 def _require(condition: bool, key: str, problem: str) -> None:

@@ -222,13 +222,59 @@ def test_output_folder_that_cannot_be_made():
     assert "file/run" in refused(train, *TINY, "--output-dir", "file/run")
 
 
+def test_trimaps_are_found_by_name_and_missing_ones_refused():
+    for name in ("in/a.jpg", "in/sub/b.png", "tri/a_trimap.png", "tri/sub/b.png", "in/c.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(name)
+    with pytest.raises(UserError, match=r"no trimap for in/c\.png"):
+        predict.plan(["in"], Path("out"), ["map"], "tri")
+    Path("in/c.png").unlink()
+    jobs = predict.plan(["in"], Path("out"), ["map"], "tri")
+    assert [str(job.trimap) for job in jobs] == ["tri/a_trimap.png", "tri/sub/b.png"]
+    with pytest.raises(UserError, match="one file for several images"):
+        predict.plan(["in"], Path("out"), ["map"], "tri/a_trimap.png")
+    with pytest.raises(UserError, match="is the image itself"):
+        predict.plan(["in/a.jpg"], Path("out"), ["map"], "in/a.jpg")
+
+
+def test_trimaps_among_the_images_are_no_inputs():
+    Path("in").mkdir()
+    for name in ("a.png", "a_trimap.png"):
+        Image.new("L", (4, 4)).save(Path("in", name))
+    (job,) = predict.plan(["in"], Path("out"), ["map"], "in")
+    assert (job.source.name, job.trimap.name) == ("a.png", "a_trimap.png")
+    with pytest.raises(UserError, match="overwrite an input"):
+        predict.plan(["in/a.png"], Path("in"), ["map"], "in")
+
+
+def test_flags_that_the_network_has_no_use_for_or_lacks():
+    for name in ("photo.png", "trimap.png"):
+        Image.new("RGB", (40, 30)).save(name)
+    torch.save(u2net_lite().state_dict(), "lite.pth")
+    message = refused(predict, "photo.png", "--weights", "lite.pth", "--trimap", "trimap.png")
+    assert "--trimap" in message and "--cutout, --overlay, --threshold" in message
+
+
+def test_a_recipe_beside_a_checkpoint_and_for_a_bare_state_dict():
+    Image.new("RGB", (40, 30)).save("photo.png")
+    state = u2net_lite().state_dict()
+    torch.save(state, "bare.pth")
+    recipe = str(REPO / "configs" / "shapes.yaml")
+    args = predict.parse_args(["photo.png", "--weights", "bare.pth", "--config", recipe])
+    assert predict.main(args) == 0
+    assert Image.open("predictions/photo.png").size == (40, 30)
+    torch.save({"model": state, "args": {"task": "saliency"}, "next_epoch": 1}, "ours.pth")
+    message = refused(validation, "--weights", "ours.pth", "--config", recipe)
+    assert "brings its own settings" in message
+
+
 def test_weights_of_another_network():
     torch.save(u2net_full().state_dict(), "full.pth")
     message = refused(train, *TINY, "--weights", "full.pth")
     assert "full.pth" in message and "of another shape" in message
     torch.save({"a": torch.zeros(2)}, "other.pth")
     message = refused(validation, "--weights", "other.pth")
-    assert "fit none of the networks" in message
+    assert "other.pth" in message and "--config" in message
     state = u2net_lite().state_dict()
     state["side.1.wrong"] = state.pop("side.1.weight")
     torch.save(state, "almost.pth")

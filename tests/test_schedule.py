@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from tasks.settings import OptimConfig
 from train_utils import create_lr_scheduler, get_params_groups
+from train_utils.schedule import (
+    apply_schedule,
+    describe_schedules,
+    make_optimizer,
+    make_schedule,
+    scale_learning_rate,
+)
 
 
 def rates(count, **options):
@@ -55,3 +63,57 @@ def test_groups_are_undecayed_then_decayed_without_frozen_parameters():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(p)] for p in plain["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
     assert [names[id(p)] for p in decayed["params"]] == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
+)
+def test_optimizers_by_name_have_the_recipe_s_numbers(name, kind):
+    optim = OptimConfig(name=name, lr=0.5, weight_decay=0.25, momentum=0.7, betas=(0.5, 0.9))
+    optimizer = make_optimizer(nn.Conv2d(1, 1, 1), optim)
+    assert type(optimizer) is kind
+    plain, decayed = optimizer.param_groups
+    assert (plain["lr"], plain["weight_decay"], decayed["weight_decay"]) == (0.5, 0.0, 0.25)
+    expected = ("momentum", 0.7) if name == "sgd" else ("betas", (0.5, 0.9))
+    assert plain[expected[0]] == expected[1]
+
+
+def schedule_of(**optim):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    return optimizer, make_schedule(optimizer, OptimConfig(**optim), steps_per_epoch=2, epochs=6)
+
+
+def walk(optimizer, schedule, steps):
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_constant_and_halving_schedules():
+    assert walk(*schedule_of(schedule="constant"), 5) == [0.5] * 5
+    halving = schedule_of(schedule="halving", halve_epochs=2)
+    assert walk(*halving, 9) == [0.5] * 4 + [0.25] * 4 + [0.125]
+
+
+def test_a_plateau_scales_the_rate_now_and_for_the_rest_of_the_schedule():
+    optimizer, schedule = schedule_of(schedule="halving", halve_epochs=2)
+    walk(optimizer, schedule, 3)
+    scale_learning_rate(optimizer, schedule, 0.6)
+    assert walk(optimizer, schedule, 3) == pytest.approx([0.3, 0.15, 0.15])
+    resumed_optimizer, resumed = schedule_of(schedule="halving", halve_epochs=2)
+    resumed.load_state_dict(schedule.state_dict())
+    apply_schedule(resumed_optimizer, resumed)
+    assert walk(resumed_optimizer, resumed, 3) == walk(optimizer, schedule, 3)
+
+
+def test_the_header_shows_what_the_schedule_will_reach():
+    _, halving = schedule_of(schedule="halving", halve_epochs=2)
+    _, constant = schedule_of(schedule="constant")
+    text = describe_schedules({"generator": halving, "discriminator": constant}, steps=12)
+    assert "generator 0.5 → 0.125 (×0.25)" in text
+    assert "discriminator 0.5 → 0.5 (×1)" in text
+    assert "(×0.5)" in describe_schedules({"generator": halving}, steps=8)  # not yet the second

@@ -223,6 +223,32 @@ def test_killed_run_continues_as_if_nothing_had_happened(trained, tmp_path, extr
         assert [(e.step, e.value) for e in after] == [(e.step, e.value) for e in before]
 
 
+def test_a_run_without_better_scores_ends_and_keeps_what_was_asked_for(tmp_path):
+    options = ("--set", "train.early_stop=2", "--set", "train.plateau_factor=0.5")
+    options += ("--set", "optim.schedule=constant", "--set", "train.plateau_patience=1")
+    options += ("--set", "train.keep=1", "--set", "train.keep_every=2", "--lr", "1e-9")
+    options += ("--set", "train.sample_interval=4", "-b", "4", "--output-dir", "run")
+    done = run(tmp_path, "train.py", *TINY, *options, "--epochs", "30")
+    scores = [record["val/maxF1"] for record in records(tmp_path / "run")]
+    best = scores.index(max(scores))
+    assert len(scores) == best + 3 < 30  # two evaluations after the best one
+    assert "no better maxF1 for 2 evaluations" in done.stdout
+    stale = sum(score <= max(scores[:i]) for i, score in enumerate(scores) if i)
+    state = weights(tmp_path / "run")
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-9 * 0.5**stale)
+    numbered = sorted(int(p.stem[6:]) for p in (tmp_path / "run").glob("model_[0-9]*.pth"))
+    last = len(scores) - 1
+    passing = max(epoch for epoch in range(last + 1) if epoch % 2 == 0)
+    assert numbered == sorted([epoch for epoch in range(last + 1) if epoch % 2] + [passing])
+    sheets = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [s.name for s in sheets] == [
+        f"step_{step:07d}.png" for step in range(4, 3 * len(scores) + 1, 4)
+    ]
+    assert Image.open(sheets[0]).size == (3 * 164 + 4, 5 * 164 + 4)
+    again = run(tmp_path, "train.py", *TINY, *options, "--epochs", "30", "--resume", "auto")
+    assert "ending the run" in again.stdout and "Epoch:" not in again.stdout
+
+
 def test_sigterm_saves_after_a_step_and_says_so(tmp_path):
     """Also when, as torchrun and Slurm do it, the loader's workers get the signal too."""
     options = ["-b", "1", *TINY, "--epochs", "50", "-j", "2", "--output-dir", "run"]

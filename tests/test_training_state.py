@@ -119,3 +119,20 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_line_and_is_named():
             net, optimizer, train_loader(data, sampler, 0, CPU), CPU, 0, None, 1, after_step=note
         )
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_stale_evaluations_are_counted_and_a_smaller_rate_survives_a_restart():
+    state = make_state()
+    improved = [state.note_scores({"loss": v}, "loss", "min") for v in (3.0, 2.0, 2.0, 5.0)]
+    assert improved == [True, True, False, False]
+    assert (state.stale, state.best_scores) == (2, {"loss": 2.0})
+    assert not state.note_scores({"loss": float("nan")}, "loss", "min")
+    assert state.stale == 3
+    state.scale_learning_rates(0.5)
+    assert state.optimizers["model"].param_groups[0]["lr"] == pytest.approx(0.25)
+    resumed = make_state()
+    resumed.restore(state.capture(), "last.pth")
+    assert resumed.stale == 3
+    assert resumed.optimizers["model"].param_groups[0]["lr"] == pytest.approx(0.25)
+    assert resumed.note_scores({"loss": 1.0}, "loss", "min")
+    assert resumed.stale == 0

@@ -192,7 +192,7 @@ class ShardSampler(Sampler[SampleKey]):
         return (SampleKey(0, index) for index in self.indices)
 
 
-def _leave_signals_to_the_script(_worker: int) -> None:
+def leave_signals_to_the_script(_worker: int) -> None:
     # A signal to the process group (Ctrl-C, torchrun, timeout) is for the script, which saves and
     # then ends its workers; workers that died first would end it in the middle of the save.
     if hasattr(os, "setpgid"):
@@ -232,7 +232,7 @@ def _loader(dataset: Dataset, workers: int, device: torch.device, **sampling: An
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_the_script,
+        worker_init_fn=leave_signals_to_the_script,
         # An own generator: by default every new iterator draws from the global one.
         generator=torch.Generator(),
         **sampling,

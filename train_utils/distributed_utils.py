@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from train_utils.errors import UserError
 from train_utils.metric_logger import MetricLogger, SmoothedValue
@@ -25,6 +25,7 @@ __all__ = [
     "all_gather",
     "broadcast_buffers",
     "broadcast_object",
+    "broadcast_tensors",
     "cpu_cores",
     "get_rank",
     "get_world_size",
@@ -109,20 +110,25 @@ def call_on_main(function: Callable[[], Any]) -> Any:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers, in one broadcast per dtype.
+    """Give every rank rank 0's buffers.
 
     Batch-norm's running statistics differ between ranks after a step; rank 0's are saved, so rank
     0's must be evaluated.
     """
+    broadcast_tensors(list(model.buffers()))
+
+
+@torch.no_grad()
+def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors by rank 0's, in one broadcast per dtype."""
     if get_world_size() == 1:
         return
-    buffers = list(model.buffers())
-    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
-        flat = torch.cat([buffer.reshape(-1) for buffer in alike])
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
         dist.broadcast(flat, src=0)
-        for buffer, part in zip(alike, flat.split([b.numel() for b in alike]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+        for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

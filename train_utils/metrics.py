@@ -34,11 +34,13 @@ _BETA2 = 0.3
 class ExactMetric(ABC):
     """An average over images whose state is one int64 tensor that merges by addition.
 
-    state: [images, images with invalid values, the metric's own sums ...].
+    state: [images, images with invalid values, the metric's own sums ...]. A metric whose values
+    can exceed 1 per image chooses fewer `fraction_bits`, so that its sums still fit.
     """
 
     name: str
     num_sums: int
+    fraction_bits = FRACTION_BITS
 
     def __init__(self) -> None:
         self.state = torch.zeros(2 + self.num_sums, dtype=torch.int64)
@@ -54,6 +56,15 @@ class ExactMetric(ABC):
     @abstractmethod
     def compute(self) -> float | dict[str, float]:
         """The score over all images so far; nan for none, or if any held invalid values."""
+
+    def scores(self) -> dict[str, float]:
+        """`compute` by name, as it is logged and written."""
+        result = self.compute()
+        return result if isinstance(result, dict) else {self.name: result}
+
+    def remarks(self) -> list[str]:
+        """What a reader of the scores must know, e.g. which classes were left out of a mean."""
+        return []
 
     def update(self, pred: Images, gt: Images) -> None:
         """Add a batch, which may be empty.
@@ -112,7 +123,7 @@ class ExactMetric(ABC):
             raise OverflowError(f"{self.name}: {count} images, but only {MAX_IMAGES} fit a state")
         if count == 0 or invalid:
             return torch.full((self.num_sums,), torch.nan, dtype=torch.float64)
-        return state[2:].double() / 2**FRACTION_BITS / count
+        return state[2:].double() / 2**self.fraction_bits / count
 
 
 def reduce_metrics(metrics: Iterable[ExactMetric]) -> None:
@@ -133,6 +144,16 @@ def reduce_metrics(metrics: Iterable[ExactMetric]) -> None:
         metric.reduced = True
 
 
+def all_scores(metrics: Iterable[ExactMetric]) -> dict[str, float]:
+    """The scores of several metrics by name."""
+    return {name: score for metric in metrics for name, score in metric.scores().items()}
+
+
+def all_remarks(metrics: Iterable[ExactMetric]) -> list[str]:
+    """The remarks of several metrics."""
+    return [remark for metric in metrics for remark in metric.remarks()]
+
+
 class MeanAbsoluteError(ExactMetric):
     """Mean over images of the mean |prediction − mask|; grey masks count with their grey value.
 
@@ -149,8 +170,8 @@ class MeanAbsoluteError(ExactMetric):
 
     def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
         pred, gt, valid = _prepare(pred, gt, self.post_norm)
-        total = _to_fixed((pred - gt).abs_(), _UNIT).sum()
-        return _pack_state(valid, _mean_of_fixed(total, gt.numel()))
+        total = to_fixed((pred - gt).abs_(), _UNIT).sum()
+        return pack_state(valid, _mean_of_fixed(total, gt.numel()))
 
     def compute(self) -> float:
         return self._averages().item()
@@ -196,7 +217,7 @@ class F1Score(ExactMetric):
         tp, fp = map(_at_or_above, _count(index, gt > 0.5, self.bins))
         precision = tp.double() / (tp.double() + fp + 1e-4)
         recall = tp.double() / (tp[-1].double() + 1e-4)
-        return _pack_state(valid, _to_fixed(precision), _to_fixed(recall), tp, fp)
+        return pack_state(valid, to_fixed(precision), to_fixed(recall), tp, fp)
 
     def curves(self) -> FCurves:
         """Averaged precision and recall, and the F of both, whose maximum is the score."""
@@ -233,7 +254,7 @@ class ToolboxMetrics(ExactMetric):
         code, salient = (pred * 255).round_().long(), (gt * 255).round_() > 128
         on, off = counts = _count(code, salient, self.codes)
         value = _stretched_codes(on + off > 0)
-        fixed = _to_fixed(value, _UNIT)
+        fixed = to_fixed(value, _UNIT)
         absolute_error = (on * (_UNIT - fixed) + off * fixed).sum()
         mean = ((on + off) * fixed).sum().double() / (gt.numel() * _UNIT)
         found = value >= (2 * mean).clamp(max=1)
@@ -242,11 +263,11 @@ class ToolboxMetrics(ExactMetric):
         level = (value * 255).long().expand(2, -1)
         on, off = torch.zeros_like(counts).scatter_add_(1, level, counts)
         curve = _toolbox_f(_at_or_above(on), _at_or_above(off), on.sum())
-        return _pack_state(
+        return pack_state(
             valid,
             _mean_of_fixed(absolute_error, gt.numel()),
-            _to_fixed(adaptive_f),
-            _to_fixed(curve),
+            to_fixed(adaptive_f),
+            to_fixed(curve),
         )
 
     def compute(self) -> dict[str, float]:
@@ -254,6 +275,9 @@ class ToolboxMetrics(ExactMetric):
         curve = averages[2:]
         scores = {"MAE": mae, "maxF": curve.max(), "meanF": curve.mean(), "adpF": adaptive}
         return {name: score.item() for name, score in scores.items()}
+
+    def scores(self) -> dict[str, float]:
+        return {f"{self.name}/{name}": score for name, score in self.compute().items()}
 
 
 def prediction_at(pred: Tensor, size: Sequence[int], post_norm: bool = False) -> Tensor:
@@ -270,13 +294,13 @@ def prediction_at(pred: Tensor, size: Sequence[int], post_norm: bool = False) ->
 
 def _prepare(pred: Tensor, gt: Tensor, post_norm: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Prediction and mask as fp64 [H, W] of the mask's size, and whether both lie in [0, 1]."""
-    pred, gt = _single_map(pred), _single_map(gt)
+    pred, gt = single_map(pred), single_map(gt)
     gt = unit_values(gt.to(pred.device), torch.float64)
     pred = prediction_at(pred, gt.shape, post_norm)
-    return pred, gt, _lies_in_unit_range(pred) & _lies_in_unit_range(gt)
+    return pred, gt, lies_in_unit_range(pred) & lies_in_unit_range(gt)
 
 
-def _single_map(values: Tensor) -> Tensor:
+def single_map(values: Tensor) -> Tensor:
     plane = values.detach()
     if plane.dim() == 3 and plane.shape[0] == 1:
         plane = plane[0]
@@ -295,18 +319,18 @@ def resize_prediction(pred: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(batch, size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
 
 
-def _lies_in_unit_range(values: Tensor) -> Tensor:
+def lies_in_unit_range(values: Tensor) -> Tensor:
     low, high = values.aminmax()  # both nan if any value is
     return (low >= -_SLACK) & (high <= 1 + _SLACK)
 
 
-def _to_fixed(values: Tensor, one: float = 2**FRACTION_BITS) -> Tensor:
+def to_fixed(values: Tensor, one: float = 2**FRACTION_BITS) -> Tensor:
     return (values * one).round_().long()
 
 
 def _mean_of_fixed(total: Tensor, pixels: int) -> Tensor:
     """Turn a sum over pixels in units of 1/_UNIT into a mean with FRACTION_BITS."""
-    return _to_fixed(total.double(), 2**FRACTION_BITS / (pixels * _UNIT))
+    return to_fixed(total.double(), 2**FRACTION_BITS / (pixels * _UNIT))
 
 
 def _count(index: Tensor, salient: Tensor, bins: int) -> Tensor:
@@ -344,7 +368,7 @@ def _toolbox_f(tp: Tensor, fp: Tensor, positives: Tensor) -> Tensor:
     return (1 + _BETA2) * product / denominator
 
 
-def _pack_state(valid: Tensor, *sums: Tensor) -> Tensor:
+def pack_state(valid: Tensor, *sums: Tensor) -> Tensor:
     """One image's state; of an invalid image only the counters are kept."""
     counters = torch.stack([torch.ones_like(valid), ~valid]).long()
     values = torch.cat([part.reshape(-1) for part in sums])

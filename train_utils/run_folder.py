@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from train_utils.checkpoint import save_checkpoint
@@ -23,6 +24,7 @@ from train_utils.distributed_utils import (
 )
 from train_utils.errors import UserError, plain_message
 from train_utils.files import write_text
+from train_utils.image_io import save_image
 from train_utils.log import get_logger, log_to_file
 
 LAST, BEST = "last.pth", "model_best.pth"
@@ -161,7 +163,7 @@ class RunFolder:
 
     def _keep_records_before(self, epoch: int) -> None:
         for file in self.path.glob("model_[0-9]*.pth"):
-            if int(file.stem.partition("_")[2]) >= epoch:
+            if _epoch_of_file(file) >= epoch:
                 get_logger().info(f"removing {file}, from the epochs that are trained again")
                 file.unlink()
         for name, epoch_of in (
@@ -227,6 +229,12 @@ class RunFolder:
         if self.writer:
             self.writer.add_image(tag, picture, step)
 
+    def save_sheet(self, picture: Tensor, step: int) -> None:
+        """A uint8 picture [3, H, W] as samples/step_<step>.png."""
+        if self.writer:
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            save_image(image, self.path / "samples" / f"step_{step:07d}.png")
+
     def log_pr_curve(self, tag: str, curve: Mapping[str, Tensor], step: int) -> None:
         """A precision–recall curve, given as the arguments of TensorBoard's raw curve."""
         if self.writer:
@@ -239,20 +247,27 @@ class RunFolder:
         best: bool = False,
         numbered: int | None = None,
         keep: int = 0,
+        keep_every: int = 0,
     ) -> None:
         """Write last.pth, and the same file as model_best.pth and model_<epoch>.pth where asked.
 
-        Of the numbered files only the newest `keep` stay.
+        Of the numbered files the newest `keep` stay, and those of every `keep_every`-th epoch.
         """
         if not is_main_process():
             return
+
+        def stays(epoch: int) -> bool:
+            return keep_every > 0 and (epoch + 1) % keep_every == 0
+
         links = [self.path / BEST] if best else []
-        if numbered is not None and keep > 0:
+        if numbered is not None and (keep > 0 or stays(numbered)):
             links.append(self.path / f"model_{numbered:04d}.pth")
         self.writer.flush()  # what the checkpoint will not do again must be on the disk
         save_checkpoint(state, self.path / LAST, tuple(links))
         if numbered is not None:
-            for old in sorted(self.path.glob("model_[0-9]*.pth"))[: -keep or None]:
+            files = sorted(self.path.glob("model_[0-9]*.pth"), key=_epoch_of_file)
+            passing = [file for file in files if not stays(_epoch_of_file(file))]
+            for old in passing[: -keep or None]:
                 old.unlink()
 
     def status(self, state: str, **details: Any) -> None:
@@ -260,6 +275,10 @@ class RunFolder:
         if is_main_process():
             record = {"state": state, "pid": os.getpid(), "time": time.time(), **details}
             write_text(self.path / "status.json", json.dumps(record) + "\n")
+
+
+def _epoch_of_file(path: Path) -> int:
+    return int(path.stem.partition("_")[2])
 
 
 def _epoch_of_json(line: str) -> float:
@@ -275,13 +294,22 @@ def _epoch_of_result(line: str) -> float:
 
 
 def resize_for_sheet(image: Tensor, size: int) -> Tensor:
-    """A float image [C, H, W] in [0, 1], or a uint8 one, as uint8 [3, size, size] for a sheet."""
+    """Fit an image into a white square, its aspect ratio kept: uint8 [3, size, size].
+
+    image: [1 or 3, H, W], uint8 or float in [0, 1].
+    """
     if image.dtype == torch.uint8:
         image = image / 255
+    scale = size / max(image.shape[-2:])
+    height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
     image = torch.nn.functional.interpolate(
-        image[None].float(), size=(size, size), mode="bilinear", antialias=True
+        image[None].float(), size=(height, width), mode="bilinear", antialias=True
     )
-    return (image[0].clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
+    square = torch.full((3, size, size), 255, dtype=torch.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    codes = (image[0].clamp(0, 1) * 255).round().to(torch.uint8)
+    square[:, top : top + height, left : left + width] = codes
+    return square
 
 
 def contact_sheet(rows: list[list[Tensor]], size: int = 160, gap: int = 4) -> Tensor:

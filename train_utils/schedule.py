@@ -1,9 +1,15 @@
-"""Learning-rate schedule and parameter groups of the recipe."""
+"""Optimizers, their parameter groups and their learning-rate schedules.
+
+Every schedule is a `LambdaLR` that is stepped after each optimizer step: a checkpoint restores them
+all alike, and what shrinks the rate on a plateau scales their base rates.
+"""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -63,3 +69,55 @@ def get_params_groups(model: nn.Module, weight_decay: float = 1e-4) -> list[dict
         {"params": plain, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": weight_decay},
     ]
+
+
+def make_optimizer(model: nn.Module, optim: Any) -> Optimizer:
+    """The optimizer that an `OptimConfig` names, without decay on batch norm and biases."""
+    groups = get_params_groups(model, optim.weight_decay)
+    if optim.name == "sgd":
+        return SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+    kind = {"adam": Adam, "adamw": AdamW}[optim.name]
+    return kind(groups, lr=optim.lr, betas=tuple(optim.betas), fused=True)
+
+
+def make_schedule(optimizer: Optimizer, optim: Any, steps_per_epoch: int, epochs: int) -> LambdaLR:
+    """The schedule that an `OptimConfig` names: cosine after a warm-up, constant or halving."""
+    if optim.schedule == "cosine":
+        return create_lr_scheduler(
+            optimizer,
+            steps_per_epoch,
+            epochs,
+            warmup_epochs=optim.warmup_epochs,
+            warmup_factor=optim.warmup_factor,
+            end_factor=optim.end_factor,
+        )
+    if optim.schedule == "constant":
+        return LambdaLR(optimizer, lr_lambda=lambda step: 1.0)
+    period = optim.halve_epochs * steps_per_epoch
+    return LambdaLR(optimizer, lr_lambda=lambda step: 0.5 ** (step // period))
+
+
+def apply_schedule(optimizer: Optimizer, schedule: LambdaLR) -> None:
+    """Give an optimizer the learning rates that its schedule holds for the present step."""
+    factors = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, factor in factors:
+        group["lr"] = base * factor(schedule.last_epoch)
+
+
+def scale_learning_rate(optimizer: Optimizer, schedule: LambdaLR, factor: float) -> None:
+    """Multiply the learning rate, now and for the rest of the schedule, by `factor`."""
+    schedule.base_lrs = [base * factor for base in schedule.base_lrs]
+    apply_schedule(optimizer, schedule)
+
+
+def describe_schedules(schedules: Mapping[str, LambdaLR], steps: int) -> str:
+    """Each network's highest learning rate and the last one of a run of so many steps.
+
+    Too few halvings are a common mistake that shows only here.
+    """
+    texts = []
+    for name, schedule in schedules.items():
+        base, factor = schedule.base_lrs[0], schedule.lr_lambdas[0]
+        last = base * factor(max(0, steps - 1))
+        texts.append(f"{name} {base:.3g} → {last:.3g} (×{last / base:.3g})")
+    return f"learning rate over the run: {', '.join(texts)}"

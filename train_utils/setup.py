@@ -31,7 +31,12 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 def wrap_models(
     models: dict[str, nn.Module], device: torch.device, compile: bool
 ) -> dict[str, nn.Module]:
-    """Networks as they are trained: compiled if asked for, and data-parallel in a process group."""
+    """Networks as they are trained: compiled if asked for, and data-parallel in a process group.
+
+    Buffers are not broadcast in every forward pass: it would overwrite batch norm's statistics
+    between the two passes of a GAN's discriminator, which autograd refuses, and it is not needed,
+    since evaluation gives every rank rank 0's buffers and checkpoints hold those.
+    """
     wrapped = {}
     for name, model in models.items():
         if compile:
@@ -40,6 +45,7 @@ def wrap_models(
             model = DistributedDataParallel(
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
         wrapped[name] = model

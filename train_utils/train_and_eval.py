@@ -337,6 +337,23 @@ def evaluate(
     return metrics
 
 
+def predict_samples(
+    models: Models,
+    items: Sequence[tuple[Tensor, Tensor]],
+    device: torch.device,
+    predict: Callable[[Models, Tensor], Tensor],
+) -> list[Sample]:
+    """Predictions of a few (input, target) items, on this process alone: for pictures."""
+
+    def one(item: tuple[Tensor, Tensor]) -> Sample:
+        image, target = (tensor.as_subclass(Tensor) for tensor in item)
+        output = forward_chunk(lambda x: predict(models, x), image[None].to(device), device)
+        return Sample(image, target, output[0].cpu())
+
+    with evaluation_mode(models.values()):
+        return list(in_order(one, items, device))
+
+
 def _chunks(loader: Iterable, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Regroup a loader's batches of any size into chunks of equally sized images."""
     images: list[Tensor] = []

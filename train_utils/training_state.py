@@ -12,6 +12,7 @@ from train_utils.config import diff
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
 from train_utils.log import get_logger
+from train_utils.schedule import apply_schedule, scale_learning_rate
 from train_utils.train_and_eval import HOW_TO_TAME
 
 # Settings that may change at a restart, because they change neither the samples nor the steps.
@@ -32,7 +33,10 @@ _FREE = (
     "train.print_freq",
     "train.eval_interval",
     "train.keep",
+    "train.keep_every",
     "train.save_steps",
+    "train.sample_interval",
+    "train.early_stop",
     "train.best",
     "train.weights",
 )
@@ -43,8 +47,8 @@ class TrainingState:
     """The moving parts of a run; `epoch` and `step` are where training continues.
 
     `step` counts the optimizer steps done of `epoch` (all of them: only its evaluation is left) and
-    `lr` is the last one's rate; `best_scores` are all metrics of the best evaluation; `meters` are
-    the running means of an epoch that a restart splits.
+    `lr` is the last one's rate; `best_scores` are all metrics of the best evaluation and `stale`
+    the number of evaluations since; `meters` are the running means of an epoch that is split.
     """
 
     models: dict[str, nn.Module]  # unwrapped
@@ -60,6 +64,7 @@ class TrainingState:
     step: int = 0
     lr: float = float("nan")
     best_scores: dict[str, float] = field(default_factory=dict)
+    stale: int = 0
     meters: dict[str, list[float]] = field(default_factory=dict)
 
     def capture(self) -> dict[str, Any]:
@@ -83,6 +88,7 @@ class TrainingState:
             "next_step": self.step,
             "lr": self.lr,
             "best_scores": self.best_scores,
+            "stale": self.stale,
             "meters": self.meters,
             "num_samples": self.num_samples,
             "global_batch": self.global_batch,
@@ -101,12 +107,21 @@ class TrainingState:
     def note_scores(self, scores: dict[str, float], metric: str, goal: str) -> bool:
         """Keep `scores` if their `metric` is the best so far (`goal`: max or min); nan never is."""
         value, best = scores[metric], self.best_scores.get(metric)
-        if value != value:
+        better = best is None or (value > best if goal == "max" else value < best)
+        if value != value or not better:
+            self.stale += 1
             return False
-        if best is not None and (value <= best if goal == "max" else value >= best):
-            return False
-        self.best_scores = dict(scores)
+        self.best_scores, self.stale = dict(scores), 0
         return True
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """Multiply all learning rates, for the rest of the run, by `factor`."""
+        if factor == 1:
+            return
+        for name, schedule in self.schedulers.items():
+            scale_learning_rate(self.optimizers[name], schedule, factor)
+            rate = self.optimizers[name].param_groups[0]["lr"]
+            get_logger().info(f"no better score for {self.stale} evaluations: lr is now {rate:.3g}")
 
     def restore(self, state: Mapping[str, Any], source: str) -> None:
         """Continue where `state` was captured; UserError if its settings were others."""
@@ -125,9 +140,11 @@ class TrainingState:
                 if saved and objects[name] is not None:  # fp16's scaler has no use in bf16
                     objects[name].load_state_dict(saved)
         for name, schedule in self.schedulers.items():
-            _apply_schedule(self.optimizers[name], schedule)
+            # The checkpoint's rate is that of its own schedule; more epochs make it another one.
+            apply_schedule(self.optimizers[name], schedule)
         self.epoch, self.step = state["next_epoch"], state["next_step"]
         self.best_scores, self.meters, self.lr = state["best_scores"], state["meters"], state["lr"]
+        self.stale = state.get("stale", 0)  # absent in files from before plateaus were counted
         if state["world_size"] != self.world_size:
             get_logger().info(
                 f"continuing with {self.world_size} process(es) instead of {state['world_size']}: "
@@ -164,13 +181,6 @@ def resumed_global_batch(state: Mapping[str, Any], requested: int, world_size: i
             "train.accumulate, or start a new run with --weights."
         )
     return saved
-
-
-def _apply_schedule(optimizer: Any, schedule: Any) -> None:
-    # The checkpoint's rate belongs to the checkpoint's schedule; more epochs make it another one.
-    factors = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    for group, base, factor in factors:
-        group["lr"] = base * factor(schedule.last_epoch)
 
 
 def _states(objects: dict[str, Any]) -> dict[str, Any]:
