@@ -6,7 +6,9 @@ One scene holds the truth of every task: a saliency mask, a class map, a soft al
 foreground and background that it blends, and a flat label map paired with the image. Salient are
 the one to three large closed shapes with a texture of their own; strokes, small shapes, specks and
 low-contrast patches distract. Shapes and grounds draw colours and textures from the same sources,
-so neither brightness nor colour gives a shape away.
+so neither brightness nor colour gives a shape away. In a `familiar` scene, shapes of a class come
+in colours near that of their class, as things of one kind often look alike: telling the classes
+apart then takes minutes of training, not hours.
 
 A scene is a function of (seed, index, size) only. Its composition lives in frame coordinates (x to
 the right, y down, −1…1), so it is the same at every size. Pixels see only arithmetic that IEEE 754
@@ -71,9 +73,10 @@ def class_palette() -> Tensor:
     return torch.tensor(_CLASS_COLOURS, dtype=torch.uint8)
 
 
-def render_scene(seed: int, index: int, size: int) -> Scene:
+def render_scene(seed: int, index: int, size: int, familiar: bool = False) -> Scene:
     """Draw scene `index` of the data set `seed` at size × size pixels.
 
+    A `familiar` scene differs in nothing but the colours of its shapes.
     The global random state is left alone. Raises ValueError for a size below MIN_SIZE.
     """
     if size < MIN_SIZE:
@@ -81,7 +84,7 @@ def render_scene(seed: int, index: int, size: int) -> Scene:
     canvas = _Canvas(size)
     draw = _Draw(seed, index, "scene")
     background, codes, ground_colours = _draw_background(draw, canvas)
-    foreground, cover, classes = _draw_shapes(draw, canvas, ground_colours)
+    foreground, cover, classes = _draw_shapes(draw, canvas, ground_colours, familiar)
 
     light = _light(draw, canvas)
     grain = _grain(_Draw(seed, index, "grain"), canvas)
@@ -162,7 +165,7 @@ def _paint_small_shapes(draw: _Draw, canvas: _Canvas, picture: Tensor, codes: Te
 
 
 def _draw_shapes(
-    draw: _Draw, canvas: _Canvas, ground_colours: Tensor
+    draw: _Draw, canvas: _Canvas, ground_colours: Tensor, familiar: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The salient shapes, back to front: RGB [3, S, S], coverage [S, S], classes uint8 [S, S].
 
@@ -175,7 +178,11 @@ def _draw_shapes(
         distance, cover = _salient_cover(draw, canvas, shape)
         cover = cover.clamp(min=_COVER_FLOOR)
         depth = (1 + distance * (2 / shape.radius)).clamp(0, 1)
-        texture = _texture(draw, canvas, _visible_pair(draw, ground_colours))
+        colours = _visible_pair(draw, ground_colours)
+        if familiar:
+            own = class_palette()[shape.kind] / 255
+            colours = _mix(colours[0], own, 0.75), _mix(colours[1], own, 0.75)
+        texture = _texture(draw, canvas, colours)
         texture = texture * (1 + draw.uniform(-0.5, 0.5) * (depth * depth - 0.5))
         premultiplied = _mix(premultiplied, texture, cover)
         visible = 1 - cover

@@ -4,21 +4,39 @@ Pixels stay 8-bit until they are on the device, where `normalize_images` makes n
 them. All randomness is drawn from torch's default generator; a transform keeps no state.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from train_utils.errors import UserError
+from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
+from train_utils.losses import IGNORE
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MattingEval",
+    "MattingTrain",
     "SaliencyEval",
     "SaliencyTrain",
+    "SegmentationEval",
+    "SegmentationTrain",
+    "TranslationEval",
+    "TranslationTrain",
+    "composite",
+    "cover",
+    "letterbox_box",
+    "make_trimap",
+    "matting_input",
     "normalize_images",
     "predict_input",
+    "restore_logits",
+    "segmentation_input",
 ]
 
 
@@ -74,3 +92,389 @@ def _resize_mask(mask: Tensor, image_size: int) -> tv_tensors.Mask:
     """
     grey = mask.as_subclass(torch.Tensor)
     return tv_tensors.Mask(F.resize(grey, [image_size, image_size], antialias=True))
+
+
+# --- image translation --------------------------------------------------------------------------
+
+
+class TranslationTrain:
+    """The jitter of pix2pix: resize both to `load_size`, crop at random, flip with `hflip`.
+
+    Isola et al., CVPR 2017, appendix 6.2. Takes the images A and B of a pair, uint8 [3, H, W] of
+    one size; gives (source, target) by `direction`, both `image_size` × `image_size`. Raises
+    UserError if the crop is larger than the resized images.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        load_size: int = 286,
+        hflip: float = 0.5,
+        direction: str = "AtoB",
+    ) -> None:
+        if not 1 <= image_size <= load_size:
+            raise UserError(
+                f"load_size {load_size}: smaller than the crop. Use image_size ({image_size}) or "
+                "more."
+            )
+        self.image_size, self.load_size, self.hflip = image_size, load_size, hflip
+        self.direction = direction
+
+    def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        both = [predict_input(x, self.load_size) for x in _directed(a, b, self.direction)]
+        # Every call draws the same three numbers, whatever their values lead to.
+        offsets = torch.randint(self.load_size - self.image_size + 1, (2,)).tolist()
+        flip = torch.rand(()).item() < self.hflip
+        source, target = (F.crop(x, *offsets, self.image_size, self.image_size) for x in both)
+        return (F.horizontal_flip(source), F.horizontal_flip(target)) if flip else (source, target)
+
+
+class TranslationEval:
+    """(source, target) of a pair A, B: the source resized, the target at its own size."""
+
+    def __init__(self, image_size: int = 256, direction: str = "AtoB") -> None:
+        self.image_size, self.direction = image_size, direction
+
+    def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        source, target = _directed(a, b, self.direction)
+        return predict_input(source, self.image_size), target
+
+
+def _directed(a: Tensor, b: Tensor, direction: str) -> tuple[Tensor, Tensor]:
+    return (a, b) if direction == "AtoB" else (b, a)
+
+
+# --- image matting ------------------------------------------------------------------------------
+
+
+def make_trimap(alpha: Tensor, erode: int, dilate: int) -> Tensor:
+    """The trimap that an alpha matte, uint8 [1, H, W], implies; of the same shape.
+
+    FOREGROUND where alpha is 255 within `erode` pixels, BACKGROUND where it is 0 within `dilate`
+    pixels, UNKNOWN between. Distances are those of a square element of side 2·radius + 1; what lies
+    beyond the border is taken to agree.
+    """
+    not_opaque = _dilate(alpha < 255, erode)
+    not_clear = _dilate(alpha > 0, dilate)
+    trimap = torch.full_like(alpha, UNKNOWN)
+    return trimap.masked_fill_(~not_opaque, FOREGROUND).masked_fill_(~not_clear, BACKGROUND)
+
+
+def composite(foreground: Tensor, background: Tensor, alpha: Tensor) -> Tensor:
+    """(alpha · F + (255 − alpha) · B + 127) // 255 in integers, as in `shapes.Scene`; all uint8."""
+    foreground, background, alpha = (x.int() for x in (foreground, background, alpha))
+    return ((alpha * (foreground - background) + 255 * background + 127) // 255).to(torch.uint8)
+
+
+def cover(image: Tensor, size: Sequence[int], place: Sequence[float] = (0.5, 0.5)) -> Tensor:
+    """A window of `size` = (H, W) of an image that is first enlarged where it does not cover it.
+
+    The aspect ratio is kept. `place`: where the window lies, from 0 (top, left) to 1.
+    """
+    height, width = image.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    if scale > 1:
+        height, width = max(size[0], round(scale * height)), max(size[1], round(scale * width))
+        image = F.resize(image, [height, width], antialias=True)
+    top, left = (
+        round(share * (length - wanted))
+        for share, length, wanted in zip(place, (height, width), size, strict=True)
+    )
+    return F.crop(image, top, left, *size)
+
+
+def matting_input(image: Tensor, trimap: Tensor, eval_size: int | None = None) -> Tensor:
+    """What the network sees of an image [3, H, W] and its trimap [1, H, W]: uint8 [4, h, w].
+
+    Whole; if the longer side has more than `eval_size` pixels, both are scaled down to that, the
+    trimap by nearest neighbour, so that it keeps its three values. Evaluation and prediction both
+    prepare their images by this one function.
+    """
+    image, trimap = image.as_subclass(Tensor), trimap.as_subclass(Tensor)
+    sides = image.shape[-2:]
+    if eval_size and max(sides) > eval_size:
+        size = [max(1, round(side * eval_size / max(sides))) for side in sides]
+        image = F.resize(image, size, antialias=True)
+        trimap = F.resize(trimap, size, interpolation=F.InterpolationMode.NEAREST_EXACT)
+    return torch.cat([image, trimap])
+
+
+class MattingTrain:
+    """The recipe of Deep Image Matting (Xu et al., CVPR 2017, section 4.1).
+
+    A square of one of `crop_sizes` is cut out around a random unknown pixel, resized to
+    `image_size`, flipped with probability `hflip`, and its colours are changed. Where the square
+    leaves the picture, the picture is mirrored: a plain filling would end its objects there.
+    Trimaps are made from alpha by two random radii from 1 to `max_radius`, one to choose the place
+    and one of the result.
+
+    Takes an image [3, H, W] and its alpha [1, H, W] and gives (input [4, S, S], target [2, S, S]):
+    RGB and trimap, alpha and trimap. With a background of the same size, the image is the
+    foreground; the colours of both are changed alike, the result is their composite, and
+    foreground and background [3, S, S] follow it. Everything is uint8.
+
+    jitter: largest relative change of brightness, contrast and saturation, and of the hue in turns.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 320,
+        crop_sizes: Sequence[int] = (320, 480, 640),
+        max_radius: int = 25,
+        hflip: float = 0.5,
+        jitter: Sequence[float] = (0.2, 0.2, 0.2, 0.05),
+    ) -> None:
+        self.image_size, self.crop_sizes, self.max_radius = image_size, crop_sizes, max_radius
+        self.hflip, self.jitter = hflip, jitter
+
+    def __call__(
+        self, image: Tensor, alpha: Tensor, background: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        # Every call draws the same nine numbers, whatever their values lead to.
+        radii = torch.randint(1, self.max_radius + 1, (2,)).tolist()
+        side = self.crop_sizes[int(torch.randint(len(self.crop_sizes), ()))]
+        place, flip, *changes = torch.rand(6, dtype=torch.float64).tolist()
+
+        row, column = _unknown_pixel(make_trimap(alpha.as_subclass(Tensor), *radii), place)
+        planes = [image, alpha] if background is None else [image, alpha, background]
+        planes = [
+            self._square(plane.as_subclass(Tensor), row, column, side, flip < self.hflip)
+            for plane in planes
+        ]
+        alpha = planes.pop(1)
+        trimap = make_trimap(alpha, *radii)
+        colours = [self._changed(plane, changes) for plane in planes]
+        image = colours[0] if background is None else composite(*colours, alpha)
+        pair = torch.cat([image, trimap]), torch.cat([alpha, trimap])
+        return pair if background is None else (*pair, *colours)
+
+    def _square(self, plane: Tensor, row: int, column: int, side: int, flip: bool) -> Tensor:
+        rows, columns = (
+            _mirrored(torch.arange(side) + centre - side // 2, length)
+            for centre, length in zip((row, column), plane.shape[-2:], strict=True)
+        )
+        plane = plane[:, rows][:, :, columns]
+        plane = F.resize(plane, [self.image_size, self.image_size], antialias=True)
+        return plane.flip(-1) if flip else plane
+
+    def _changed(self, image: Tensor, shares: Sequence[float]) -> Tensor:
+        """Colours changed by `shares` in [0, 1) of the way from the least to the largest change."""
+        adjustments = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+        for adjust, most, share in zip(adjustments, self.jitter, shares, strict=True):
+            if most:  # even the neutral change of hue rounds
+                change = most * (2 * share - 1)
+                image = adjust(image, change if adjust is F.adjust_hue else 1 + change)
+        return image
+
+
+class MattingEval:
+    """The whole image for the network, and a target at its own size, at which alpha is scored.
+
+    Takes an image [3, H, W], or a foreground with the background to be composited on, and a target:
+    alpha [1, H, W], or alpha and trimap [2, H, W]. Gives (`matting_input`, alpha and trimap); a
+    trimap that is not given is made from alpha by `radius`. Everything is uint8.
+    """
+
+    def __init__(self, eval_size: int | None = None, radius: int = 10) -> None:
+        self.eval_size, self.radius = eval_size, radius
+
+    def __call__(
+        self, image: Tensor, target: Tensor, background: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        target = target.as_subclass(Tensor)
+        alpha, trimap = target[:1], target[1:]
+        if not len(trimap):
+            trimap = make_trimap(alpha, self.radius, self.radius)
+        if background is not None:
+            image = composite(image, background, alpha)
+        return matting_input(image, trimap, self.eval_size), torch.cat([alpha, trimap])
+
+
+def _dilate(mask: Tensor, radius: int) -> Tensor:
+    """Dilate a mask, bool [1, H, W], by a square of side 2·radius + 1."""
+    for _ in range(2):
+        mask = _any_in_window(mask, radius).mT
+    return mask
+
+
+def _any_in_window(mask: Tensor, radius: int) -> Tensor:
+    """Whether any of the 2·radius + 1 values around each along the last dimension is true.
+
+    Windows of twice the width are made of two windows, so the cost grows as the radius' logarithm:
+    max-pooling of a 2-megapixel image by a radius of 25 takes fifty times as long.
+    """
+    length, window, width = mask.shape[-1], 2 * radius + 1, 1
+    mask = torch.nn.functional.pad(mask, (radius, radius))
+    while 2 * width <= window:
+        mask = mask[..., :-width] | mask[..., width:]
+        width *= 2
+    rest = window - width
+    return mask[..., :length] | mask[..., rest : rest + length]
+
+
+def _mirrored(positions: Tensor, length: int) -> Tensor:
+    """Positions on a line that goes on for ever as mirror images of its part from 0 to `length`."""
+    positions = positions % (2 * length)
+    return torch.minimum(positions, 2 * length - 1 - positions)
+
+
+def _unknown_pixel(trimap: Tensor, place: float) -> tuple[int, int]:
+    """Row and column of the unknown pixel `place` in [0, 1) of the way through; of any, if none."""
+    unknown = (trimap.flatten() == UNKNOWN).nonzero()
+    if len(unknown):
+        index = int(unknown[int(place * len(unknown))])
+    else:
+        index = int(place * trimap.numel())
+    return divmod(index, trimap.shape[-1])
+
+
+# --- segmentation -------------------------------------------------------------------------------
+#
+# fit: how an image of any size becomes the square that the network sees. "letterbox" keeps the
+# aspect ratio and centres the image on grey; "stretch" does not keep it, and needs no grey.
+
+_GREY = 128
+
+
+def letterbox_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of an image of height × width that is centred in a square.
+
+    The longer side takes all of `size` pixels, the other its share, at least 1 pixel.
+    """
+    longer = max(height, width)
+    h, w = (max(1, round(side * size / longer)) for side in (height, width))
+    return (size - h) // 2, (size - w) // 2, h, w
+
+
+def segmentation_input(image: Tensor, size: int, fit: str) -> Tensor:
+    """An image, uint8 [3, H, W], as the square that the network sees, [3, size, size].
+
+    Bilinear with antialiasing. Evaluation and prediction both prepare their images by this
+    function.
+    """
+    if fit == "stretch":
+        return predict_input(image, size)
+    top, left, h, w = letterbox_box(*image.shape[-2:], size)
+    return _pad_to_square(F.resize(image, [h, w], antialias=True), top, left, size, _GREY)
+
+
+def restore_logits(logits: Tensor, size: Sequence[int], fit: str) -> Tensor:
+    """Logits [C, S, S] of a `segmentation_input` at the image's own size (H, W): [C, H, W].
+
+    Cuts off the letterbox's grey and resizes bilinearly, in fp32 or more. Metrics and predict.py
+    both finish their predictions by this function.
+    """
+    if fit == "letterbox":
+        top, left, h, w = letterbox_box(size[0], size[1], logits.shape[-1])
+        logits = logits[:, top : top + h, left : left + w]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+class SegmentationEval:
+    """Fit the image to the network's square; the mask keeps its own size, at which it is scored."""
+
+    def __init__(self, size: int, fit: str) -> None:
+        self.size, self.fit = size, fit
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return segmentation_input(image, self.size, self.fit), mask
+
+
+class SegmentationTrain:
+    """Random shape, size and place on a grey square, flip and colours; image and mask move as one.
+
+    Takes an image [3, H, W] and a mask of class indices [1, H, W], both uint8; gives both in size ×
+    size. The mask is resized by nearest neighbour, and is `IGNORE` where the image is grey padding.
+
+    scale: range of the image's longer side, as a share of `size`; what is larger is cut at random.
+    aspect: the aspect ratio is multiplied by a/b, both drawn from 1 ± aspect. hsv: how much of a
+    turn the hue may shift either way, and how far the factors of saturation and value may be from
+    1. With scale (1, 1) and aspect 0 the geometry is that of evaluation, nothing is placed at
+    random. Raises UserError for values out of range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        fit: str,
+        scale: Sequence[float] = (0.25, 2.0),
+        aspect: float = 0.3,
+        hflip: float = 0.5,
+        hsv: Sequence[float] = (0.1, 0.7, 0.3),
+    ) -> None:
+        low, high = scale
+        if not 0 < low <= high:
+            raise UserError(f"scale {low}, {high}: not a range of sizes. Use e.g. 0.25 and 2.")
+        if not 0 <= aspect < 1:
+            raise UserError(f"aspect {aspect}: out of range. Use 0 or more, but less than 1.")
+        if not all(0 <= limit <= 1 for limit in hsv):
+            raise UserError(f"hsv {', '.join(map(str, hsv))}: out of range. Use values in [0, 1].")
+        self.size, self.fit, self.hflip = size, fit, hflip
+        self.scale, self.aspect, self.hsv = (low, high), aspect, tuple(hsv)
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # Every call draws the same nine numbers, whatever their values lead to.
+        *place, flip, hue, saturation, value = torch.rand(9).tolist()
+        top, left, h, w = self._box(image.shape[-2], image.shape[-1], *place)
+        picture = F.resize(image.as_subclass(Tensor), [h, w], antialias=True)
+        # Not as a tv_tensors.Mask, which torchvision resizes by a "nearest" that lies half a pixel
+        # off the image.
+        labels = F.resize(mask.as_subclass(Tensor), [h, w], F.InterpolationMode.NEAREST_EXACT)
+        rows = slice(max(0, -top), self.size - top)
+        columns = slice(max(0, -left), self.size - left)
+        picture, labels = picture[..., rows, columns], labels[..., rows, columns]
+        if any(self.hsv):
+            shifts = (2 * u - 1 for u in (hue, saturation, value))
+            turn, s, v = (limit * shift for limit, shift in zip(self.hsv, shifts, strict=True))
+            picture = _jitter_hsv(picture, turn, 1 + s, 1 + v)
+        corner = max(0, top), max(0, left)
+        picture = _pad_to_square(picture, *corner, self.size, _GREY)
+        labels = _pad_to_square(labels, *corner, self.size, IGNORE)
+        if flip < self.hflip:
+            picture, labels = picture.flip(-1), labels.flip(-1)
+        return tv_tensors.Image(picture), tv_tensors.Mask(labels)
+
+    def _box(
+        self, height: int, width: int, a: float, b: float, scale: float, y: float, x: float
+    ) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the image in the square, from five numbers in [0, 1)."""
+        size, (low, high) = self.size, self.scale
+        if low == high == 1 and self.aspect == 0:
+            stretch = self.fit == "stretch"
+            return (0, 0, size, size) if stretch else letterbox_box(height, width, size)
+        ratio = 1.0 if self.fit == "stretch" else width / height
+        ratio *= (1 + self.aspect * (2 * a - 1)) / (1 + self.aspect * (2 * b - 1))
+        side = size * (low + (high - low) * scale)
+        h = max(1, round(side * min(1, 1 / ratio)))
+        w = max(1, round(side * min(1, ratio)))
+        return _offset(size - h, y), _offset(size - w, x), h, w
+
+
+def _offset(room: int, u: float) -> int:
+    """A place from 0 to `room`, which is negative for what sticks out; u is uniform in [0, 1)."""
+    return min(0, room) + int(u * (abs(room) + 1))
+
+
+def _pad_to_square(picture: Tensor, top: int, left: int, size: int, fill: int) -> Tensor:
+    h, w = picture.shape[-2:]
+    return F.pad(picture, [left, top, size - w - left, size - h - top], fill=fill)
+
+
+def _jitter_hsv(image: Tensor, turn: float, saturation: float, value: float) -> Tensor:
+    """Shift the hue by `turn` (1: once around) and multiply saturation and value; uint8 [3, H, W].
+
+    The hexcone model of Smith, "Color Gamut Transform Pairs", SIGGRAPH 1978.
+    """
+    red, green, blue = rgb = image.float()
+    highest, lowest = rgb.amax(0), rgb.amin(0)
+    chroma = highest - lowest
+    # In sixths of a turn: 0 red, 2 green, 4 blue. Integers differ by 1 at least, if they differ.
+    hue = torch.where(highest == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    hue = torch.where(highest == red, green - blue, hue) / chroma.clamp(min=1) + 6 * turn
+    new_highest = (highest * value).clamp_(max=255)
+    new_chroma = new_highest * (saturation * chroma / highest.clamp(min=1)).clamp_(max=1)
+    # A channel is full within a sixth of its own hue, and empty from two sixths on. Red's hue is 0.
+    share = (hue + torch.tensor([0.0, 4.0, 2.0]).view(3, 1, 1)).remainder_(6)
+    share = share.sub_(3).abs_().sub_(1).clamp_(0, 1)
+    return share.mul_(new_chroma).add_(new_highest - new_chroma).round_().byte()

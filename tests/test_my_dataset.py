@@ -365,13 +365,21 @@ def test_shapes_targets(target):
     assert isinstance(tensor, expected)
 
 
+@pytest.mark.parametrize("target", ["classes", "labels"])
+def test_classes_come_with_familiar_scenes(target):
+    image, truth = ShapesDataset(32, 0, 1, target=target)[0]
+    scene = shapes.render_scene(0, 0, 32, familiar=True)
+    assert torch.equal(image, scene.image)
+    assert torch.equal(truth, getattr(scene, target))
+
+
 def test_shapes_are_drawn_once_and_kept_intact(monkeypatch):
     drawn = []
     render = shapes.render_scene
 
-    def count(seed, index, size):
+    def count(seed, index, *rest):
         drawn.append(index)
-        return render(seed, index, size)
+        return render(seed, index, *rest)
 
     monkeypatch.setattr(shapes, "render_scene", count)
 
@@ -394,7 +402,7 @@ def test_shapes_keep_no_more_than_their_share_of_memory(monkeypatch):
     render = shapes.render_scene
     monkeypatch.setattr(shapes, "render_scene", lambda *key: calls.append(key) or render(*key))
     again = [dataset[index] for index in range(3)]
-    assert calls == [(0, 2, 16)]
+    assert calls == [(0, 2, 16, False)]
     for (image, mask), (same_image, same_mask) in zip(items, again, strict=True):
         assert torch.equal(image, same_image)
         assert torch.equal(mask, same_mask)

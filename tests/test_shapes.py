@@ -281,3 +281,17 @@ def test_outlines_are_where_they_should_be(kind: str):
     far = shapes._REACH * 1.001
     assert (outline(far * angle.cos(), far * angle.sin()) > 0).all()  # or windows would cut shapes
     assert (outline(torch.tensor(0.0), torch.tensor(0.0)) < 0) == (kind != "ring")
+
+
+def test_familiar_scenes_differ_in_the_colours_of_shapes_only():
+    nearer = []
+    for index in range(8):
+        plain, familiar = render_scene(1, index, 64), render_scene(1, index, 64, familiar=True)
+        for part in ("mask", "classes", "alpha", "background", "labels"):
+            assert torch.equal(getattr(plain, part), getattr(familiar, part))
+        assert not torch.equal(plain.foreground, familiar.foreground)
+        solid = plain.alpha.expand(3, -1, -1) == 255
+        own = class_palette()[plain.classes[0].long()].permute(2, 0, 1)
+        distances = [(s.image.int() - own).abs()[solid].float().mean() for s in (familiar, plain)]
+        nearer.append(distances[0] < distances[1])
+    assert all(nearer)

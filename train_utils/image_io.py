@@ -17,6 +17,9 @@
 | grey, 12 or 32 bits     | refused                          | refused                           |
 | float                   | refused                          | refused                           |
 
+`read_trimap` takes grey levels as they are stored (of a palette, its colours) and guesses nothing:
+any transparency, any colour and any fourth level are refused.
+
 An EXIF tag counts where it stands before the pixels (as in every JPEG); one that cannot be parsed
 counts as absent. PNG checksums are verified; JPEG and WebP have none, so damage that their decoders
 conceal cannot be seen. Every error is a `UserError` that names the file, the cause and the fix.
@@ -41,6 +44,7 @@ from train_utils.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000
+BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255  # the values of a trimap
 
 # Formats are recognised by content, not by suffix; naming them keeps Pillow's rarer parsers (and
 # the external programs that some of them start) away from untrusted files.
@@ -53,6 +57,7 @@ _SOFTWARE = "pixtrain"
 _REPLACE = "Replace the file by an intact copy, or remove it."
 _MAKE_SMALLER = "Scale it down or cut it into tiles."
 _SAVE_AS_PNG = "Scale its values and save it as a PNG of 8 or 16 bits."
+_SAVE_LABELS = "Save it as a grey or palette PNG of class indices."
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -82,6 +87,18 @@ def read_image(path: PathLike) -> tv_tensors.Image:
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
+def read_foreground(path: PathLike) -> tv_tensors.Image:
+    """`read_image`, except that an alpha channel is dropped: the colours are as stored.
+
+    The colours of a cut-out reach beyond its alpha; over white, soft edges would get a white halo.
+    """
+    with _opened(path) as image:
+        if image.mode not in ("RGBA", "LA"):
+            return read_image(path)
+    pixels = np.array(_decode(path)[0].convert("RGB"))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
 def read_mask(path: PathLike) -> tv_tensors.Mask:
     """Read a file as a grey mask, uint8 [1, H, W] in 0…255, by the rules of this module's table.
 
@@ -106,6 +123,31 @@ def read_mask(path: PathLike) -> tv_tensors.Mask:
     elif grey.dtype == np.uint16:
         grey = _to_8_bits(grey)
     return tv_tensors.Mask(torch.from_numpy(grey)[None])
+
+
+def read_trimap(path: PathLike) -> tv_tensors.Mask:
+    """Read a file as a trimap, uint8 [1, H, W] of BACKGROUND, UNKNOWN and FOREGROUND only.
+
+    Exactly black is background, exactly white is foreground, and one grey level between 64 and 192
+    of 255 is the unknown region: tools write 127, 128 or 102 there. A trimap may lack any of them.
+    Raises UserError for everything else: an alpha matte, JPEG noise, class codes, colours, pixels
+    that are not opaque.
+    """
+    image, lossless = _decode(path)
+    values, white = _grey_levels(path, image)
+    counts = np.bincount(values.ravel(), minlength=white + 1)
+    levels = np.flatnonzero(counts)
+    between = levels[(levels > 0) & (levels < white)]
+    if len(between) > 1 or any(not 64 <= level * 255 / white <= 192 for level in between):
+        found = _most_frequent({str(level): counts[level] for level in levels})
+        raise UserError(
+            f"{printable(path)}: a trimap has 0, {white} and one grey level between for the "
+            f"unknown region, but this file has {found}. {_trimap_fix(levels, lossless)}"
+        )
+    trimap = np.full(values.shape, UNKNOWN, dtype=np.uint8)
+    trimap[values == 0] = BACKGROUND
+    trimap[values == white] = FOREGROUND
+    return tv_tensors.Mask(torch.from_numpy(trimap)[None])
 
 
 def image_size(path: PathLike) -> tuple[int, int]:
@@ -202,6 +244,50 @@ def _raise_unreadable(error: OSError) -> None:
     raise UserError(
         f"{printable(error.filename)}: cannot be listed ({error.strerror}). Check its permissions."
     ) from error
+
+
+# --- label files ---------------------------------------------------------------------------------
+
+
+def read_label_file(path: PathLike) -> np.ndarray:
+    """The numbers that a label file stores, upright and never scaled: uint8 [H, W] or [H, W, 3].
+
+    Palette files give their indices, never their colours; grey files their values (of 1, 2 and 4
+    bits, too; of 16 bits, if none exceeds 255); RGB files give [H, W, 3], of 16 bits the upper 8.
+    Alpha may be there, but opaque throughout. Raises UserError for other files, and for those that
+    cannot be read.
+    """
+    image, _ = _decode(path)
+    if _is_wide(image):
+        return _narrow_labels(path, np.array(image))
+    pixels = np.array(image).astype(np.uint8, copy=False)
+    if image.mode in ("LA", "PA", "RGBA"):
+        if (pixels[..., -1] != 255).any():
+            raise UserError(
+                f"{printable(path)}: some pixels are transparent, which no label is. {_SAVE_LABELS}"
+            )
+        pixels = pixels[..., :3] if image.mode == "RGBA" else pixels[..., 0]
+    elif image.mode not in ("1", "L", "P", "RGB"):
+        raise UserError(f"{printable(path)}: {image.mode} pixels hold no labels. {_SAVE_LABELS}")
+    return pixels // _grey_step(path) if image.mode == "L" else pixels
+
+
+def _narrow_labels(path: PathLike, values: np.ndarray) -> np.ndarray:
+    if values.max() > 255:
+        raise UserError(
+            f"{printable(path)}: 16-bit labels up to {values.max()}, but a label is 0 to 255. Save "
+            "class indices, not the numbers of objects or scaled values."
+        )
+    return values.astype(np.uint8)
+
+
+def _grey_step(path: PathLike) -> int:
+    """What Pillow multiplies the values of a grey file of 2 or 4 bits by, to fill 8 bits."""
+    with _opened(path) as image:
+        tiles = getattr(image, "tile", [])
+        arguments = tiles[0][3] if tiles else ""
+        raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+        return {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
 
 
 # --- opening and decoding ------------------------------------------------------------------------
@@ -310,11 +396,15 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 def _composite(image: Image.Image, backdrop: int) -> Image.Image:
     """An image with transparency, over a plain backdrop; mode RGB."""
+    canvas = Image.new("RGBA", image.size, (backdrop, backdrop, backdrop, 255))
+    canvas.alpha_composite(_to_rgba(image))
+    return canvas.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # premultiplied grey, which Pillow converts to nothing else
         image = image.convert("LA")
-    canvas = Image.new("RGBA", image.size, (backdrop, backdrop, backdrop, 255))
-    canvas.alpha_composite(image.convert("RGBA"))
-    return canvas.convert("RGB")
+    return image.convert("RGBA")
 
 
 def _palette_greys(image: Image.Image) -> np.ndarray:
@@ -337,3 +427,51 @@ def _palette_greys(image: Image.Image) -> np.ndarray:
     if image.mode == "PA":
         greys = np.rint(greys * pixels[..., 1] / 255)
     return greys.astype(np.uint8)
+
+
+# --- trimaps -------------------------------------------------------------------------------------
+
+
+def _grey_levels(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int]:
+    """A grey image's stored levels [H, W], and the one that is white: 255, or 65535 of 16 bits.
+
+    Raises UserError for colours and for pixels that are not opaque.
+    """
+    wide = _is_wide(image)
+    if image.has_transparency_data:
+        if wide or np.array(_to_rgba(image))[..., 3].min() < 255:
+            raise UserError(
+                f"{printable(path)}: a trimap may not be transparent anywhere, as nobody can tell "
+                "what is meant there. Save it without an alpha channel or transparent colour."
+            )
+        image = image if wide else _to_rgba(image)
+    if wide:
+        return np.array(image).astype(np.uint16), 65535
+    if image.mode in ("1", "L"):
+        return np.array(image.convert("L")), 255
+    rgb = np.array(image.convert("RGB"))
+    coloured = (rgb != rgb[..., :1]).any(axis=2)
+    if coloured.any():
+        colours, counts = np.unique(rgb[coloured], axis=0, return_counts=True)
+        names = [str(tuple(colour)) for colour in colours.tolist()]
+        raise UserError(
+            f"{printable(path)}: a trimap is grey, but this file has the RGB colours "
+            f"{_most_frequent(dict(zip(names, counts.tolist(), strict=True)))}. "
+            "Give the trimap itself, in black, grey (128) and white."
+        )
+    return rgb[..., 0], 255
+
+
+def _most_frequent(pixels: dict[str, int], shown: int = 6) -> str:
+    """Values with their numbers of pixels, the most frequent first, as text."""
+    ordered = sorted(pixels, key=lambda value: -pixels[value])
+    text = ", ".join(f"{value} ({pixels[value]:,} px)" for value in ordered[:shown])
+    return text + (f" and {len(ordered) - shown} more" if len(ordered) > shown else "")
+
+
+def _trimap_fix(levels: np.ndarray, lossless: bool) -> str:
+    if not lossless:
+        return "Save it as a PNG: lossy compression blurs its levels."
+    if len(levels) <= 3:
+        return "Save it with 0 for background, 128 for unknown and 255 for foreground."
+    return "Give the trimap, not the alpha matte, and resize it without smoothing."

@@ -1,10 +1,13 @@
 """Losses: pure functions of network outputs and targets, normalised by global counts."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+IGNORE = 255  # the class index of pixels that count in no loss and no score
 
 
 def unit_values(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,3 +56,251 @@ def criterion(
         for logits in outputs
     ]
     return torch.stack(terms).sum() / (max(target.numel(), 1) if count is None else count)
+
+
+# -- semantic segmentation ------------------------------------------------------------------------
+#
+# logits: [B, C, h, w]; where the target has another size they are resized to it bilinearly.
+# target: class indices, uint8 [B, 1, H, W] or [B, H, W]; IGNORE marks pixels that do not count.
+# class_weights: one per class; a pixel of class y weighs w_y in sum and count alike. None: all 1.
+# count: what the sum is divided by, see each loss and `criterion`; by default this batch's own. A
+# batch in which nothing counts, or an empty one, gives 0 with zero gradients.
+# exact: add pixels in 64-bit fixed point, the same bits for any number of threads; no gradients.
+# All return a 0-dim tensor, at least fp32 whatever the autocast dtype; all raise ValueError for
+# shapes that do not pair up and, on CPUs, for a label that is no class: on a GPU, looking would
+# make the host wait (`label_counts` sees the same labels before they go there).
+
+_EXACT_ONE = 2**24  # fixed-point 1 of `exact`: 2²⁸ pixels of up to _EXACT_MAX each fit int64
+_EXACT_MAX = 2.0**11
+
+
+def label_counts(target: Tensor, num_classes: int) -> Tensor:
+    """Pixels of each class in a map of class indices on the CPU, int64 [num_classes].
+
+    Raises ValueError naming a label that is neither a class nor IGNORE.
+    """
+    counts = torch.bincount(target.flatten(), minlength=256)
+    others = counts[num_classes:IGNORE].nonzero()
+    if len(others):
+        raise ValueError(
+            f"label {int(others[0]) + num_classes}: classes are 0 to {num_classes - 1}, and "
+            f"{IGNORE} is ignored"
+        )
+    return counts[:num_classes]
+
+
+def pixel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    count: float | Tensor | None = None,
+    class_weights: Sequence[float] | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """Softmax cross-entropy: Σ −w_y·log p_y / count; count: Σ w_y over the pixels that count."""
+    scores, labels, weights = _scored_pixels(logits, target, class_weights, exact)
+    log_p = scores.log_softmax(1).gather(1, labels)
+    return _share(-log_p * weights, weights, count, exact)
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    count: float | Tensor | None = None,
+    class_weights: Sequence[float] | None = None,
+    exact: bool = False,
+    alpha: float = 0.5,
+    gamma: float = 2.0,
+) -> Tensor:
+    """Σ −w_y·α·(1 − p_y)^γ·log p_y / count (Lin et al., "Focal Loss", ICCV 2017); count: Σ w_y."""
+    scores, labels, weights = _scored_pixels(logits, target, class_weights, exact)
+    log_p = scores.log_softmax(1).gather(1, labels)
+    # 1 − p, kept off 0, where the power's slope would be infinite for γ < 1.
+    rest = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).eps)
+    return _share(-alpha * rest**gamma * log_p * weights, weights, count, exact)
+
+
+def one_hot_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    count: float | Tensor | None = None,
+    class_weights: Sequence[float] | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """Binary cross-entropy of each class's logits against its one-hot mask, the classes' mean.
+
+    Σ w_y·(1/C)·Σ_c BCE(σ(x_c), [y = c]) / count; count: Σ w_y over the pixels that count.
+    """
+    scores, labels, weights = _scored_pixels(logits, target, class_weights, exact)
+    one_hot = _one_hot(labels, scores)
+    terms = F.binary_cross_entropy_with_logits(scores, one_hot, reduction="none")
+    return _share(terms.mean(1, keepdim=True) * weights, weights, count, exact)
+
+
+def dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    count: float | Tensor | None = None,
+    exact: bool = False,
+    smooth: float = 1e-5,
+) -> Tensor:
+    """Σ over images of (1 − the classes' mean of (2·Σ p·g + s) / (Σ p + Σ g + s)) / count.
+
+    p: softmax probabilities, g: one-hot mask, Σ over the image's pixels that count (Milletari et
+    al., "V-Net", 3DV 2016, with plain sums below). Of each image by itself, so that a batch can be
+    shared out over processes exactly. A class that is not in an image has a term near 0 there, so
+    the loss does not reach 0 on images without some class.
+    count: images with pixels that count.
+    """
+    scores, labels, valid = _scored_pixels(logits, target, None, exact)
+    p, g = scores.softmax(1) * valid, _one_hot(labels, scores) * valid
+    overlap, total = (_pixel_sum(values, exact) for values in (p * g, p + g))  # [B, C]
+    counted = valid.amax((1, 2, 3))  # [B]
+    losses = (1 - ((2 * overlap + smooth) / (total + smooth)).mean(1)) * counted
+    return losses.sum() / (_own_count(counted) if count is None else count)
+
+
+def _scored_pixels(
+    logits: Tensor, target: Tensor, class_weights: Sequence[float] | None, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at the target's size, class indices int64 [B, 1, H, W], and the pixels' weights.
+
+    Ignored pixels have weight 0 and class 0.
+    """
+    target = target.unsqueeze(1) if target.dim() == 3 else target
+    if target.dtype != torch.uint8:
+        raise ValueError(f"target: {target.dtype} instead of uint8 class indices")
+    if logits.dim() != 4 or target.shape[:2] != (len(logits), 1):
+        raise ValueError(
+            f"logits {list(logits.shape)} and target {list(target.shape)} do not pair up: give "
+            "[B, C, h, w] and [B, 1, H, W]"
+        )
+    if target.device.type == "cpu":
+        label_counts(target, logits.shape[1])
+    dtype = torch.float64 if exact else torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.to(dtype)
+    if scores.shape[-2:] != target.shape[-2:]:
+        size = target.shape[-2:]
+        scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+    num_classes = logits.shape[1]
+    weights = tuple(class_weights) if class_weights is not None else (1.0,) * num_classes
+    index = target.long()
+    weight = _weight_table(weights, num_classes, dtype, target.device)[index]
+    return scores, index.masked_fill(index == IGNORE, 0), weight
+
+
+@lru_cache  # uploading the table anew in every step would stall a GPU's queue
+def _weight_table(
+    class_weights: tuple[float, ...], num_classes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Weight of each uint8 label, [256]: 0 where it is no class."""
+    if len(class_weights) != num_classes:
+        raise ValueError(f"{len(class_weights)} class weights for {num_classes} classes")
+    padding = [0.0] * (256 - num_classes)
+    return torch.tensor([*class_weights, *padding], dtype=dtype, device=device)
+
+
+def _one_hot(labels: Tensor, scores: Tensor) -> Tensor:
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    return (labels == classes[:, None, None]).to(scores.dtype)
+
+
+def _share(losses: Tensor, weights: Tensor, count: float | Tensor | None, exact: bool) -> Tensor:
+    """Weighted pixel losses [B, 1, H, W] summed, over `count`."""
+    total = _pixel_sum(losses, exact).sum()
+    return total / (_own_count(_pixel_sum(weights, exact)) if count is None else count)
+
+
+def _own_count(parts: Tensor) -> Tensor:
+    total = parts.sum()
+    return torch.where(total > 0, total, 1)  # where nothing counts, the sum is 0: 0/1, not 0/0
+
+
+def _pixel_sum(values: Tensor, exact: bool) -> Tensor:
+    """Sums [B, C] over the pixels of values [B, C, H, W]."""
+    if not exact:
+        return values.sum((2, 3))
+    fixed = (values.clamp(max=_EXACT_MAX) * _EXACT_ONE).round().long()
+    return fixed.sum((2, 3)).double() / _EXACT_ONE
+
+
+# --- image translation --------------------------------------------------------------------------
+
+
+def least_squares_gan(logits: Tensor, label: float, count: float) -> Tensor:
+    """Least-squares GAN term: Σ over images of the mean (logit − label)², divided by `count`.
+
+    Mao et al., "Least Squares Generative Adversarial Networks", ICCV 2017, with labels 1 (real) and
+    0 (fake). logits: [B, 1, h, w], a map of any size. count: images, divided by the processes where
+    DistributedDataParallel averages over them (see `criterion`).
+    At least fp32; an empty batch gives 0 with zero gradients.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits - label).square().flatten(1).mean(dim=1).sum() / count
+
+
+def l1_term(prediction: Tensor, target: Tensor, count: float) -> Tensor:
+    """Σ over images of the mean |prediction − target|, divided by `count`, the number of images.
+
+    Both [B, C, H, W]; at least fp32; an empty batch gives 0 with zero gradients. Raises ValueError
+    if the shapes differ.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction {list(prediction.shape)} and target {list(target.shape)} differ in shape"
+        )
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    difference = prediction.to(dtype) - target.to(dtype)
+    return difference.abs().flatten(1).mean(dim=1).sum() / count
+
+
+# -- image matting --------------------------------------------------------------------------------
+#
+# Xu et al., "Deep Image Matting", CVPR 2017, section 4.1. predicted, alpha: [B, 1, H, W] in [0, 1];
+# colours: [B, 3, H, W]; see `unit_values` for uint8. unknown: bool [B, 1, H, W], the pixels that
+# count. count: how many those are, as in `criterion`; by default in this batch. A batch without
+# any, or an empty one, gives 0 with zero gradients. Both return a 0-dim tensor, at least fp32.
+
+MATTING_EPSILON = 1e-6
+
+
+def alpha_prediction_loss(
+    predicted: Tensor, alpha: Tensor, unknown: Tensor, count: float | Tensor | None = None
+) -> Tensor:
+    """Σ √((α̂ − α)² + ε²) / (count + ε) over the unknown pixels (eq. 1), ε = 1e-6."""
+    _require_shape(predicted, alpha, unknown)
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    return _mean_of_unknown(predicted.to(dtype) - unit_values(alpha, dtype), unknown, count)
+
+
+def compositional_loss(
+    predicted: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    image: Tensor,
+    unknown: Tensor,
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """The same of α̂F + (1 − α̂)B against the image, on colours in [0, 1].
+
+    A pixel counts once, with the mean over its three channels: the loss has the scale of the
+    alpha-prediction loss.
+    """
+    _require_shape(predicted, unknown)
+    _require_shape(foreground, background, image)
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    fg, bg, truth = (unit_values(colours, dtype) for colours in (foreground, background, image))
+    return _mean_of_unknown(torch.lerp(bg, fg, predicted.to(dtype)) - truth, unknown, count)
+
+
+def _mean_of_unknown(
+    difference: Tensor, unknown: Tensor, count: float | Tensor | None = None
+) -> Tensor:
+    distance = (difference**2 + MATTING_EPSILON**2).sqrt().mean(1, keepdim=True)
+    total = (distance * unknown).sum()
+    return total / ((unknown.sum() if count is None else count) + MATTING_EPSILON)
+
+
+def _require_shape(*tensors: Tensor) -> None:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"shapes differ: {', '.join(map(str, sorted(shapes)))}")
