@@ -10,24 +10,12 @@ Parameter names follow the paper's numbering: ``encoder.1`` … ``encoder.6`` ar
 
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class ConvBNReLU(nn.Sequential):
-    """3×3 convolution, batch norm and ReLU: [B, in_ch, H, W] → [B, out_ch, H, W]."""
-
-    def __init__(self, in_ch: int, out_ch: int, dilation: int = 1):
-        super().__init__()
-        # No bias: batch norm subtracts the mean, and any constant with it.
-        conv = nn.Conv2d(in_ch, out_ch, 3, padding=dilation, dilation=dilation, bias=False)
-        self.add_module("conv", conv)
-        self.add_module("bn", nn.BatchNorm2d(out_ch))
-        self.add_module("relu", nn.ReLU(inplace=True))
+from .layers import ConvBNReLU, autocast_off, halve, join, resize
 
 
 class RSU(nn.Module):
@@ -57,11 +45,11 @@ class RSU(nn.Module):
         x = residual = self.conv_in(x)
         skips = []
         for level, conv in enumerate(self.down.values(), start=1):
-            x = conv(_halve(x) if level in self.halving_levels else x)
+            x = conv(halve(x) if level in self.halving_levels else x)
             skips.append(x)
         x = skips.pop()
         for conv in self.up.values():
-            x = conv(_join(x, skips.pop()))
+            x = conv(join(x, skips.pop()))
         return x + residual
 
 
@@ -131,12 +119,12 @@ class U2Net(nn.Module):
         size = x.shape[-2:]
         skips = []
         for stage in self.encoder.values():
-            x = stage(_halve(skips[-1]) if skips else x)
+            x = stage(halve(skips[-1]) if skips else x)
             skips.append(x)
         x = skips.pop()
         features = [x]
         for stage in self.decoder.values():
-            x = stage(_join(x, skips.pop()))
+            x = stage(join(x, skips.pop()))
             features.append(x)
         fused, sides = self._logits(features, size)
         return [fused, *sides] if self.training else torch.sigmoid(fused)
@@ -145,8 +133,8 @@ class U2Net(nn.Module):
         """Side maps De1 … En6 at ``size`` and their fusion, from the features of En6 … De1."""
         sides = [conv(x) for conv, x in zip(self.side.values(), features, strict=True)]
         # A bf16 probability map has only some hundred grey levels, and fp32 is cheap out here.
-        with _autocast_off(sides[0].device.type):
-            maps = [_resize(side.to(self.out_conv.weight.dtype), size) for side in reversed(sides)]
+        with autocast_off(sides[0].device.type):
+            maps = [resize(side.to(self.out_conv.weight.dtype), size) for side in reversed(sides)]
             return self.out_conv(torch.cat(maps, dim=1)), maps
 
 
@@ -239,26 +227,3 @@ def _official_names() -> dict[str, str]:
 
 def _numbered(modules: Iterable[tuple[int, nn.Module]]) -> nn.ModuleDict:
     return nn.ModuleDict({str(number): module for number, module in modules})
-
-
-def _halve(x: Tensor) -> Tensor:
-    # Ceil mode: a side of one pixel stays one pixel, so every input size reaches the bottom.
-    return F.max_pool2d(x, 2, ceil_mode=True)
-
-
-def _resize(x: Tensor, size: torch.Size) -> Tensor:
-    if x.shape[-2:] == size:
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def _join(below: Tensor, skip: Tensor) -> Tensor:
-    return torch.cat((_resize(below, skip.shape[-2:]), skip), dim=1)
-
-
-def _autocast_off(device_type: str) -> AbstractContextManager:
-    # Entered only where autocast is on: it would stay in an exported graph, and meta has none.
-    available = torch.amp.is_autocast_available(device_type)
-    if available and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

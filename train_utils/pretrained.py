@@ -1,0 +1,85 @@
+"""ImageNet weights for encoders: torchvision's, downloaded once, or a local file."""
+
+import hashlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from train_utils.checkpoint import load_weights
+from train_utils.errors import UserError
+from train_utils.log import get_logger
+
+TIMEOUT = 30  # seconds of silence after which a download has failed
+
+Arch = Literal["vgg16", "vgg16_bn", "resnet50"]
+
+
+def backbone_state(spec: str, arch: Arch) -> dict[str, Tensor]:
+    """Read the whole state_dict of torchvision's network `arch`.
+
+    `spec` is "DEFAULT", torchvision's recommended weights, kept in torch hub's cache and downloaded
+    if not there, or the path of a file. Raises UserError if they cannot be had or are damaged.
+    """
+    if spec != "DEFAULT":
+        return load_weights(spec)[0]
+    from torchvision.models import get_model_weights  # here: local files do without it
+
+    weights = get_model_weights(arch).DEFAULT
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if not path.exists():
+        _download(weights.url, path)
+    _check_hash(path, weights.url)
+    return load_weights(path)[0]
+
+
+def _download(url: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        get_logger().info(f"Downloading {url} to {path}")
+        with _socket_timeout(TIMEOUT):
+            torch.hub.download_url_to_file(url, str(path), _hash_prefix(path))
+    # URLError and timeouts are OSErrors too; a wrong hash is a RuntimeError.
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise UserError(
+            f"model.weights: {url} could not be downloaded ({error}). Fetch it elsewhere and place "
+            f"it as {path}, or name a local file of weights, or set model.weights to null to train "
+            "from random weights."
+        ) from error
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    # torch hub sets none, and behind a firewall that swallows packets each address takes minutes.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _check_hash(path: Path, url: str) -> None:
+    # torch hub checks downloads only, not what lies in its cache.
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
+    if not digest.hexdigest().startswith(_hash_prefix(path)):
+        raise UserError(
+            f"{path}: damaged or another file, its checksum is wrong. Delete it, so that {url} is "
+            "downloaded again, or set model.weights to another file or null."
+        )
+
+
+def _hash_prefix(path: Path) -> str:
+    """The first digits of the file's SHA-256, with which torchvision's file names end."""
+    return path.stem.rpartition("-")[2]
