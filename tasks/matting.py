@@ -1,0 +1,357 @@
+"""Image matting with a trimap: Deep Image Matting (Xu et al., CVPR 2017), first stage."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from my_dataset import (
+    MattingShapesDataset,
+    check_matting_files,
+    composition_pairs,
+    matting_pairs,
+)
+from src.deep_matting import DeepMatting
+from tasks import settings
+from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
+from train_utils.errors import UserError
+from train_utils.foreground import estimate_foreground
+from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
+from train_utils.losses import alpha_prediction_loss, compositional_loss
+from train_utils.matting_metrics import MattingMetrics, finish_alpha
+from train_utils.metrics import ExactMetric
+from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
+from train_utils.pretrained import backbone_state
+from train_utils.schedule import make_optimizer, make_schedule
+from train_utils.train_and_eval import Backward, Batch, Models, Sample
+from transforms import MattingEval, MattingTrain, matting_input
+
+METRICS = {"loss": "min", "SAD": "min", "MSE": "min", "Grad": "min", "Conn": "min"}
+PREDICT_FLAGS = {"trimap": True, "cutout": False}
+
+
+@dataclass
+class DataConfig(FolderData):
+    """Where images and alphas come from, and how they are prepared."""
+
+    sources = (
+        *FolderData.sources,
+        *("foregrounds", "alphas", "backgrounds", "trimaps", "val_trimaps"),
+    )
+
+    # folders: ready images (`images`) with their alphas (`masks`); composed: foregrounds with their
+    # alphas, on other backgrounds; shapes: composed too, of scenes as large as the largest crop
+    name: Literal["shapes", "composed", "folders"] | None = None
+    # null: root holds fg, alpha and bg
+    foregrounds: str | None = None
+    alphas: str | None = None
+    backgrounds: str | None = None
+    per_foreground: int = 20  # composites of each foreground in an epoch …
+    val_per_foreground: int = 5  # … and in validation
+    trimaps: str | None = None  # of the images that are held out; null: made from alpha
+    val_trimaps: str | None = None  # of val_images
+    crop_sizes: tuple[int, ...] = (320, 480, 640)  # resized to image_size
+    max_radius: int = 25  # pixels; training trimaps erode and dilate by 1 to max_radius
+    eval_radius: int = 10  # validation trimaps that are made do so by this
+    eval_size: int | None = None  # longer side in validation and prediction; null: whole
+    hflip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.05)  # …, saturation, hue
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_sources()
+        for name in ("per_foreground", "val_per_foreground", "max_radius"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1")
+        if not self.crop_sizes or min(self.crop_sizes) < 1:
+            raise ValueError("crop_sizes: one size or more, each at least 1")
+        if self.eval_radius < 0:
+            raise ValueError("eval_radius: must not be negative")
+        if self.eval_size is not None and self.eval_size < 1:
+            raise ValueError("eval_size: must be at least 1; null for whole images")
+        if not 0 <= self.hflip <= 1:
+            raise ValueError("hflip: must lie between 0 and 1")
+        if min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
+            raise ValueError("jitter: three values from 0 to 1, and a hue from 0 to 0.5")
+        if min(self.std) <= 0:
+            raise ValueError("std: every value must be positive")
+
+    def _layout_of_root(self) -> str:
+        return "composed" if self.root or any(self._parts()) else "shapes"
+
+    def _parts(self) -> tuple[str | None, str | None, str | None]:
+        return self.foregrounds, self.alphas, self.backgrounds
+
+    def _check_sources(self) -> None:
+        if any(self._parts()) and not all(self._parts()):
+            raise ValueError("foregrounds, alphas, backgrounds: need each other. Give all three.")
+        if self.root and any(self._parts()):
+            raise ValueError("foregrounds: go without root (--data-path). Give one or the other.")
+        if self.trimaps and (self.name != "folders" or self.val_images):
+            raise ValueError(
+                "trimaps: are those of images held out of `images`. Leave them out, or give "
+                "val_trimaps with val_images."
+            )
+        if self.val_trimaps and not self.val_images:
+            raise ValueError("val_trimaps: go with val_images. Add them.")
+
+    def composed_folders(self) -> tuple[str, ...]:
+        """The folders of foregrounds, alphas and backgrounds; UserError if none are named."""
+        if self.root:
+            return tuple(f"{self.root}/{part}" for part in ("fg", "alpha", "bg"))
+        if self.foregrounds and self.alphas and self.backgrounds:
+            return self.foregrounds, self.alphas, self.backgrounds
+        raise UserError(
+            "data.root: this recipe composes its images. Give the folder that holds fg, alpha and "
+            "bg by --data-path DIR, or three folders by --set data.foregrounds=DIR, data.alphas "
+            "and data.backgrounds, or ready images by --images DIR --masks DIR."
+        )
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    name: Literal["deep_matting"] = "deep_matting"
+    channels: int = 64  # of the first stage; the deepest has 8 times as many
+    weights: str | None = None  # the encoder's start: DEFAULT (ImageNet), a file of it, or null
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError("channels: must be at least 1")
+
+
+@dataclass
+class LossConfig:
+    """alpha_weight · alpha-prediction loss + (1 − alpha_weight) · compositional loss."""
+
+    alpha_weight: float | None = None  # null: ½, or 1 for ready images, whose parts are unknown
+
+    def __post_init__(self) -> None:
+        if self.alpha_weight is not None and not 0 <= self.alpha_weight <= 1:
+            raise ValueError("alpha_weight: must lie between 0 and 1")
+
+
+@dataclass
+class Config(BaseConfig):
+    """A matting recipe."""
+
+    task: str = "matting"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="sgd", lr=1e-2, schedule="constant")
+    )
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+def build_datasets(cfg: Config) -> tuple[Dataset, Dataset]:
+    """Training and validation data. Raises UserError where the loss asks for parts unknown."""
+    data, weight = cfg.data, cfg.loss.alpha_weight
+    if data.name == "folders" and weight not in (None, 1):
+        raise UserError(
+            f"loss.alpha_weight {weight}: the compositional loss needs foregrounds and "
+            "backgrounds, which ready images do not give. Set it to null."
+        )
+    transforms = MattingTrain(
+        data.image_size, data.crop_sizes, data.max_radius, data.hflip, data.jitter
+    )
+    if data.name == "shapes":
+        size = max(data.crop_sizes)
+        train = MattingShapesDataset(size, data.seed, data.train_size, transforms=transforms)
+    elif data.name == "composed":
+        train = composition_pairs(data, train=True, transforms=transforms)
+    else:
+        train = matting_pairs(data, train=True, transforms=transforms)
+    return train, build_val_dataset(cfg)
+
+
+def build_val_dataset(cfg: Config, all_pairs: bool = False) -> Dataset:
+    """Validation data; `all_pairs`: of given folders take all, not the held-out share."""
+    data = cfg.data
+    transforms = MattingEval(data.eval_size, data.eval_radius)
+    if data.name == "shapes":
+        size = max(data.crop_sizes)
+        return MattingShapesDataset(size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms)
+    pairs = composition_pairs if data.name == "composed" else matting_pairs
+    return pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
+
+
+def prepare_data(cfg: Config, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
+    """Check the files; nothing in the config comes from the data."""
+    for dataset in (train_set, val_set):
+        if dataset is not None:
+            check_matting_files(dataset)
+    return {}
+
+
+# -- networks -------------------------------------------------------------------------------------
+
+
+def build_models(cfg: Config) -> dict[str, nn.Module]:
+    return {"model": DeepMatting(cfg.model.channels)}
+
+
+def initialise(cfg: Config, models: dict[str, nn.Module]) -> None:
+    """Load the encoder's weights, if the recipe names any."""
+    weights = cfg.model.weights
+    if not weights:
+        return
+    try:
+        models["model"].load_backbone(backbone_state(weights, "vgg16_bn"))
+    except ValueError as error:
+        raise UserError(
+            f"model.weights {weights}: {error}. Use torchvision's vgg16_bn with model.channels=64, "
+            "or null."
+        ) from error
+
+
+def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch: int) -> tuple:
+    optimizer = make_optimizer(models["model"], cfg.optim)
+    schedule = make_schedule(optimizer, cfg.optim, steps_per_epoch, cfg.train.epochs)
+    return {"model": optimizer}, {"model": schedule}
+
+
+def adopt_weights(state_dict: dict[str, Tensor]) -> None:
+    """Weights of other projects are not recognised."""
+
+
+def check_batches(cfg: Config, smallest: int) -> None:
+    """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""
+    needed = DeepMatting.min_train_side
+    if smallest == 1 and cfg.data.image_size < needed:
+        raise UserError(
+            f"data.image_size: images of {cfg.data.image_size} pixels end as a 1×1 map, and some "
+            "step has a single image on some process, on which batch norm cannot train. Use "
+            f"{needed} pixels or more, or another --batch-size."
+        )
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def loss_counts(cfg: Config) -> Callable[[Batch], dict[str, float]]:
+    return lambda batch: {"unknown": float((batch[1][:, 1] == UNKNOWN).sum())}
+
+
+def train_step(cfg: Config) -> Callable:
+    return partial(matting_step, normalize=_normalize(cfg), alpha_weight=cfg.loss.alpha_weight)
+
+
+def matting_step(
+    models: Models,
+    batch: Batch,
+    counts: dict[str, float],
+    backward: Backward,
+    normalize: Callable[[Tensor], Tensor],
+    alpha_weight: float | None = None,
+) -> dict[str, Tensor]:
+    """The losses on the unknown pixels; without foreground and background only that of alpha.
+
+    batch: input [B, 4, S, S], target [B, 2, S, S] (see `transforms.MattingTrain`), and maybe
+    foreground and background [B, 3, S, S], all uint8.
+    """
+    inputs, target, *colours = batch
+    predicted = torch.sigmoid(models["model"](normalize(inputs)))
+    alpha, unknown = target[:, :1], target[:, 1:] == UNKNOWN
+    count = counts["unknown"]
+    losses = {"alpha": alpha_prediction_loss(predicted, alpha, unknown, count)}
+    loss = losses["alpha"]
+    if colours:
+        weight = 0.5 if alpha_weight is None else alpha_weight
+        losses["compositional"] = compositional_loss(
+            predicted, *colours, inputs[:, :3], unknown, count
+        )
+        loss = weight * losses["alpha"] + (1 - weight) * losses["compositional"]
+    backward("model", loss)
+    return {"loss": loss.detach(), **{name: each.detach() for name, each in losses.items()}}
+
+
+def predict(cfg: Config) -> Callable[[Models, Tensor], Tensor]:
+    """(networks, uint8 inputs [B, 4, h, w]) → alpha [B, 1, h, w], true to the input's trimap."""
+    normalize = _normalize(cfg)
+
+    def alpha_of(models: Models, inputs: Tensor) -> Tensor:
+        alpha, trimap = models["model"](normalize(inputs)), inputs[:, 3:]
+        return alpha.masked_fill(trimap == BACKGROUND, 0).masked_fill(trimap == FOREGROUND, 1)
+
+    return alpha_of
+
+
+def _normalize(cfg: Config) -> Callable[[Tensor], Tensor]:
+    # The trimap becomes 0, 0.502 and 1.
+    return partial(normalize_images, mean=(*cfg.data.mean, 0.0), std=(*cfg.data.std, 1.0))
+
+
+# -- prediction of files --------------------------------------------------------------------------
+
+
+def network_input(cfg: Config, image: Tensor, trimap: Tensor) -> Tensor:
+    """What evaluation would feed of this image and its trimap, uint8 [4, h, w]."""
+    return matting_input(image, trimap, cfg.data.eval_size)
+
+
+def render(
+    cfg: Config,
+    image: Tensor,
+    prediction: Tensor,
+    kinds: Sequence[str],
+    threshold: float | None = None,
+    trimap: Tensor | None = None,
+) -> dict[str, Image.Image]:
+    """Pictures to write, at the image's own size.
+
+    map: 8-bit alpha, as evaluation scores it. cutout: RGBA with that alpha and the foreground's
+    estimated colours, so that nothing of the old background shows on a new one. `trimap`, uint8
+    [1, H, W], holds where it knows better; `threshold` has no meaning here.
+    """
+    trimap = torch.full_like(image[:1], UNKNOWN) if trimap is None else trimap
+    alpha = finish_alpha(prediction, trimap).cpu()
+    codes = (alpha * 255).round().to(torch.uint8)
+    pictures = {"map": Image.fromarray(codes.numpy())}
+    if "cutout" in kinds:
+        colours = estimate_foreground(image, alpha)
+        rgba = torch.cat([colours, codes[None]]).permute(1, 2, 0)
+        pictures["cutout"] = Image.fromarray(rgba.contiguous().numpy())
+    return pictures
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def make_metrics(cfg: Config) -> tuple[ExactMetric, ...]:
+    return (MattingMetrics(trimap_policy(cfg)),)
+
+
+def trimap_policy(cfg: Config) -> str:
+    """Where the trimaps of the validation data come from: scores compare under one policy only."""
+    data = cfg.data
+    if data.val_trimaps or data.trimaps:
+        return "given with the images"
+    return f"made from alpha, radius {data.eval_radius}"
+
+
+def deciding_metric(cfg: Config) -> tuple[str, str]:
+    """The metric that decides the best checkpoint, and whether its "max" or "min" is best."""
+    return settings.deciding_metric(cfg, METRICS)
+
+
+def sheet_row(cfg: Config, sample: Sample) -> list[Tensor]:
+    """image | trimap | truth | prediction."""
+    truth, trimap = sample.target[:1], sample.target[1:]
+    finished = finish_alpha(sample.prediction, trimap)
+    return [sample.image[:3], trimap, truth, finished[None].float()]
+
+
+def curves(metrics: Sequence[ExactMetric]) -> dict:
+    return {}
