@@ -1,8 +1,10 @@
 """The recipes under configs/ fit their tasks and say what their papers say."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import tasks
 from train_utils.config import load_yaml
@@ -13,8 +15,37 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_builds(path):
     task, cfg = tasks.read_config(load_yaml(path), str(path), {})
-    assert set(task.build_models(cfg)) == {"model"}
-    assert task.deciding_metric(cfg) == ("maxF1", "max")
+    with torch.device("meta"):  # shapes only: nothing is allocated
+        models = task.build_models(cfg)
+        optimizers, schedules = task.build_optimizers(cfg, models, steps_per_epoch=2)
+    assert set(models) == set(optimizers) == set(schedules)
+    metric, goal = task.deciding_metric(cfg)
+    assert task.METRICS[metric] == goal
+    assert {"cutout", "overlay", "threshold", "trimap"} >= task.PREDICT_FLAGS.keys()
+
+
+def test_every_task_has_the_whole_contract():
+    described = re.findall(r"(\w+)\(", tasks.__doc__.partition("and, if it can")[0])
+    assert len(described) == 17
+    for name in tasks.task_names():
+        task = tasks.load_task(name)
+        assert [f for f in described if not callable(getattr(task, f, None))] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("shapes", "saliency"),
+        ("fcn", "segmentation"),
+        ("unet", "segmentation"),
+        ("matting", "matting"),
+        ("pix2pix", "translation"),
+    ],
+)
+def test_the_embedded_recipe_of_every_system_needs_no_data(name, task):
+    path = CONFIGS / f"{name}.yaml"
+    _, cfg = tasks.read_config(load_yaml(path), str(path), {})
+    assert (cfg.task, cfg.data.name) == (task, "shapes")
 
 
 @pytest.mark.parametrize(("name", "lr"), [("u2net_full", 4e-3), ("u2net_lite", 1e-3)])
