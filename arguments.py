@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import tasks
+from tasks.settings import deciding_metric
 from train_utils.checkpoint import load_training_state
 from train_utils.config import load_yaml, merge, parse_assignments
 from train_utils.errors import UserError
@@ -35,7 +36,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
     add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")
     add("--epochs", dest="train.epochs", type=int)
-    add("--lr", dest="optim.lr", type=float)
+    add("--lr", dest="optim.lr", type=float, help="of pix2pix's generator; D has optim_d.lr")
     add("--wd", "--weight-decay", dest="optim.weight_decay", type=float)
     add(
         "--amp",
@@ -72,12 +73,16 @@ def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, d
     saved = load_training_state(resume) if resume else None
     if saved:
         saved["args"] = tasks.complete(saved["args"], str(resume))
-    values, source = (saved["args"], str(resume)) if saved else ({}, "")
-    if args.config or not saved:
-        source = str(args.config or DEFAULT_CONFIG)
-        values = merge(values, load_yaml(source))
-    task, cfg = tasks.read_config(values, source, overrides)
-    task.deciding_metric(cfg)  # refuses a metric that is not tracked
+    source = str(args.config or (resume if saved else DEFAULT_CONFIG))
+    recipe = load_yaml(source) if args.config or not saved else {}
+    base = saved["args"] if saved else {}
+    if recipe and saved and recipe.get("task", "saliency") != base["task"]:
+        raise UserError(
+            f"{resume}: is a run of {base['task']}, and {source} is for "
+            f"{recipe.get('task', 'saliency')}. Resume it without --config, or name its own."
+        )
+    task, cfg = tasks.read_config(recipe or base, source, overrides, base)
+    deciding_metric(cfg, task.METRICS)  # refuses a metric that is not tracked
     if args.test_only and not (saved or cfg.train.weights):
         raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
     return task, cfg, resume, saved

@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     from train_utils.config import parse_assignments
     from train_utils.distributed_utils import resolve_device
     from train_utils.image_io import printable
-    from train_utils.inference import chunk_size, in_order
+    from train_utils.inference import GPU_CHUNK, in_order
     from train_utils.run_folder import newest_best_checkpoint
     from train_utils.setup import place_models
 
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
         return predict_chunk(chunk, task, cfg, lambda x: forward(models, x), device, args.threshold)
 
     failed = 0
-    chunks = list(_chunks(jobs, chunk_size(device)))
+    chunks = list(_chunks(jobs, 1 if device.type == "cpu" else GPU_CHUNK))
     for chunk, errors in zip(chunks, in_order(process, chunks, device), strict=True):
         for job, error in zip(chunk, errors, strict=True):
             if error:
@@ -133,7 +133,7 @@ def predict_chunk(
             )
             for kind, path in outputs.items():
                 save_image(pictures[kind], path)
-        except (UserError, OSError, MemoryError) as error:
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
             errors[i] = f"{printable(chunk[i].source)}: {error}"
     return errors
 
@@ -156,16 +156,18 @@ def read_inputs(job: Job) -> dict[str, "torch.Tensor"]:
 
 
 def forward_alike(forward: Any, inputs: dict[int, Any], device: "torch.device") -> dict[int, Any]:
-    """Predictions by key, those of equally sized inputs in one pass."""
+    """Predictions by key, inputs of one size together as far as evaluation would do it."""
     import torch
 
-    from train_utils.inference import forward_chunk
+    from train_utils.inference import chunk_size, forward_chunk
 
     predictions = {}
     for shape in dict.fromkeys(x.shape for x in inputs.values()):
-        keys = [key for key, x in inputs.items() if x.shape == shape]
-        batch = torch.stack([inputs[key] for key in keys]).to(device)
-        predictions |= dict(zip(keys, forward_chunk(forward, batch, device), strict=True))
+        alike = [key for key, x in inputs.items() if x.shape == shape]
+        size = chunk_size(device, inputs[alike[0]])
+        for keys in (alike[i : i + size] for i in range(0, len(alike), size)):
+            batch = torch.stack([inputs[key] for key in keys]).to(device)
+            predictions |= dict(zip(keys, forward_chunk(forward, batch, device), strict=True))
     return predictions
 
 
@@ -225,7 +227,8 @@ def plan(inputs: list[str], output: Path, kinds: list[str], trimap: str | None =
 def find_trimaps(sources: list[tuple[Path, Path]], trimap: Path) -> dict[Path, Path]:
     """The trimap of every source that has one: the file given, or of a folder the same name.
 
-    In a folder, `a/photo_trimap.*` goes before `a/photo.*`. Raises UserError for a source without.
+    In a folder, `a/photo_trimap.*` goes before `a/photo.*`. A source without gets a file that is
+    not there, and so fails by itself. Raises UserError if there is none for any source.
     """
     from train_utils.errors import UserError
     from train_utils.image_io import list_images, printable
@@ -238,29 +241,31 @@ def find_trimaps(sources: list[tuple[Path, Path]], trimap: Path) -> dict[Path, P
         if any(source.resolve() == trimap.resolve() for source, _ in sources):
             raise UserError(f"--trimap {printable(trimap)}: is the image itself. Give its trimap.")
         return {source: trimap for source, _ in sources}
-    files = {
-        path.relative_to(trimap).with_suffix("").as_posix(): path
-        for path in list_images(trimap, recursive=True)
-    }
+    files: dict[str, list[Path]] = {}
+    for path in list_images(trimap, recursive=True):
+        files.setdefault(path.relative_to(trimap).with_suffix("").as_posix(), []).append(path)
     found = {}
     for source, relative in sources:
-        stem = relative.with_suffix("").as_posix()
-        candidates = [files.get(f"{stem}_trimap"), files.get(stem)]
-        others = [path for path in candidates if path and path.resolve() != source.resolve()]
-        if others:
-            found[source] = others[0]
-    used = {path.resolve() for path in found.values()}  # trimaps may lie among the images
-    missing = [
-        printable(source)
-        for source, _ in sources
-        if source not in found and source.resolve() not in used
-    ]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        stem, folder = relative.with_suffix("").as_posix(), source.resolve().parent
+        # Beside an image, a file of its own name is no trimap but another image.
+        elsewhere = [path for path in files.get(stem, []) if path.resolve().parent != folder]
+        candidates = files.get(f"{stem}_trimap") or elsewhere
+        if len(candidates) > 1:
+            raise UserError(
+                f"{printable(candidates[0])}: only the suffix tells it from "
+                f"{printable(candidates[1].name)}. Remove or rename one of the two."
+            )
+        if candidates:
+            found[source] = candidates[0]
+    if not found:
         raise UserError(
-            f"--trimap {printable(trimap)}: holds no trimap for {', '.join(missing[:10])}{more}. "
-            "Name each like its image, or <image>_trimap."
+            f"--trimap {printable(trimap)}: holds no trimap for {printable(sources[0][0])}. Name "
+            "each like its image, or <image>_trimap."
         )
+    used = {path.resolve() for path in found.values()}  # trimaps may lie among the images
+    for source, relative in sources:
+        if source not in found and source.resolve() not in used:  # fails as its turn comes
+            found[source] = trimap / relative.with_name(f"{relative.stem}_trimap.png")
     return found
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import tasks
 from arguments import DEFAULT_CONFIG, configure, parse_args
+from tasks.settings import deciding_metric
 from train_utils import evaluate, init_distributed_mode, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.checkpoint import split_states
@@ -26,6 +27,7 @@ from train_utils.config import to_dict
 from train_utils.data import GlobalBatchSampler, SampleKey, eval_loader, train_loader
 from train_utils.distributed_utils import broadcast_tensors, call_on_main, refuse_launcher
 from train_utils.ema import ExponentialMovingAverage
+from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger
 from train_utils.metrics import all_remarks, all_scores
@@ -45,7 +47,13 @@ from train_utils.setup import (
     wrap_models,
 )
 from train_utils.stop import StopRequest, agree_to_stop, exit_stopped
-from train_utils.train_and_eval import Progress, Sample, StepOptions, predict_samples
+from train_utils.train_and_eval import (
+    Progress,
+    Sample,
+    StepOptions,
+    mean_losses,
+    predict_samples,
+)
 from train_utils.training_state import TrainingState, resumed_global_batch
 
 SHEET_ROWS = 8
@@ -155,7 +163,7 @@ def fit(
 ) -> None:
     """Train, evaluate and save, from where `state` stands to the last epoch or a stop signal."""
     sampler, epochs = loader.batch_sampler, cfg.train.epochs
-    steps, (metric, goal) = sampler.steps_per_epoch, task.deciding_metric(cfg)
+    steps, (metric, goal) = sampler.steps_per_epoch, deciding_metric(cfg, task.METRICS)
     models = wrap_models(state.models, device, cfg.train.compile)
     stop, midway, early_stop = StopRequest(), False, cfg.train.early_stop
 
@@ -200,9 +208,8 @@ def fit(
             break
         state.lr = state.lr if lr != lr else lr  # nan: all steps were done before a restart
         seconds = time.monotonic() - start_time
-        losses = {name: m.global_avg for name, m in logger.meters.items() if name != "lr"}
         record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": state.lr}
-        record |= {f"train/{name}": value for name, value in losses.items()}
+        record |= {f"train/{name}": value for name, value in mean_losses(logger).items()}
         record |= {"img_per_s": logger.images / seconds, "time_s": seconds}
 
         evaluated = (epoch + 1) % cfg.train.eval_interval == 0 or epoch + 1 == epochs
@@ -212,6 +219,11 @@ def fit(
                 run.save(state.capture())
             scores = score(task, cfg, averaged(state), val_loader, device, run, record["step"])
             record |= {f"val/{name}": value for name, value in scores.items()}
+            if scores[metric] != scores[metric]:
+                raise UserError(
+                    f"epoch {epoch}: {metric} is nan: the validation data hold nothing to score, "
+                    "or the network's output is not finite. Check both."
+                )
         best = evaluated and state.note_scores(scores, metric, goal)
         if evaluated and state.stale and state.stale % cfg.train.plateau_patience == 0:
             state.scale_learning_rates(cfg.train.plateau_factor)
@@ -227,10 +239,12 @@ def fit(
         exit_stopped(stop, run, state)
     run.status("finished", epoch=state.epoch, best=state.best_scores)
     checkpoint = next(path for path in (run.path / BEST, run.path / LAST) if path.exists())
+    flags = [flag for flag, required in task.PREDICT_FLAGS.items() if required]
+    needed = "".join(f" --{flag} {flag.upper()}.png" for flag in flags)
     get_logger().info(
         f"best: {'  '.join(f'{k}: {v:.5f}' for k, v in state.best_scores.items())}\n"
         f"checkpoint: {checkpoint}\n"
-        f"next: python predict.py YOUR_IMAGE.jpg --weights {checkpoint}"
+        f"next: python predict.py YOUR_IMAGE.jpg{needed} --weights {checkpoint}"
     )
 
 
@@ -277,7 +291,8 @@ def score(
     if samples:
         rows = [task.sheet_row(cfg, sample) for sample in samples]
         run.log_picture("val/sheet", contact_sheet(rows), step)
-        for tag, curve in task.curves(metrics).items():
+        curves = task.curves(metrics) if hasattr(task, "curves") else {}
+        for tag, curve in curves.items():
             run.log_pr_curve(tag, curve, step)
     scores = all_scores(metrics)
     get_logger().info("val  " + "  ".join(f"{name}: {value:.5f}" for name, value in scores.items()))

@@ -14,6 +14,7 @@ are the same to the last bit for any number of processes, threads and images per
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def main(args: argparse.Namespace) -> None:
     if scores["n"] == 0:
         raise UserError("no image was scored: the data set is empty. Check its folder.")
     remarks = scores.get("remarks", [])
+    if all(math.isnan(score) for name, score in scores.items() if name not in ("n", "remarks")):
+        raise UserError(
+            f"nothing could be scored ({'; '.join(remarks) or 'every score is nan'}). Check the "
+            "targets, and the weights for values that are not finite."
+        )
     numbers = {name: value for name, value in scores.items() if name != "remarks"}
     get_logger().info("  ".join(f"{name}: {value:.6g}" for name, value in numbers.items()))
     for remark in remarks:
@@ -61,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
 
 def write_json(path: Path, scores: dict[str, Any]) -> None:
     """Write the scores, whole or not at all."""
-    text = json.dumps(scores, indent=2) + "\n"
+    finite = {name: None if score != score else score for name, score in scores.items()}
+    text = json.dumps(finite, indent=2) + "\n"
     try:
         if path.exists() and not path.is_file():  # a pipe or a device
             path.write_text(text, encoding="utf-8")
@@ -78,6 +85,10 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, overrides_of(args), args.config)
+    if args.post_norm and not hasattr(cfg.eval, "post_norm"):
+        raise UserError(f"--post-norm: is for saliency maps, and {weights} is of another task.")
+    if args.post_norm:
+        cfg.eval.post_norm = True
     if args.toolbox and not hasattr(task, "make_toolbox_metrics"):
         raise UserError(f"--toolbox: scores saliency maps, and {weights} is of another task.")
     models = place_models(models, device, sync_bn=False)
@@ -134,8 +145,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """The command line's part of the config."""
     data = {"root": args.data_path, "images": args.images, "masks": args.masks}
     data = {key: value for key, value in data.items() if value is not None}
-    evaluation = {"post_norm": True} if args.post_norm else {}
-    return merge({"data": data, "eval": evaluation}, parse_assignments(args.set))
+    return merge({"data": data}, parse_assignments(args.set))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

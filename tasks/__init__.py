@@ -12,12 +12,12 @@ and the functions
     build_optimizers(cfg, models, steps_per_epoch)           optimizers and schedules by network
     check_batches(cfg, smallest)                             refuses batches that cannot train
     loss_counts(cfg), train_step(cfg)                        what the loop calls in every step
-    predict(cfg), make_metrics(cfg), deciding_metric(cfg)    what evaluation calls
-    sheet_row(cfg, sample), curves(metrics)                  pictures
+    predict(cfg), make_metrics(cfg)                          what evaluation calls
+    sheet_row(cfg, sample)                                   a row of pictures
     network_input(cfg, image), render(cfg, …)                what predict.py feeds and writes
-    adopt_weights(state_dict)                                weights of other projects
 
-and, if it can, `make_toolbox_metrics()`: scores by a protocol of the field besides its own.
+and, where there is something to do, `curves(metrics)` for TensorBoard, `adopt_weights(state_dict)`
+for weights of other projects, and `make_toolbox_metrics()` for the field's common protocol.
 """
 
 from collections.abc import Sequence
@@ -39,25 +39,29 @@ def task_names() -> list[str]:
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _NOT_TASKS)
 
 
-def load_task(name: str) -> ModuleType:
+def load_task(name: str, source: str = "config") -> ModuleType:
     """Import tasks/<name>.py; UserError lists the tasks there are."""
     if name not in task_names():
-        raise UserError(f"task: {name!r} is not one of {', '.join(task_names())}.")
+        raise UserError(f"{source}: task: {name!r} is not one of {', '.join(task_names())}.")
     return import_module(f"tasks.{name}")
 
 
 def read_config(
-    values: dict[str, Any], source: str, overrides: dict[str, Any]
+    values: dict[str, Any],
+    source: str,
+    overrides: dict[str, Any],
+    base: dict[str, Any] | None = None,
 ) -> tuple[ModuleType, Any]:
     """Task and typed config that `values` describe, under the command line's `overrides`.
 
-    The file is checked on its own first, so that its faults are reported under its name.
+    `values` are checked on their own first, so that their faults are reported under the name of
+    their `source`; then they are laid over those of a checkpoint, the `base`, if there is one.
     """
-    task = load_task(str(merge(values, overrides).get("task", "saliency")))
+    task = load_task(str(merge(values, overrides).get("task", "saliency")), source)
     build(task.Config, values, source)
     data = meant_data(overrides.get("data", {}), task.DataConfig.sources)
     overrides = {**overrides, "data": data}
-    return task, build(task.Config, merge(values, overrides), "command line")
+    return task, build(task.Config, merge(base or {}, values, overrides), "command line")
 
 
 def with_values(cfg: Any, values: dict[str, Any]) -> Any:
@@ -102,7 +106,7 @@ def load_models(
         )
     if recipe:
         values = load_yaml(recipe)
-        adopted = load_task(str(values.get("task", "saliency"))).adopt_weights(state_dict)
+        adopted = _adopted(load_task(str(values.get("task", "saliency"))), state_dict)
         state_dict = adopted[1] if adopted else state_dict
     elif values is None:
         task, found, state_dict = _recognise(state_dict, weights)
@@ -116,16 +120,30 @@ def load_models(
 
 
 def read_weights(task: ModuleType, weights: str) -> dict[str, Tensor]:
-    """Weights to start a training from, in the task's own names."""
-    state_dict, _ = load_weights(weights)
-    adopted = task.adopt_weights(state_dict)
+    """Weights to start a training from, in the task's own names.
+
+    Raises UserError for a checkpoint of another task.
+    """
+    state_dict, values = load_weights(weights)
+    name = task.__name__.removeprefix("tasks.")
+    if values is not None and values.get("task", name) != name:
+        raise UserError(
+            f"{weights}: holds weights of {values['task']}, and this recipe is for {name}. Choose "
+            "other weights, or a recipe of their task with --config."
+        )
+    adopted = _adopted(task, state_dict)
     return adopted[1] if adopted else state_dict
+
+
+def _adopted(task: ModuleType, state_dict: dict[str, Tensor]) -> tuple[dict, dict] | None:
+    """(config values, weights in the task's names) of foreign weights that the task knows."""
+    return task.adopt_weights(state_dict) if hasattr(task, "adopt_weights") else None
 
 
 def _recognise(state_dict: dict, weights: str | Path) -> tuple[ModuleType, dict, dict]:
     for name in task_names():
         task = load_task(name)
-        if found := task.adopt_weights(state_dict):
+        if found := _adopted(task, state_dict):
             return task, *found
     raise UserError(
         f"{weights}: says nothing of its network and is none that is recognised; it has "

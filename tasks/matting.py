@@ -10,14 +10,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from my_dataset import (
+from matting_data import (
     MattingShapesDataset,
     check_matting_files,
     composition_pairs,
     matting_pairs,
 )
 from src.deep_matting import DeepMatting
-from tasks import settings
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
 from train_utils.errors import UserError
 from train_utils.foreground import estimate_foreground
@@ -222,10 +221,6 @@ def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch:
     return {"model": optimizer}, {"model": schedule}
 
 
-def adopt_weights(state_dict: dict[str, Tensor]) -> None:
-    """Weights of other projects are not recognised."""
-
-
 def check_batches(cfg: Config, smallest: int) -> None:
     """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""
     needed = DeepMatting.min_train_side
@@ -341,17 +336,8 @@ def trimap_policy(cfg: Config) -> str:
     return f"made from alpha, radius {data.eval_radius}"
 
 
-def deciding_metric(cfg: Config) -> tuple[str, str]:
-    """The metric that decides the best checkpoint, and whether its "max" or "min" is best."""
-    return settings.deciding_metric(cfg, METRICS)
-
-
 def sheet_row(cfg: Config, sample: Sample) -> list[Tensor]:
     """image | trimap | truth | prediction."""
     truth, trimap = sample.target[:1], sample.target[1:]
     finished = finish_alpha(sample.prediction, trimap)
     return [sample.image[:3], trimap, truth, finished[None].float()]
-
-
-def curves(metrics: Sequence[ExactMetric]) -> dict:
-    return {}

@@ -239,10 +239,6 @@ def make_toolbox_metrics() -> tuple[ExactMetric, ...]:
     return (ToolboxMetrics(),)
 
 
-def deciding_metric(cfg: Config) -> tuple[str, str]:
-    return settings.deciding_metric(cfg, METRICS)
-
-
 def sheet_row(cfg: Config, sample: Sample) -> list[Tensor]:
     """input | truth | prediction."""
     return [sample.image, sample.target, sample.prediction]

@@ -19,15 +19,12 @@ import src
 from my_dataset import (
     PairDataset,
     ShapesDataset,
-    bag_pairs,
-    camvid_pairs,
     check_pairs,
     folder_pairs,
-    segmentation_layout,
+    pairs_of,
     split_pairs,
-    voc_pairs,
 )
-from tasks import settings
+from segmentation_data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData
 from train_utils.confusion_matrix import ConfusionMatrix
 from train_utils.errors import UserError
@@ -80,7 +77,8 @@ class DataConfig(FolderData):
     # threshold: two classes, object and background, by grey level. null: threshold for bag
     mask_values: Literal["index", "colour", "threshold"] | None = None
     mask_threshold: int = 128  # grey levels below it are dark
-    mask_object: Literal["dark", "bright"] = "dark"
+    mask_object: Literal["dark", "bright"] | None = None  # null: dark for bag, else bright
+    background: int | None = 0  # the class that overlays leave clear and cut-outs drop; null: none
     ignore_index: int = 255  # in the files; such pixels count neither in losses nor in scores
     ignore_beyond: bool = False  # ignore indices beyond the classes, too; else they are refused
     # letterbox: the whole image, its aspect ratio kept, on grey; stretch: to the square
@@ -97,6 +95,8 @@ class DataConfig(FolderData):
         self.class_names = self.class_names or self._default_names()
         if not 2 <= self.num_classes <= IGNORE:
             raise ValueError(f"class_names: must be 2 to {IGNORE}")
+        if self.background is not None and not 0 <= self.background < self.num_classes:
+            raise ValueError("background: must be the index of a class, or null")
         if len(set(self.class_names)) < self.num_classes:
             raise ValueError("class_names: each must be another")
         if self.name == "shapes" and self.num_classes != len(shapes.CLASS_NAMES):
@@ -108,6 +108,7 @@ class DataConfig(FolderData):
                 "per class, or null for the standard ones."
             )
         self.mask_values = self.mask_values or ("threshold" if self.name == "bag" else "index")
+        self.mask_object = self.mask_object or ("dark" if self.name == "bag" else "bright")
         self._check_ranges()
         label_reader(self)  # raises for a mask map that makes no sense
 
@@ -170,7 +171,7 @@ class ModelConfig:
         if self.weights and not self.backbone:
             raise ValueError(f"weights: {self.name} has no pretrained encoder. Use unet_vgg16.")
         if self.weights and self.channels != 64:
-            raise ValueError("weights: pretrained encoders have model.channels=64")
+            raise ValueError("weights: pretrained encoders have 64 channels. Set channels to 64.")
 
     @property
     def backbone(self) -> str:
@@ -214,7 +215,10 @@ class Config(BaseConfig):
     def __post_init__(self) -> None:
         weights, classes = self.loss.class_weights, self.data.num_classes
         if isinstance(weights, list) and len(weights) != classes:
-            raise ValueError(f"loss.class_weights: {len(weights)} for {classes} classes")
+            raise ValueError(
+                f"loss.class_weights: {len(weights)} for {classes} classes. Give one per class, or "
+                "auto."
+            )
         if self.model.freeze_backbone and not (self.model.weights or self.train.weights):
             raise ValueError(
                 "model.freeze_backbone: would hold random weights. Set model.weights as well."
@@ -258,7 +262,7 @@ def label_reader(data: DataConfig) -> LabelReader:
         data.mask_values or "index",
         data.palette,
         data.mask_threshold,
-        data.mask_object,
+        data.mask_object or "bright",
     )
 
 
@@ -296,9 +300,17 @@ def prepare_data(cfg: Config, train_set: Dataset | None, val_set: Dataset, worke
             check_pairs(dataset)
             learn = dataset is train_set
             found = scan_masks(
-                _masks(dataset), label_reader(cfg.data), workers, refuse_single_class=learn
+                [mask for _, mask in pairs_of(dataset)],
+                label_reader(cfg.data),
+                workers,
+                refuse_single_class=learn,
             )
             get_logger().info(f"{part} {found.text()}")
+            if not sum(found.class_counts):
+                raise UserError(
+                    f"{part} masks: every pixel is ignored, so there is nothing to score. Check "
+                    "data.ignore_index and the masks."
+                )
             scan = found if learn else scan
     if scan and scan.absent:
         get_logger().warning(
@@ -308,13 +320,6 @@ def prepare_data(cfg: Config, train_set: Dataset | None, val_set: Dataset, worke
         return {}
     weights = (scan or _scan_scenes(cfg.data)).class_weights()
     return {"loss": {"class_weights": weights}}
-
-
-def _masks(dataset: Any) -> list:
-    if isinstance(dataset, Subset):
-        masks = _masks(dataset.dataset)
-        return [masks[index] for index in dataset.indices]
-    return [mask for _, mask in dataset.pairs]
 
 
 def _scan_scenes(data: DataConfig) -> MaskScan:
@@ -371,11 +376,6 @@ def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch:
     return {"model": optimizer}, {"model": schedule}
 
 
-def adopt_weights(state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
-    """Weights of other projects are not recognised."""
-    return None
-
-
 def check_batches(cfg: Config, smallest: int) -> None:
     """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""
     if smallest > 1:
@@ -428,18 +428,16 @@ def segmentation_step(
     return {name: loss.detach() for name, loss in named.items()}
 
 
-def _loss_terms(cfg: Config, exact: bool = False) -> dict[str, Callable]:
+def _loss_terms(cfg: Config) -> dict[str, Callable]:
     """The recipe's terms by name, each (logits, target, counts or None for the batch's own)."""
     loss, weights = cfg.loss, _class_weights(cfg)
-    if weights and exact:  # fixed point is for numbers near 1, and a ratio is all that counts
-        weights = [weight / max(weights) for weight in weights]
     focal = partial(focal_loss, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
     of_pixels = {"ce": pixel_cross_entropy, "bce": one_hot_cross_entropy, "focal": focal}
     terms: dict[str, Callable] = {
-        name: partial(_term, partial(function, class_weights=weights, exact=exact), "pixels")
+        name: partial(_term, partial(function, class_weights=weights), "pixels")
         for name, function in of_pixels.items()
     }
-    terms["dice"] = partial(_term, partial(dice_loss, exact=exact), "images")
+    terms["dice"] = partial(_term, dice_loss, "images")
     return {name: terms[name] for name in loss.terms}
 
 
@@ -490,14 +488,18 @@ def render(
     """Pictures to write, at the image's own size.
 
     map: class indices, as evaluation scores them, under the classes' palette. cutout: the image,
-    opaque where the class is not 0. overlay: the image tinted by the colours of these classes.
+    opaque off the background. overlay: the image tinted there by the colours of the classes.
+    Raises UserError for a cut-out of classes without background.
     """
     classes = _class_map(cfg, prediction, image.shape[-2:])
     label_map = Image.fromarray(classes.numpy())
     label_map.putpalette(_colours(cfg).flatten().tolist())  # makes its mode P
     pictures = {"map": label_map}
-    rgb, shown = image.permute(1, 2, 0), (classes != 0)[..., None]
+    rgb, background = image.permute(1, 2, 0), cfg.data.background
+    shown = (classes != (IGNORE if background is None else background))[..., None]
     if "cutout" in kinds:
+        if background is None:
+            raise UserError("--cutout: no class is background. Name one by data.background.")
         alpha = shown.to(torch.uint8) * 255
         pictures["cutout"] = Image.fromarray(torch.cat([rgb, alpha], dim=2).numpy())
     if "overlay" in kinds:
@@ -529,7 +531,7 @@ def _colours(cfg: Config) -> Tensor:
 def make_metrics(cfg: Config) -> tuple[ExactMetric, ...]:
     """All scores; no loss where class weights are "auto" and no training has found them."""
     known = cfg.loss.class_weights != "auto"
-    loss = partial(_image_loss, terms=_loss_terms(cfg, exact=True)) if known else None
+    loss = partial(_image_loss, terms=_loss_terms(cfg)) if known else None
     return (ConfusionMatrix(cfg.data.class_names or (), _finish(cfg), loss),)
 
 
@@ -538,19 +540,9 @@ def _image_loss(logits: Tensor, target: Tensor, terms: dict[str, Callable]) -> T
     return torch.stack(losses).sum()
 
 
-def deciding_metric(cfg: Config) -> tuple[str, str]:
-    """The metric that decides the best checkpoint, and whether its "max" or "min" is best."""
-    return settings.deciding_metric(cfg, METRICS)
-
-
 def sheet_row(cfg: Config, sample: Sample) -> list[Tensor]:
     """input | truth | prediction, classes in their colours."""
     truth = sample.target[0]
     predicted = _class_map(cfg, sample.prediction, truth.shape)
     maps = [_colours(cfg)[classes.long()].permute(2, 0, 1) for classes in (truth, predicted)]
     return [sample.image, *maps]
-
-
-def curves(metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:
-    """No curves: a confusion matrix has no threshold."""
-    return {}

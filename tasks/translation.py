@@ -10,9 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from my_dataset import ShapesDataset, check_translation_pairs, translation_pairs
+from my_dataset import ShapesDataset
 from src.pix2pix import PatchDiscriminator, UNetGenerator, init_weights, smallest_side
-from tasks import settings
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
 from train_utils.distributed_utils import unwrap
 from train_utils.errors import UserError
@@ -23,6 +22,7 @@ from train_utils.schedule import make_optimizer, make_schedule
 from train_utils.train_and_eval import Backward, Batch, Models, Sample
 from train_utils.translation_metrics import TranslationMetrics, codes_of, translated
 from transforms import TranslationEval, TranslationTrain, predict_input
+from translation_data import check_translation_pairs, translation_pairs
 
 METRICS = {"L1": "min", "PSNR": "max", "SSIM": "max"}
 PREDICT_FLAGS: dict[str, bool] = {}
@@ -200,11 +200,6 @@ def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch:
     return optimizers, schedules
 
 
-def adopt_weights(state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
-    """Weights of other projects are not recognised."""
-    return None
-
-
 def check_batches(cfg: Config, smallest: int) -> None:
     """Every batch will do: norms see maps of 2×2 or more, even for a single image.
 
@@ -312,16 +307,7 @@ def make_metrics(cfg: Config) -> tuple[ExactMetric, ...]:
     return (TranslationMetrics(),)
 
 
-def deciding_metric(cfg: Config) -> tuple[str, str]:
-    """The metric that decides the best checkpoint, and whether its "max" or "min" is best."""
-    return settings.deciding_metric(cfg, METRICS)
-
-
 def sheet_row(cfg: Config, sample: Sample) -> list[Tensor]:
     """source | generated | target."""
     generated = translated(sample.prediction, sample.prediction.shape[-2:])
     return [sample.image, generated, sample.target]
-
-
-def curves(metrics: Sequence[ExactMetric]) -> dict:
-    return {}

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from test_scripts import command, records, run, weights
+from test_scripts import REPO, command, records, run, weights
 
 import shapes
 
@@ -18,6 +18,11 @@ pytestmark = pytest.mark.slow
 TINY = [
     *("--set", "data.train_size=7", "--set", "data.val_size=3", "--epochs", "2", "-j", "0"),
     *("--print-freq", "1", "--eval-interval", "1", "--device", "cpu"),
+]
+MOVING = [
+    *("--set", "train.ema=0.9", "--set", "train.accumulate=2", "--set", "train.clip_norm=1"),
+    *("--set", "train.plateau_factor=0.5", "--set", "train.plateau_patience=1"),
+    *("--set", "train.sample_interval=1"),
 ]
 # Each recipe at a size that takes seconds, and the mode of the map that it predicts.
 CASES = {
@@ -37,8 +42,10 @@ CASES = {
 def test_every_task_survives_a_kill_and_scores_and_predicts(name, processes, tmp_path):
     extra, mode = CASES[name]
     script = "train_multi_GPU.py" if processes else "train.py"
-    batch = ["-b", "2" if processes else "4"]
-    options = ["--config", _recipe(name), *TINY, *extra, *batch, "--set", "train.save_steps=1"]
+    # On two processes also with what else moves from step to step.
+    batch = [*MOVING, "-b", "1"] if processes else ["-b", "4"]
+    options = ["--config", REPO / "configs" / f"{name}.yaml", *TINY, *extra, *batch]
+    options += ["--set", "train.save_steps=1"]
 
     run(tmp_path, script, *options, "--output-dir", "whole", processes=processes)
     _kill_midway(tmp_path, command(script, *options, "--output-dir", "run", processes=processes))
@@ -49,8 +56,9 @@ def test_every_task_survives_a_kill_and_scores_and_predicts(name, processes, tmp
 
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert records(tmp_path / "run") == records(tmp_path / "whole")
-    for part in ("model", "optimizer", "lr_scheduler", "best_scores", "stale"):
-        assert_equal(whole[part], resumed[part], part)
+    assert ("ema" in whole) == bool(processes)
+    for part in ("model", "ema", "optimizer", "lr_scheduler", "best_scores", "stale"):
+        assert_equal(whole.get(part), resumed.get(part), part)
 
     json_file = tmp_path / "scores.json"
     arguments = ("--weights", "run/last.pth", "--json", json_file, "-j", 0, "--device", "cpu")
@@ -62,12 +70,6 @@ def test_every_task_survives_a_kill_and_scores_and_predicts(name, processes, tmp
     assert scores["n"] == 3
 
     _predict(tmp_path, name, mode)
-
-
-def _recipe(name):
-    from test_scripts import REPO
-
-    return REPO / "configs" / f"{name}.yaml"
 
 
 def _kill_midway(folder, arguments):
@@ -115,3 +117,26 @@ def assert_equal(first, second, where):
         assert torch.equal(first, second), where
     else:
         assert first == second, where
+
+
+def test_the_same_command_resumes_a_run_on_own_data(tmp_path):
+    """Also where the recipe alone, laid over the checkpoint, would not fit its classes."""
+    for number in range(4):
+        scene = shapes.render_scene(0, number, 40)
+        for folder, picture in (("images", scene.image), ("masks", scene.mask // 255)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            pixels = picture.permute(1, 2, 0).squeeze(2).numpy()
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
+    own = ("--images", "images", "--masks", "masks", "--set", "data.class_names=[ground,shape]")
+    size = ("--set", "data.image_size=32", "--set", "model.channels=4", "-j", 0, "-b", 2)
+    options = ("--config", REPO / "configs" / "unet.yaml", *own, *size)
+    options += ("--set", "loss.class_weights=auto")
+    run(tmp_path, "train.py", *options, "--epochs", 1)
+    done = run(tmp_path, "train.py", *options, "--epochs", 2, "--resume", "auto")
+    assert "Epoch: [1]" in done.stdout and "Epoch: [0]" not in done.stdout
+    (folder,) = (tmp_path / "runs" / "unet").iterdir()
+    assert len(records(folder)) == 2
+    arguments = ("--weights", folder / "last.pth", "--images", "images", "--masks", "masks")
+    run(tmp_path, "validation.py", *arguments, "--json", "s.json", "-j", 0)
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["n"] == 4 and {"mIoU", "IoU/ground", "IoU/shape"} <= scores.keys()

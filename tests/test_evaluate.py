@@ -8,7 +8,7 @@ from my_dataset import ShapesDataset
 from src import u2net_lite
 from train_utils import evaluate
 from train_utils.data import eval_loader
-from train_utils.inference import in_order
+from train_utils.inference import chunk_size, forward_chunk, in_order
 from transforms import SaliencyEval
 
 CPU = torch.device("cpu")
@@ -73,3 +73,15 @@ def test_jobs_come_back_in_order_and_errors_are_raised(threads):
     with pytest.raises(OSError, match="seven"):
         list(in_order(fail, range(20), CPU))
     assert torch.get_num_threads() == 3
+
+
+def test_gpu_chunks_depend_on_the_size_of_the_images_only():
+    gpu = torch.device("cuda")
+    for side, expected in ((64, 8), (362, 8), (512, 4), (1024, 1), (3000, 1)):
+        assert chunk_size(gpu, torch.empty(4, side, side, device="meta")) == expected
+    assert chunk_size(CPU, torch.empty(3, 8, 8)) == 1
+    seen = []
+    for image in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 1024, 1024)):
+        output = forward_chunk(lambda x: seen.append(len(x)) or x, image, gpu)
+        assert len(output) == 1
+    assert seen == [8, 1]  # one large image goes alone

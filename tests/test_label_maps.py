@@ -181,8 +181,9 @@ def test_unknown_colours_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         LabelReader(2, mode="colour", palette=[BLACK, RED])(path)
     assert str(caught.value) == (
-        f"{path}: colour (0, 0, 255) at x=1, y=1 is not in data.palette; 4 pixels have it, and "
-        "5 pixels a colour that is not there. Add it to data.palette, or correct the mask."
+        f"{path}: colour (0, 0, 255) at x=1, y=1 is not in data.palette; in all, "
+        "5 pixels of colours that are no class (4 pixels of this one). Add it to data.palette, or "
+        "correct the mask."
     )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import shapes
-from my_dataset import (
+from matting_data import (
     CompositionDataset,
     MattingShapesDataset,
     check_matting_files,
@@ -280,7 +280,7 @@ def test_evaluation_scores_at_the_files_size():
 
 def test_scenes_come_as_parts():
     dataset = MattingShapesDataset(40, seed=2, count=3, first=7)
-    scene = shapes.render_scene(2, 8, 40)
+    scene = shapes.render_scene(2, 8, 40, familiar=True)
     for _ in range(2):  # drawn, then kept
         parts = dataset[1]
         assert len(parts) == 3
@@ -406,7 +406,7 @@ def test_missing_alphas_are_listed(folders):
 def test_an_alpha_of_another_size_is_named(folders):
     write(folders[1] / "c.png", (8, 7))
     dataset = CompositionDataset(*folders, per_foreground=3)
-    with pytest.raises(UserError, match=r"c\.png: 8×6 pixels, but its mask .*c\.png has 8×7"):
+    with pytest.raises(UserError, match=r"c\.png: 8×6 pixels, but .*c\.png has 8×7"):
         dataset[6]
     with pytest.raises(UserError) as caught:
         check_matting_files(Subset(dataset, range(len(dataset))))

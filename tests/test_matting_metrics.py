@@ -118,13 +118,14 @@ def random_case(seed, size=(23, 31)):
 def test_known_pixels_are_replaced():
     alpha = finish_alpha(torch.tensor([[[0.25, 0.5, 0.75]]]), codes([[[0, 128, 255]]]))
     assert alpha.dtype == torch.float64
-    assert alpha.tolist() == [[0, 0.5, 1]]
+    assert alpha.tolist() == [[0, 128 / 255, 1]]  # ½ rounded to a code, half to even
 
 
 def test_prediction_is_resized_to_the_trimap():
     unknown = torch.full((1, 4), 128, dtype=torch.uint8)
     # Pixel centres at ¼, ¾, 5/4, 7/4 of the two source pixels ½ and 3/2.
-    assert finish_alpha(torch.tensor([[0.0, 1.0]]), unknown).tolist() == [[0, 0.25, 0.75, 1]]
+    resized = finish_alpha(torch.tensor([[0.0, 1.0]]), unknown)
+    assert (resized * 255).tolist() == [[0, 64, 191, 255]]  # 63.75 and 191.25
 
 
 def test_codes_and_rounding_and_nan():

@@ -144,7 +144,10 @@ def test_sizes_that_differ_are_refused_when_read(tmp_path):
     write(masks / "b.png", size=(3, 4))
     dataset = PairFolderDataset(images, masks)
     assert dataset[0][1].shape == (1, 3, 4)
-    with pytest.raises(UserError, match=r"b\.jpg: 4×3 pixels, but its mask .*b\.png has 3×4\. Rep"):
+    with pytest.raises(
+        UserError,
+        match=r"b\.jpg: 4×3 pixels \(EXIF rotations applied\), but .*b\.png has 3×4\. Rep",
+    ):
         dataset[1]
 
 
@@ -186,7 +189,7 @@ def test_check_pairs_lists_every_bad_pair(tmp_path):
     with pytest.raises(UserError) as caught:
         check_pairs(dataset)
     first, second = str(caught.value).split("; ")
-    assert first.startswith(f"{images / 'b.jpg'}: 4×3 pixels, but its mask {masks / 'b.png'} has 5")
+    assert first.startswith(f"{images / 'b.jpg'}: 4×3 pixels, but {masks / 'b.png'} has 5")
     assert second.startswith(f"{images / 'c.jpg'}: the file is empty")
 
 

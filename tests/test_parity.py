@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from src import u2net_lite
+from src.backbones import vgg_stages
 from train_utils import create_lr_scheduler, get_params_groups, train_one_epoch
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.distributed_utils import get_rank, get_world_size
@@ -133,6 +134,16 @@ def test_sync_batch_norm_equals_one_process(shares):
     for item in (2, 3):  # running statistics: the same everywhere
         for rank in ranks:
             assert rank[item] == pytest.approx(whole[item], rel=1e-12)
+
+
+def test_frozen_batch_norm_stays_frozen_when_it_is_synchronised():
+    stages = vgg_stages(2, batch_norm=True)
+    stages.freeze()
+    net = convert_sync_batchnorm(nn.Sequential(stages, nn.BatchNorm2d(3)), CPU)
+    synced = [m for m in net.modules() if isinstance(m, SyncBatchNorm2d)]
+    assert len(synced) == 14
+    assert [m.training for m in synced] == [False] * 13 + [True]
+    assert [p.requires_grad for p in net.parameters()] == [False] * (4 * 13) + [True, True]
 
 
 def test_ema_by_hand():

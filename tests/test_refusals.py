@@ -14,6 +14,7 @@ import predict
 import train
 import validation
 from src import u2net_full, u2net_lite
+from tasks import saliency
 from train_utils import init_distributed_mode
 from train_utils.amp import choose_amp_dtype
 from train_utils.distributed_utils import cpu_cores, read_launch_environment, resolve_device
@@ -222,19 +223,29 @@ def test_output_folder_that_cannot_be_made():
     assert "file/run" in refused(train, *TINY, "--output-dir", "file/run")
 
 
-def test_trimaps_are_found_by_name_and_missing_ones_refused():
+def test_trimaps_are_found_by_name_and_missing_ones_fail_by_themselves():
     for name in ("in/a.jpg", "in/sub/b.png", "tri/a_trimap.png", "tri/sub/b.png", "in/c.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4)).save(name)
-    with pytest.raises(UserError, match=r"no trimap for in/c\.png"):
-        predict.plan(["in"], Path("out"), ["map"], "tri")
-    Path("in/c.png").unlink()
     jobs = predict.plan(["in"], Path("out"), ["map"], "tri")
-    assert [str(job.trimap) for job in jobs] == ["tri/a_trimap.png", "tri/sub/b.png"]
+    trimaps = ["tri/a_trimap.png", "tri/c_trimap.png", "tri/sub/b.png"]
+    assert [str(job.trimap) for job in jobs] == trimaps
+    with pytest.raises(UserError, match=r"tri/c_trimap\.png: no such file"):
+        predict.read_inputs(jobs[1])
+    with pytest.raises(UserError, match=r"no trimap for in/c\.png"):
+        predict.plan(["in/c.png"], Path("out"), ["map"], "tri")
     with pytest.raises(UserError, match="one file for several images"):
         predict.plan(["in"], Path("out"), ["map"], "tri/a_trimap.png")
     with pytest.raises(UserError, match="is the image itself"):
         predict.plan(["in/a.jpg"], Path("out"), ["map"], "in/a.jpg")
+
+
+def test_trimaps_that_only_the_suffix_tells_apart():
+    for name in ("in/a.jpg", "tri/a.png", "tri/a.bmp"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(name)
+    with pytest.raises(UserError, match="only the suffix"):
+        predict.plan(["in"], Path("out"), ["map"], "tri")
 
 
 def test_trimaps_among_the_images_are_no_inputs():
@@ -255,6 +266,26 @@ def test_flags_that_the_network_has_no_use_for_or_lacks():
     assert "--trimap" in message and "--cutout, --overlay, --threshold" in message
 
 
+def test_an_image_too_large_to_render_does_not_end_the_folder(monkeypatch, capsys):
+    for name in "abc":
+        Image.new("RGB", (40, 30)).save(f"{name}.png")
+    torch.save(u2net_lite().state_dict(), "lite.pth")
+    render = saliency.render
+
+    def out_of_memory(cfg, image, **rest):
+        if not Path("predictions/a.png").exists():
+            return render(cfg, image, **rest)
+        raise RuntimeError("not enough memory: you tried to allocate 1 byte")
+
+    monkeypatch.setattr(saliency, "render", out_of_memory)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    args = predict.parse_args(["a.png", "b.png", "c.png", "--weights", "lite.pth"])
+    assert predict.main(args) == 2
+    printed = capsys.readouterr()
+    assert "1 done, 2 failed" in printed.out
+    assert "b.png: not enough memory" in printed.err
+
+
 def test_a_recipe_beside_a_checkpoint_and_for_a_bare_state_dict():
     Image.new("RGB", (40, 30)).save("photo.png")
     state = u2net_lite().state_dict()
@@ -266,6 +297,48 @@ def test_a_recipe_beside_a_checkpoint_and_for_a_bare_state_dict():
     torch.save({"model": state, "args": {"task": "saliency"}, "next_epoch": 1}, "ours.pth")
     message = refused(validation, "--weights", "ours.pth", "--config", recipe)
     assert "brings its own settings" in message
+
+
+def tiny_checkpoint(path, **values):
+    """A file that says what a checkpoint of ours says of its task, without a training."""
+    args = {"task": "segmentation", **values}
+    torch.save({"model": {"x": torch.zeros(1)}, "args": args, "next_epoch": 1}, path)
+
+
+def test_weights_of_another_task():
+    tiny_checkpoint("fcn.pth")
+    message = refused(train, *TINY, "--weights", "fcn.pth")
+    assert "fcn.pth: holds weights of segmentation, and this recipe is for saliency" in message
+
+
+def test_resuming_with_the_recipe_of_another_task():
+    keys = ("optimizer", "lr_scheduler", "epoch", "next_step")
+    state = {"model": {}, "next_epoch": 1, "args": {"task": "matting"}, **dict.fromkeys(keys, 0)}
+    torch.save(state, "last.pth")
+    recipe = str(REPO / "configs" / "unet.yaml")
+    message = refused(train, "--config", recipe, "--resume", "last.pth")
+    assert "last.pth: is a run of matting" in message and "unet.yaml is for segmentation" in message
+
+
+def test_an_unknown_task_is_named_with_its_file():
+    Path("bad.yaml").write_text("task: segmentatoin\n")
+    assert "bad.yaml: task: 'segmentatoin'" in refused(train, "--config", "bad.yaml")
+
+
+def test_masks_of_which_nothing_counts():
+    options = pairs(2)
+    for name in ("masks/0.png", "masks/1.png"):
+        Image.new("L", (40, 30), 255).save(name)
+    Path("more").mkdir()
+    Image.new("L", (40, 30), 1).save("more/0.png")
+    Image.new("L", (40, 30), 0).save("more/1.png")
+    recipe = str(REPO / "configs" / "unet.yaml")
+    names = ("--set", "data.class_names=[background,road]", "--config", recipe)
+    assert "ignored" in refused(train, *options, *names)
+    validation_only = ("--images", "images", "--masks", "more")
+    validation_only += ("--val-images", "images", "--val-masks", "masks")
+    message = refused(train, *validation_only, *names)
+    assert "validation masks: every pixel is ignored" in message
 
 
 def test_weights_of_another_network():

@@ -6,14 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from my_dataset import (
-    PairDataset,
-    bag_pairs,
-    camvid_pairs,
-    check_pairs,
-    segmentation_layout,
-    voc_pairs,
-)
+from my_dataset import PairDataset, check_pairs
+from segmentation_data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
 from train_utils.errors import UserError
 from train_utils.label_maps import LabelReader
 

@@ -107,7 +107,7 @@ def test_voc_palette():
         ({"model": {"weights": "DEFAULT"}}, "model.weights: unet has no pretrained encoder"),
         ({"model": {"name": "unet_resnet50"}}, "model.channels"),
         ({"model": {"batch_norm": True}}, "model.batch_norm"),
-        ({"model": {"name": "fcn", "weights": "DEFAULT"}}, "model.weights: .*channels=64"),
+        ({"model": {"name": "fcn", "weights": "DEFAULT"}}, "model.weights: .*Set channels to 64"),
         ({"model": {"freeze_backbone": True}}, "model.freeze_backbone: would hold random"),
     ],
 )
@@ -378,6 +378,16 @@ def test_pictures():
     assert overlay.getpixel((0, 5)) == (100, 100, 100)
     tinted = tuple(round(0.4 * 100 + 0.6 * level) for level in colour)
     assert overlay.getpixel((31, 5)) == tinted
+
+
+def test_pictures_of_classes_without_a_background():
+    cfg = config(data={"background": None})
+    image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
+    overlay = segmentation.render(cfg, image, checkerboard_prediction(), ["overlay"], None)
+    tinted = tuple(round(0.4 * 100 + 0.6 * level) for level in cfg.data.palette[0])
+    assert overlay["overlay"].getpixel((0, 5)) == tinted
+    with pytest.raises(UserError, match=r"data\.background"):
+        segmentation.render(cfg, image, checkerboard_prediction(), ["cutout"], None)
 
 
 def test_sheet_row_shows_classes_in_their_colours():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from my_dataset import PairDataset, camvid_pairs
+from my_dataset import PairDataset
+from segmentation_data import camvid_pairs
 from train_utils.errors import UserError
 from train_utils.label_maps import LabelReader
 from train_utils.losses import IGNORE

@@ -24,8 +24,9 @@ class ConfusionMatrix(ExactMetric):
     with a label that is no class, makes every score nan.
 
     finish: (logits [C, h, w], (H, W)) → logits [C, H, W] at the mask's size, as they are written.
-    loss: (finished logits [C, H, W], mask [1, H, W]) → 0-dim loss, free of the order of sums;
-    averaged over the images with pixels that count, of which one adds at most 4096.
+    loss: (finished logits [C, H, W], mask [1, H, W]) → 0-dim loss, averaged over the images with
+    pixels that count, of which one adds at most 4096. Its sums over pixels are floats: they have
+    the same bits because evaluation takes each image on one thread.
     """
 
     name = "confusion"

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_PATIENCE = timedelta(days=1)  # with what one rank does for all: downloads, scans of slow disks
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -71,12 +72,24 @@ def all_gather(data: Any) -> list[Any]:
 
 
 def broadcast_object(data: Any) -> Any:
-    """Rank 0's picklable object, on every rank."""
+    """Rank 0's picklable object, on every rank, however long rank 0 takes to come."""
     if get_world_size() == 1:
         return data
     box = [data]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient_group())
     return box[0]
+
+
+_patient: dict[Any, Any] = {}
+
+
+def _patient_group() -> Any:
+    """A gloo group of all ranks beside the default one, made at its first use."""
+    world = dist.group.WORLD
+    if world not in _patient:
+        _patient.clear()  # of a process group that is gone
+        _patient[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _patient[world]
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

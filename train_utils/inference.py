@@ -2,8 +2,8 @@
 
 On CPUs each image goes through the network alone, on one thread, and as many images are under way
 as there are cores: a convolution's result then depends neither on the number of threads nor on the
-other images of a batch, and no core waits for another. On GPUs images go in chunks of one fixed
-size, the last one padded.
+other images of a batch, and no core waits for another. On GPUs images of one size go in chunks
+whose length depends on that size only, the last one padded.
 """
 
 from collections import deque
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 GPU_CHUNK = 8
+_GPU_PIXELS = 2**20  # what a chunk of large images may hold: eight of 362 × 362, one of 1024 × 1024
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def chunk_size(device: torch.device) -> int:
-    """Images per forward pass."""
-    return 1 if device.type == "cpu" else GPU_CHUNK
+def chunk_size(device: torch.device, image: Tensor) -> int:
+    """Images per forward pass, for images of the size of `image`, [C, H, W]; at least 1."""
+    if device.type == "cpu":
+        return 1
+    return min(GPU_CHUNK, max(1, _GPU_PIXELS // (image.shape[-2] * image.shape[-1])))
 
 
 def in_order(
@@ -58,7 +61,7 @@ def forward_chunk(
     forward: Callable[[Tensor], Tensor], images: Tensor, device: torch.device
 ) -> Tensor:
     """forward(images) of 1 to `chunk_size` images [n, C, H, W], padded to that size on the way."""
-    size, n = chunk_size(device), len(images)
+    size, n = chunk_size(device, images[0]), len(images)
     if n < size:
         images = torch.cat([images, images[-1:].expand(size - n, -1, -1, -1)])
     return forward(images)[:n]

@@ -168,7 +168,7 @@ class LabelReader:
         )
         raise UserError(
             f"{printable(path)}: colour {colour} at x={x}, y={y} is not in data.palette; "
-            f"{pixels} have it, and {all_pixels} a colour that is not there. {fix}"
+            f"in all, {all_pixels} of colours that are no class ({pixels} of this one). {fix}"
         )
 
 

@@ -65,13 +65,9 @@ def criterion(
 # class_weights: one per class; a pixel of class y weighs w_y in sum and count alike. None: all 1.
 # count: what the sum is divided by, see each loss and `criterion`; by default this batch's own. A
 # batch in which nothing counts, or an empty one, gives 0 with zero gradients.
-# exact: add pixels in 64-bit fixed point, the same bits for any number of threads; no gradients.
 # All return a 0-dim tensor, at least fp32 whatever the autocast dtype; all raise ValueError for
 # shapes that do not pair up and, on CPUs, for a label that is no class: on a GPU, looking would
 # make the host wait (`label_counts` sees the same labels before they go there).
-
-_EXACT_ONE = 2**24  # fixed-point 1 of `exact`: 2²⁸ pixels of up to _EXACT_MAX each fit int64
-_EXACT_MAX = 2.0**11
 
 
 def label_counts(target: Tensor, num_classes: int) -> Tensor:
@@ -94,12 +90,11 @@ def pixel_cross_entropy(
     target: Tensor,
     count: float | Tensor | None = None,
     class_weights: Sequence[float] | None = None,
-    exact: bool = False,
 ) -> Tensor:
     """Softmax cross-entropy: Σ −w_y·log p_y / count; count: Σ w_y over the pixels that count."""
-    scores, labels, weights = _scored_pixels(logits, target, class_weights, exact)
+    scores, labels, weights = _scored_pixels(logits, target, class_weights)
     log_p = scores.log_softmax(1).gather(1, labels)
-    return _share(-log_p * weights, weights, count, exact)
+    return _share(-log_p * weights, weights, count)
 
 
 def focal_loss(
@@ -107,16 +102,15 @@ def focal_loss(
     target: Tensor,
     count: float | Tensor | None = None,
     class_weights: Sequence[float] | None = None,
-    exact: bool = False,
     alpha: float = 0.5,
     gamma: float = 2.0,
 ) -> Tensor:
     """Σ −w_y·α·(1 − p_y)^γ·log p_y / count (Lin et al., "Focal Loss", ICCV 2017); count: Σ w_y."""
-    scores, labels, weights = _scored_pixels(logits, target, class_weights, exact)
+    scores, labels, weights = _scored_pixels(logits, target, class_weights)
     log_p = scores.log_softmax(1).gather(1, labels)
     # 1 − p, kept off 0, where the power's slope would be infinite for γ < 1.
     rest = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).eps)
-    return _share(-alpha * rest**gamma * log_p * weights, weights, count, exact)
+    return _share(-alpha * rest**gamma * log_p * weights, weights, count)
 
 
 def one_hot_cross_entropy(
@@ -124,43 +118,44 @@ def one_hot_cross_entropy(
     target: Tensor,
     count: float | Tensor | None = None,
     class_weights: Sequence[float] | None = None,
-    exact: bool = False,
 ) -> Tensor:
     """Binary cross-entropy of each class's logits against its one-hot mask, the classes' mean.
 
     Σ w_y·(1/C)·Σ_c BCE(σ(x_c), [y = c]) / count; count: Σ w_y over the pixels that count.
     """
-    scores, labels, weights = _scored_pixels(logits, target, class_weights, exact)
+    scores, labels, weights = _scored_pixels(logits, target, class_weights)
     one_hot = _one_hot(labels, scores)
     terms = F.binary_cross_entropy_with_logits(scores, one_hot, reduction="none")
-    return _share(terms.mean(1, keepdim=True) * weights, weights, count, exact)
+    return _share(terms.mean(1, keepdim=True) * weights, weights, count)
 
 
 def dice_loss(
     logits: Tensor,
     target: Tensor,
     count: float | Tensor | None = None,
-    exact: bool = False,
     smooth: float = 1e-5,
 ) -> Tensor:
-    """Σ over images of (1 − the classes' mean of (2·Σ p·g + s) / (Σ p + Σ g + s)) / count.
+    """Σ over images of (1 − the mean of (2·Σ p·g + s) / (Σ p + Σ g + s)) / count.
 
     p: softmax probabilities, g: one-hot mask, Σ over the image's pixels that count (Milletari et
-    al., "V-Net", 3DV 2016, with plain sums below). Of each image by itself, so that a batch can be
-    shared out over processes exactly. A class that is not in an image has a term near 0 there, so
-    the loss does not reach 0 on images without some class.
+    al., "V-Net", 3DV 2016, with plain sums below). The mean is over the classes that the image's
+    mask holds: the term of any other is next to 0 whatever is predicted, and of 21 classes of which
+    an image shows two, it would make nine tenths of the loss a constant. Of each image by itself,
+    so that a batch can be shared out over processes exactly.
     count: images with pixels that count.
     """
-    scores, labels, valid = _scored_pixels(logits, target, None, exact)
+    scores, labels, valid = _scored_pixels(logits, target, None)
     p, g = scores.softmax(1) * valid, _one_hot(labels, scores) * valid
-    overlap, total = (_pixel_sum(values, exact) for values in (p * g, p + g))  # [B, C]
+    overlap, total, size = (values.sum((2, 3)) for values in (p * g, p + g, g))  # [B, C]
+    there = (size > 0).to(p.dtype)
+    terms = (2 * overlap + smooth) / (total + smooth) * there
     counted = valid.amax((1, 2, 3))  # [B]
-    losses = (1 - ((2 * overlap + smooth) / (total + smooth)).mean(1)) * counted
+    losses = counted - terms.sum(1) / there.sum(1).clamp(min=1)
     return losses.sum() / (_own_count(counted) if count is None else count)
 
 
 def _scored_pixels(
-    logits: Tensor, target: Tensor, class_weights: Sequence[float] | None, exact: bool
+    logits: Tensor, target: Tensor, class_weights: Sequence[float] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at the target's size, class indices int64 [B, 1, H, W], and the pixels' weights.
 
@@ -176,7 +171,7 @@ def _scored_pixels(
         )
     if target.device.type == "cpu":
         label_counts(target, logits.shape[1])
-    dtype = torch.float64 if exact else torch.promote_types(logits.dtype, torch.float32)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.to(dtype)
     if scores.shape[-2:] != target.shape[-2:]:
         size = target.shape[-2:]
@@ -196,7 +191,8 @@ def _weight_table(
     if len(class_weights) != num_classes:
         raise ValueError(f"{len(class_weights)} class weights for {num_classes} classes")
     padding = [0.0] * (256 - num_classes)
-    return torch.tensor([*class_weights, *padding], dtype=dtype, device=device)
+    with torch.inference_mode(False):  # evaluation may come first, and training needs it too
+        return torch.tensor([*class_weights, *padding], dtype=dtype, device=device)
 
 
 def _one_hot(labels: Tensor, scores: Tensor) -> Tensor:
@@ -204,23 +200,14 @@ def _one_hot(labels: Tensor, scores: Tensor) -> Tensor:
     return (labels == classes[:, None, None]).to(scores.dtype)
 
 
-def _share(losses: Tensor, weights: Tensor, count: float | Tensor | None, exact: bool) -> Tensor:
+def _share(losses: Tensor, weights: Tensor, count: float | Tensor | None) -> Tensor:
     """Weighted pixel losses [B, 1, H, W] summed, over `count`."""
-    total = _pixel_sum(losses, exact).sum()
-    return total / (_own_count(_pixel_sum(weights, exact)) if count is None else count)
+    return losses.sum() / (_own_count(weights) if count is None else count)
 
 
 def _own_count(parts: Tensor) -> Tensor:
     total = parts.sum()
     return torch.where(total > 0, total, 1)  # where nothing counts, the sum is 0: 0/1, not 0/0
-
-
-def _pixel_sum(values: Tensor, exact: bool) -> Tensor:
-    """Sums [B, C] over the pixels of values [B, C, H, W]."""
-    if not exact:
-        return values.sum((2, 3))
-    fixed = (values.clamp(max=_EXACT_MAX) * _EXACT_ONE).round().long()
-    return fixed.sum((2, 3)).double() / _EXACT_ONE
 
 
 # --- image translation --------------------------------------------------------------------------

@@ -94,18 +94,18 @@ class MattingMetrics(ExactMetric):
 
 
 def finish_alpha(prediction: Tensor, trimap: Tensor) -> Tensor:
-    """A predicted alpha as it is scored and written: at the trimap's size, and true to it.
+    """A predicted alpha as it is scored and written: at the trimap's size, true to it, in 8 bits.
 
-    prediction: alpha in [0, 1], [1, h, w] or [h, w], resized bilinearly and clamped, as the
-    resizing may round beyond [0, 1]. trimap: uint8 [1, H, W] or [H, W]; its background becomes 0
-    and its foreground 1. Returns fp64 [H, W] on the prediction's device.
+    prediction: alpha in [0, 1], [1, h, w] or [h, w], resized bilinearly, clamped, as the resizing
+    may round beyond [0, 1], and rounded to whole 255ths. trimap: uint8 [1, H, W] or [H, W]; its
+    background becomes 0 and its foreground 1. Returns fp64 [H, W] on the prediction's device.
     The one place that finishes a prediction, for the metrics and for predict.py alike.
     """
     if trimap.dtype != torch.uint8:
         raise TypeError(f"a trimap is uint8, not {trimap.dtype}")
     trimap = single_map(trimap).to(prediction.device)
     resized = resize_prediction(single_map(prediction), trimap.shape)
-    alpha = unit_values(resized, torch.float64).clamp(0, 1)
+    alpha = (unit_values(resized, torch.float64).clamp(0, 1) * 255).round() / 255
     return alpha.masked_fill(trimap == BACKGROUND, 0).masked_fill(trimap == FOREGROUND, 1)
 
 

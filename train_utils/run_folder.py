@@ -153,13 +153,13 @@ class RunFolder:
         self.writer: Any = None
         if not is_main_process():
             return
+        self.status("running", step=step)
         log_to_file(path / "log.txt")
         dump_yaml(dict(config), path / "config.yaml")
         self._keep_records_before(epoch)
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(path), purge_step=step + 1, flush_secs=30)
-        self.status("running", step=step)
 
     def _keep_records_before(self, epoch: int) -> None:
         for file in self.path.glob("model_[0-9]*.pth"):

@@ -1,10 +1,11 @@
 """What a run sets up once, before its first step."""
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -13,6 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from train_utils.distributed_utils import cpu_cores, is_dist_avail_and_initialized
 from train_utils.errors import UserError, plain_message
 from train_utils.sync_batchnorm import convert_sync_batchnorm
+
+# The option's name until torch 2.14, and since.
+_BUFFER_SYNC = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -42,12 +50,10 @@ def wrap_models(
         if compile:
             model = torch.compile(model)  # type: ignore[assignment]
         if is_dist_avail_and_initialized():
-            model = DistributedDataParallel(
-                model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            options: dict[str, Any] = {_BUFFER_SYNC: False, "gradient_as_bucket_view": True}
+            if device.type == "cuda":
+                options["device_ids"] = [device.index]
+            model = DistributedDataParallel(model, **options)
         wrapped[name] = model
     return wrapped
 

@@ -82,4 +82,6 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
 def _converted(norm: nn.BatchNorm2d) -> SyncBatchNorm2d:
     synced = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
     synced.load_state_dict(norm.state_dict())
-    return synced.to(norm.weight)
+    synced = synced.to(norm.weight).train(norm.training)
+    synced.weight, synced.bias = norm.weight, norm.bias  # frozen ones stay so
+    return synced

@@ -117,7 +117,8 @@ def train_one_epoch(
     models, optimizers = _named(model), _named(optimizer)
     schedulers, scalers = _named(lr_scheduler), _named(scaler)
     logger = logger or MetricLogger(reduce=True)
-    logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    for name in _learning_rates(optimizers):
+        logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
     for network in models.values():
         network.train()
     take_step = _Step(models, optimizers, schedulers, scalers, device, train_step, options)
@@ -131,17 +132,30 @@ def train_one_epoch(
         if options.seed is not None:
             torch.manual_seed(stable_seed(options.seed, first_step + step - start_step, get_rank()))
         counts, images, stop = _agree(parts, loss_counts, stop_requested())
-        learning_rate = next(iter(optimizers.values())).param_groups[0]["lr"]
+        rates = _learning_rates(optimizers)
         losses = take_step(parts, counts)
         logger.images += images
-        logger.update(images, **losses, lr=learning_rate)
+        logger.update(images, **losses, **rates)
         if after_step:
             after_step(Progress(epoch, step + 1, logger, stop))
         if stop:
             break
     check_finite(logger.meters, epoch)
-    first_loss = next((meter for name, meter in logger.meters.items() if name != "lr"), None)
-    return first_loss.global_avg if first_loss else float("nan"), logger.meters["lr"].value
+    mean_loss = next(iter(mean_losses(logger).values()), float("nan"))
+    return mean_loss, logger.meters["lr"].value
+
+
+def mean_losses(logger: MetricLogger) -> dict[str, float]:
+    """An epoch's mean of every loss, by name."""
+    meters = logger.meters.items()
+    return {name: m.global_avg for name, m in meters if name.partition("_")[0] != "lr"}
+
+
+def _learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
+    """The first network's as `lr`, any other's as lr_<network>."""
+    rates = {f"lr_{name}": each.param_groups[0]["lr"] for name, each in optimizers.items()}
+    first = next(iter(rates))
+    return {"lr": rates.pop(first), **rates}
 
 
 def check_finite(meters: Mapping[str, SmoothedValue], epoch: int) -> None:
@@ -321,7 +335,7 @@ def evaluate(
     for metric in metrics:
         metric.state = metric.state.to(device)  # or each image's would wait to come to the host
     with evaluation_mode(models.values()):
-        chunks = _Tee(_chunks(data_loader, chunk_size(device)), keep)
+        chunks = _Tee(_chunks(data_loader, device), keep)
         kept: list[Tensor] = []
         for scored in in_order(score, chunks, device):
             for output, states in scored:
@@ -354,13 +368,14 @@ def predict_samples(
         return list(in_order(one, items, device))
 
 
-def _chunks(loader: Iterable, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def _chunks(loader: Iterable, device: torch.device) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Regroup a loader's batches of any size into chunks of equally sized images."""
     images: list[Tensor] = []
     targets: list[Tensor] = []
     for batch_images, batch_targets in loader:
         for image, target in zip(batch_images, batch_targets, strict=True):
-            if images and (len(images) == size or image.shape != images[0].shape):
+            full = images and len(images) == chunk_size(device, images[0])
+            if images and (full or image.shape != images[0].shape):
                 yield torch.stack(images), targets
                 images, targets = [], []
             images.append(image)

@@ -22,6 +22,12 @@ _FREE = (
     "data.masks",
     "data.val_images",
     "data.val_masks",
+    "data.foregrounds",
+    "data.alphas",
+    "data.backgrounds",
+    "data.trimaps",
+    "data.val_trimaps",
+    "model.weights",
     "eval.",
     "train.epochs",
     "train.batch_size",
@@ -121,7 +127,9 @@ class TrainingState:
         for name, schedule in self.schedulers.items():
             scale_learning_rate(self.optimizers[name], schedule, factor)
             rate = self.optimizers[name].param_groups[0]["lr"]
-            get_logger().info(f"no better score for {self.stale} evaluations: lr is now {rate:.3g}")
+            get_logger().info(
+                f"no better score for {self.stale} evaluations: lr of {name} is now {rate:.3g}"
+            )
 
     def restore(self, state: Mapping[str, Any], source: str) -> None:
         """Continue where `state` was captured; UserError if its settings were others."""

@@ -1,0 +1,214 @@
+"""Matting data: embedded scenes in parts, foregrounds on backgrounds, and images with trimaps.
+
+To be composited, an item is (foreground, alpha, background), uint8 [3 | 1 | 3, H, W]; taken as it
+is, it is (image, alpha), uint8 [3 | 1, H, W], and where a trimap comes along, it lies below the
+alpha: [2, H, W]. Then the transforms are applied to these parts.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from my_dataset import (
+    Pair,
+    PairFolderDataset,
+    ShapesDataset,
+    check_pairs,
+    files_by_stem,
+    folder_pairs,
+    pairs_of,
+    read_pair,
+    refuse_faulty,
+    require_masks,
+    split_pairs,
+)
+from train_utils.data import collate
+from train_utils.errors import UserError
+from train_utils.image_io import (
+    image_size,
+    list_images,
+    printable,
+    read_foreground,
+    read_image,
+    read_mask,
+    read_trimap,
+)
+from transforms import cover
+
+# (image, alpha [, trimap below it]) → item, or (foreground, alpha, background) → item
+MattingTransform = Callable[..., tuple[Tensor, ...]]
+
+
+class MattingShapesDataset(ShapesDataset):
+    """Scenes as their parts: foreground, alpha and background, uint8 [3 | 1 | 3, S, S].
+
+    Takes what `ShapesDataset` takes, and keeps 7·size² bytes a scene.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        count: int,
+        first: int = 0,
+        transforms: MattingTransform | None = None,
+    ) -> None:
+        super().__init__(size, seed, count, first, transforms, target="alpha")
+        self.fields = "foreground", "alpha", "background"
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        parts = tuple(part.clone() for part in self._draw(self.scenes[index]))
+        return self.transforms(*parts) if self.transforms else parts
+
+
+class CompositionDataset(Dataset):
+    """Each foreground of a folder on `per_foreground` backgrounds of another, composited on demand.
+
+    Alphas belong to foregrounds as masks do to images in `PairFolderDataset`; a foreground's own
+    transparency is ignored. Item (foreground, repeat) has the index foreground · per_foreground +
+    repeat and is foreground, alpha and background, uint8 [3 | 1 | 3, H, W]; the background is
+    cut to the foreground's size (see `transforms.cover`). In training, it and the place of the cut
+    are drawn from torch's generator; otherwise names alone decide on it, and the middle is cut.
+
+    `foregrounds` has each pair once; `pairs` and `stems` repeat as the items do.
+    Raises UserError as `PairFolderDataset` does, and for a folder without backgrounds.
+    """
+
+    collate_fn = staticmethod(collate)
+
+    def __init__(
+        self,
+        foregrounds: str | PathLike[str],
+        alphas: str | PathLike[str],
+        backgrounds: str | PathLike[str],
+        per_foreground: int = 20,
+        transforms: MattingTransform | None = None,
+        train: bool = True,
+    ) -> None:
+        folders = PairFolderDataset(foregrounds, alphas)
+        self.foregrounds, self.per_foreground = folders, per_foreground
+        self.pairs = [pair for pair in folders.pairs for _ in range(per_foreground)]
+        self.stems = [stem for stem in folders.stems for _ in range(per_foreground)]
+        self.folder = Path(backgrounds)
+        self.backgrounds = list_images(self.folder, recursive=True)
+        self.transforms, self.train = transforms, train
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        foreground, alpha = read_pair(self.pairs[index], read_foreground, read_mask)
+        if self.train:
+            choice = self.backgrounds[int(torch.randint(len(self.backgrounds), ()))]
+            place = torch.rand(2).tolist()
+        else:
+            choice, place = self._fixed_background(index), [0.5, 0.5]
+        background = cover(read_image(choice), foreground.shape[-2:], place)
+        parts = foreground, alpha, background
+        return self.transforms(*parts) if self.transforms else parts
+
+    def name(self, index: int) -> str:
+        """The path of the foreground, and what it lies on."""
+        path = printable(self.pairs[index][0])
+        if self.train:
+            return f"{path} (composite {index % self.per_foreground + 1})"
+        return f"{path} on {printable(self._fixed_background(index))}"
+
+    def composites_of(self, foregrounds: Sequence[int]) -> list[int]:
+        """The indices of these foregrounds' items."""
+        count = self.per_foreground
+        return [number * count + repeat for number in foregrounds for repeat in range(count)]
+
+    def _fixed_background(self, index: int) -> Path:
+        """The repeat-th of the backgrounds, ranked by a hash of the foreground's name and theirs.
+
+        So a few new files change few composites, and no background comes twice before all have.
+        """
+
+        def rank(path: Path) -> bytes:
+            name = path.relative_to(self.folder).with_suffix("").as_posix()
+            key = f"{self.stems[index]}/{name}".encode(errors="surrogateescape")
+            return hashlib.blake2b(key, digest_size=16).digest()
+
+        repeat = index % self.per_foreground
+        return sorted(self.backgrounds, key=rank)[repeat % len(self.backgrounds)]
+
+
+class TrimapReader:
+    """Reads an alpha and the trimap of its name as one target, uint8 [2, H, W].
+
+    A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both.
+    """
+
+    def __init__(self, alphas: str | PathLike[str], trimaps: str | PathLike[str]) -> None:
+        self.alphas, self.trimaps = Path(alphas), Path(trimaps)
+        self.files = files_by_stem(self.trimaps)
+
+    def __call__(self, alpha: Path) -> Tensor:
+        parts = read_pair((alpha, self.files[self._stem(alpha)]), read_mask, read_trimap)
+        return torch.cat([part.as_subclass(Tensor) for part in parts])
+
+    def require(self, pairs: Sequence[Pair], folder: str | PathLike[str]) -> None:
+        """Raise a UserError that lists the images of `folder` without a trimap, if any."""
+        images = {self._stem(alpha): image for image, alpha in pairs}
+        require_masks(images, self.files, Path(folder), self.trimaps, "trimap")
+
+    def _stem(self, alpha: Path) -> str:
+        return alpha.relative_to(self.alphas).with_suffix("").as_posix()
+
+
+def matting_pairs(
+    data: Any, train: bool, transforms: MattingTransform | None = None, all_pairs: bool = False
+) -> Dataset:
+    """Images and alphas as `folder_pairs` gives them, with trimaps where validation has them.
+
+    `data` also names `trimaps`, of `masks`, and `val_trimaps`, of `val_masks`. Training makes its
+    own. Raises UserError if a trimap is missing.
+    """
+    if data.val_images:
+        images, alphas, trimaps = data.val_images, data.val_masks, data.val_trimaps
+    else:
+        images, alphas, trimaps = data.images, data.masks, data.trimaps
+    if train or not trimaps:
+        return folder_pairs(data, train, transforms, all_pairs=all_pairs)
+    reader = TrimapReader(alphas, trimaps)
+    dataset = folder_pairs(data, train, transforms, reader, all_pairs)
+    reader.require(pairs_of(dataset), images)
+    return dataset
+
+
+def composition_pairs(
+    data: Any, train: bool, transforms: MattingTransform | None = None, all_pairs: bool = False
+) -> Dataset:
+    """Training or validation composites of the folders that `data` names.
+
+    `val_fraction` of the foregrounds, with all their composites, is held out; `all_pairs` gives
+    them all. Backgrounds serve both. Raises UserError for a single foreground.
+    """
+    count = data.per_foreground if train else data.val_per_foreground
+    dataset = CompositionDataset(*data.composed_folders(), count, transforms, train)
+    if all_pairs:
+        return dataset
+    if len(dataset.foregrounds) == 1:
+        raise UserError(
+            f"{dataset.foregrounds.name(0)}: one foreground cannot be split into training and "
+            "validation. Add foregrounds with their alphas."
+        )
+    parts = split_pairs(dataset.foregrounds, data.val_fraction, data.seed)
+    return Subset(dataset, dataset.composites_of(parts[0 if train else 1]))
+
+
+def check_matting_files(dataset: Dataset) -> None:
+    """`check_pairs`, and the same for trimaps, which are read whole, and for backgrounds."""
+    check_pairs(dataset)
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if isinstance(whole, CompositionDataset):
+        refuse_faulty(whole.backgrounds, image_size)
+    elif isinstance(getattr(whole, "read_target", None), TrimapReader):
+        refuse_faulty([alpha for _, alpha in pairs_of(dataset)], whole.read_target)

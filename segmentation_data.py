@@ -1,0 +1,164 @@
+"""Layouts of segmentation data: PASCAL VOC, CamVid, and folders of images and masks.
+
+Each layout is a function from a root to (pairs, stems), the (image, mask) files and what to call
+them whatever the place, as `PairDataset` takes them. Nothing of a mask is read here: what its
+pixels mean is `train_utils.label_maps`' to say.
+"""
+
+import filecmp
+import re
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from my_dataset import Pair, PairFolderDataset, files_by_stem, found_in, listed
+from train_utils.errors import UserError
+from train_utils.image_io import printable
+
+
+def segmentation_layout(root: str | PathLike[str]) -> str:
+    """What a folder is laid out as: "voc", "camvid" or "bag", the first that fits.
+
+    Raises UserError, saying what was looked for, if it is none of them.
+    """
+    root = Path(root)
+    if _voc_years(root):
+        return "voc"
+    if all((root / name).is_dir() for name in ("train", "trainannot")):
+        return "camvid"
+    if _bag_folders(root):
+        return "bag"
+    raise UserError(
+        f"{printable(root)}: looked for VOCdevkit/VOC2012 or VOC2007 (voc), train and trainannot "
+        f"(camvid), image and mask (bag), {found_in(root)}. Give the folder that holds these, or "
+        "your own pairs by --images DIR --masks DIR."
+    )
+
+
+def voc_pairs(root: str | PathLike[str], train: bool) -> tuple[list[Pair], list[str]]:
+    """Pairs that PASCAL VOC's ImageSets/Segmentation/train.txt (or val.txt) names, and stems.
+
+    `root` holds VOCdevkit, or is it, or is one year of it (VOC2012); all years are joined. Later
+    years list older photos again, VOC2007's 000032 as 2007_000032: the latest year decides whether
+    such a photo trains or validates.
+
+    Raises UserError for a missing list, for names without image or mask, and for names in both
+    lists of a year.
+    """
+    years = _voc_years(Path(root))
+    if not years:
+        raise UserError(
+            f"{printable(root)}: looked for VOCdevkit/VOC2012 or VOC2007, {found_in(Path(root))}. "
+            "Give the folder that holds VOCdevkit."
+        )
+    pairs: list[Pair] = []
+    stems: list[str] = []
+    photos: set[str] = set()
+    for year in reversed(years):
+        names = _voc_names(year, train)
+        others = _voc_names(year, not train, missing_ok=not train)
+        _refuse_leak(year / "ImageSets" / "Segmentation", sorted({*names} & {*others}))
+        new = [name for name in names if _voc_photo(year, name) not in photos]
+        photos.update(_voc_photo(year, name) for name in (*names, *others))
+        pairs += _voc_files(year, new)
+        stems += [Path(year.name, name).as_posix() for name in new]
+    return pairs, stems
+
+
+def camvid_pairs(root: str | PathLike[str], train: bool) -> tuple[list[Pair], list[str]]:
+    """Pairs of train and trainannot, or of val and valannot (without val: of test), and stems.
+
+    Raises UserError if folders are missing, an image has no mask, or a training image is a copy of
+    a validation image of the same name.
+    """
+    root = Path(root)
+    held_out = "val" if (root / "val").is_dir() else "test"
+    part, other = ("train", held_out) if train else (held_out, "train")
+    dataset = PairFolderDataset(root / part, root / f"{part}annot")
+    others = files_by_stem(root / other) if (root / other).is_dir() else {}
+    # Names alone say little: many sets number the images of each folder from 1.
+    leaked = [
+        stem
+        for stem, (image, _) in zip(dataset.stems, dataset.pairs, strict=True)
+        if stem in others and filecmp.cmp(image, others[stem], shallow=False)
+    ]
+    _refuse_leak(root, leaked)
+    return dataset.pairs, dataset.stems
+
+
+def bag_pairs(root: str | PathLike[str]) -> tuple[list[Pair], list[str]]:
+    """All pairs of image and mask (or images and masks), and stems.
+
+    Raises UserError if these folders are missing or an image has no mask.
+    """
+    folders = _bag_folders(Path(root))
+    if not folders:
+        raise UserError(
+            f"{printable(root)}: looked for image and mask, {found_in(Path(root))}. Give the "
+            "folder that holds these, or your own pairs by --images DIR --masks DIR."
+        )
+    dataset = PairFolderDataset(*folders)
+    return dataset.pairs, dataset.stems
+
+
+def _bag_folders(root: Path) -> tuple[Path, Path] | None:
+    for folders in ((root / "image", root / "mask"), (root / "images", root / "masks")):
+        if all(folder.is_dir() for folder in folders):
+            return folders
+    return None
+
+
+def _voc_years(root: Path) -> list[Path]:
+    """The folders VOC20xx that `root` means, the oldest first."""
+    for years in ([root], root.glob("VOC20??"), root.glob("VOCdevkit/VOC20??")):
+        if found := sorted(year for year in years if (year / "SegmentationClass").is_dir()):
+            return found
+    return []
+
+
+def _voc_names(year: Path, train: bool, missing_ok: bool = False) -> list[str]:
+    """The names in a list, each once, in its order; one per line, so that they may hold spaces."""
+    path = year / "ImageSets" / "Segmentation" / ("train.txt" if train else "val.txt")
+    if not path.is_file():
+        if missing_ok:
+            return []
+        raise UserError(
+            f"{printable(path)}: no such list. Write the names of the images to "
+            f"{'train on' if train else 'validate with'} there, one per line, without suffix."
+        )
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    names = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
+    if not names and not missing_ok:
+        raise UserError(f"{printable(path)}: the list is empty. Write names of images there.")
+    return names
+
+
+def _voc_photo(year: Path, name: str) -> str:
+    """A name that is the same in every year of VOC."""
+    return name if re.match(r"20\d\d_", name) else f"{year.name.removeprefix('VOC')}_{name}"
+
+
+def _voc_files(year: Path, names: Sequence[str]) -> list[Pair]:
+    images, masks = files_by_stem(year / "JPEGImages"), files_by_stem(year / "SegmentationClass")
+    missing = [
+        f"{printable(name)} ({kind})"
+        for name in names
+        for kind, files in (("image", images), ("mask", masks))
+        if name not in files
+    ]
+    if missing:
+        raise UserError(
+            f"{printable(year)}: {len(missing)} files are listed in ImageSets/Segmentation, but "
+            f"missing in JPEGImages or SegmentationClass: {listed(missing)}. Add them, or take "
+            "their names off the list."
+        )
+    return [(images[name], masks[name]) for name in names]
+
+
+def _refuse_leak(place: Path, names: Sequence[str]) -> None:
+    if names:
+        raise UserError(
+            f"{printable(place)}: {len(names)} images are to train and to validate, which makes "
+            f"scores worthless: {listed([printable(name) for name in names])}. Remove each from "
+            "one of the two."
+        )

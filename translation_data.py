@@ -1,0 +1,143 @@
+"""Pairs of images for translation: files of A|B side by side, or a folder of A and one of B.
+
+An item is (A, B): two `tv_tensors.Image`, uint8 [3, H, W], of one size; then `transforms(a, b)` is
+applied. Which of the two is the network's input is the transform's business.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision import tv_tensors
+
+from my_dataset import (
+    JointTransform,
+    Pair,
+    PairDataset,
+    PairFolderDataset,
+    check_pair,
+    files_by_stem,
+    pairs_of,
+    refuse_faulty,
+    require_masks,
+    split_pairs,
+)
+from train_utils.errors import UserError
+from train_utils.image_io import image_size, list_images, printable, read_image
+
+
+class SideBySideDataset(PairDataset):
+    """Pairs in files of double width, image A on the left and image B on the right.
+
+    Takes all images below `folder`; both images of a pair are `tv_tensors.Image`, uint8 [3, H, W].
+    Raises UserError for a width that cannot be halved, and as `list_images` does.
+    """
+
+    def __init__(self, folder: str | PathLike[str], transforms: JointTransform | None = None):
+        files = files_by_stem(Path(folder))
+        super().__init__([(file, file) for file in files.values()], list(files), transforms)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        halves = read_halves(self.pairs[index][0])
+        return self.transforms(*halves) if self.transforms else halves
+
+
+def read_halves(path: str | PathLike[str]) -> tuple[tv_tensors.Image, tv_tensors.Image]:
+    """The left and the right half of an image, uint8 [3, H, W] each.
+
+    Raises UserError for a width that cannot be halved, and as `read_image` does.
+    """
+    image = read_image(path)
+    width = image.shape[-1]
+    _require_even(path, width)
+    left, right = image.as_subclass(Tensor).split(width // 2, dim=-1)
+    return tv_tensors.Image(left), tv_tensors.Image(right)
+
+
+def translation_pairs(
+    data: Any, train: bool, transforms: JointTransform | None = None, all_pairs: bool = False
+) -> Dataset:
+    """Training or validation pairs (A, B) of the folders that `data` (a `FolderData`) names.
+
+    `images` and `masks` are the folders of A and B. Else `root` holds side-by-side files in
+    `train/`, and `val/` or `test/` (or in no part at all), or one of the layouts of two folders:
+    `A/train B/train`, `train/A train/B`, `trainA trainB`, or `A B` without parts. Without a
+    validation part, `val_fraction` of the pairs is held out; `all_pairs` gives them all.
+    Raises UserError if nothing of this is there, or if an image of A or B has no partner.
+    """
+    val_folders = _translation_folders(data, "val") or _translation_folders(data, "test")
+    if val_folders and not train:
+        return _translation_dataset(*val_folders, transforms)
+    folders = _translation_folders(data, "train") or _whole_folders(data)
+    pairs = _translation_dataset(*folders, transforms)
+    if val_folders or all_pairs:
+        return pairs
+    return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])
+
+
+def check_translation_pairs(dataset: Dataset) -> None:
+    """Like `check_pairs`, and side-by-side files must have an even width."""
+    refuse_faulty(pairs_of(dataset), _check_pair)
+
+
+def _check_pair(pair: Pair) -> None:
+    if pair[0] != pair[1]:
+        check_pair(pair)
+    else:
+        _require_even(pair[0], image_size(pair[0])[0])
+
+
+def _require_even(path: str | PathLike[str], width: int) -> None:
+    if width % 2:
+        raise UserError(
+            f"{printable(path)}: {width} pixels wide, which cannot be halved into A|B. Crop it to "
+            "an even width, or keep A and B in two folders: --images A --masks B."
+        )
+
+
+def _translation_dataset(a: Path, b: Path | None, transforms: JointTransform | None) -> PairDataset:
+    """The pairs of two folders, or of one folder of side-by-side files if `b` is None."""
+    if b is None:
+        return SideBySideDataset(a, transforms)
+    pairs = PairFolderDataset(a, b, transforms, read_image)
+    if pairs.unmatched_masks:  # more often a lost partner than meant
+        require_masks(files_by_stem(b), files_by_stem(a, leave_out=b), b, a)
+    return pairs
+
+
+def _translation_folders(data: Any, part: str) -> tuple[Path, Path | None] | None:
+    """Where a part lies: (A, B), or (folder of side-by-side files, None), or None."""
+    if data.images:
+        named = {"train": (data.images, data.masks), "val": (data.val_images, data.val_masks)}
+        a, b = named.get(part, (None, None))
+        return (Path(a), Path(b)) if a else None
+    root = Path(data.root)
+    for a, b in (
+        (root / "A" / part, root / "B" / part),
+        (root / part / "A", root / part / "B"),
+        (root / f"{part}A", root / f"{part}B"),
+    ):
+        if a.is_dir() and b.is_dir():
+            return a, b
+        if a.is_dir() or b.is_dir():
+            there, missing = map(printable, (a, b) if a.is_dir() else (b, a))
+            raise UserError(f"{missing}: no such folder, though {there} is there. Add its partner.")
+    return (root / part, None) if (root / part).is_dir() else None
+
+
+def _whole_folders(data: Any) -> tuple[Path, Path | None]:
+    """Where all pairs lie below a root without parts."""
+    root = Path(data.root)
+    a, b = root / "A", root / "B"
+    if a.is_dir() and b.is_dir():
+        return a, b
+    try:
+        list_images(root)
+    except UserError as error:
+        raise UserError(
+            f"{error} Looked for images A|B side by side, there or in train, for A and B, and for "
+            "trainA and trainB. Two folders of any names go by --images A --masks B."
+        ) from error
+    return root, None
