@@ -163,7 +163,7 @@ def fit(
 ) -> None:
     """Train, evaluate and save, from where `state` stands to the last epoch or a stop signal."""
     sampler, epochs = loader.batch_sampler, cfg.train.epochs
-    steps, (metric, goal) = sampler.steps_per_epoch, deciding_metric(cfg, task.METRICS)
+    steps = sampler.steps_per_epoch
     models = wrap_models(state.models, device, cfg.train.compile)
     stop, midway, early_stop = StopRequest(), False, cfg.train.early_stop
 
@@ -181,7 +181,7 @@ def fit(
 
     for epoch in range(state.epoch, epochs):
         if early_stop and state.stale >= early_stop:
-            get_logger().info(f"no better {metric} for {state.stale} evaluations: ending the run")
+            get_logger().info(f"no better score for {state.stale} evaluations: ending the run")
             break
         start_step, start_time = state.step, time.monotonic()
         sampler.set_position(epoch, start_step)
@@ -213,20 +213,10 @@ def fit(
         record |= {"img_per_s": logger.images / seconds, "time_s": seconds}
 
         evaluated = (epoch + 1) % cfg.train.eval_interval == 0 or epoch + 1 == epochs
-        if evaluated:
-            if start_step < steps:  # a stop or crash in the evaluation must not cost the epoch
-                state.epoch, state.step, state.meters = epoch, steps, logger.state_dict()
-                run.save(state.capture())
-            scores = score(task, cfg, averaged(state), val_loader, device, run, record["step"])
-            record |= {f"val/{name}": value for name, value in scores.items()}
-            if scores[metric] != scores[metric]:
-                raise UserError(
-                    f"epoch {epoch}: {metric} is nan: the validation data hold nothing to score, "
-                    "or the network's output is not finite. Check both."
-                )
-        best = evaluated and state.note_scores(scores, metric, goal)
-        if evaluated and state.stale and state.stale % cfg.train.plateau_patience == 0:
-            state.scale_learning_rates(cfg.train.plateau_factor)
+        if evaluated and start_step < steps:  # a stop or crash in it must not cost the epoch
+            state.epoch, state.step, state.meters = epoch, steps, logger.state_dict()
+            run.save(state.capture())
+        best = evaluated and judge(task, cfg, state, run, val_loader, device, record)
         kept = evaluated or (cfg.train.keep_every and (epoch + 1) % cfg.train.keep_every == 0)
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         run.log_epoch(record)
@@ -239,13 +229,40 @@ def fit(
         exit_stopped(stop, run, state)
     run.status("finished", epoch=state.epoch, best=state.best_scores)
     checkpoint = next(path for path in (run.path / BEST, run.path / LAST) if path.exists())
-    flags = [flag for flag, required in task.PREDICT_FLAGS.items() if required]
-    needed = "".join(f" --{flag} {flag.upper()}.png" for flag in flags)
+    needed = [flag for flag, required in task.PREDICT_FLAGS.items() if required]
+    flags = "".join(f" --{flag} {flag.upper()}.png" for flag in needed)
     get_logger().info(
         f"best: {'  '.join(f'{k}: {v:.5f}' for k, v in state.best_scores.items())}\n"
         f"checkpoint: {checkpoint}\n"
-        f"next: python predict.py YOUR_IMAGE.jpg{needed} --weights {checkpoint}"
+        f"next: python predict.py YOUR_IMAGE.jpg{flags} --weights {checkpoint}"
     )
+
+
+def judge(
+    task: ModuleType,
+    cfg: Any,
+    state: TrainingState,
+    run: RunFolder,
+    loader: DataLoader,
+    device: torch.device,
+    record: dict[str, Any],
+) -> bool:
+    """Evaluate and add the scores to the epoch's record; returns whether they are the best so far.
+
+    If the deciding one has not improved for long enough, the learning rates shrink.
+    """
+    metric, goal = deciding_metric(cfg, task.METRICS)
+    scores = score(task, cfg, averaged(state), loader, device, run, record["step"])
+    if scores[metric] != scores[metric]:
+        raise UserError(
+            f"epoch {record['epoch']}: {metric} is nan: the validation data hold nothing to score, "
+            "or the network's output is not finite. Check both."
+        )
+    record |= {f"val/{name}": value for name, value in scores.items()}
+    best = state.note_scores(scores, metric, goal)
+    if state.stale and state.stale % cfg.train.plateau_patience == 0:
+        state.scale_learning_rates(cfg.train.plateau_factor)
+    return best
 
 
 def averaged(state: TrainingState) -> dict[str, torch.nn.Module]:

@@ -232,7 +232,7 @@ def test_a_run_without_better_scores_ends_and_keeps_what_was_asked_for(tmp_path)
     scores = [record["val/maxF1"] for record in records(tmp_path / "run")]
     best = scores.index(max(scores))
     assert len(scores) == best + 3 < 30  # two evaluations after the best one
-    assert "no better maxF1 for 2 evaluations" in done.stdout
+    assert "no better score for 2 evaluations" in done.stdout
     stale = sum(score <= max(scores[:i]) for i, score in enumerate(scores) if i)
     state = weights(tmp_path / "run")
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-9 * 0.5**stale)
