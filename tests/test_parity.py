@@ -68,8 +68,8 @@ def flat(nested):
     ("dtype", "world", "clip", "bound"),
     [
         (torch.float64, 2, None, 1e-12),
-        (torch.float64, 3, 0.05, 1e-12),
-        (torch.float32, 2, None, 1e-5),
+        pytest.param(torch.float64, 3, 0.05, 1e-12, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 2, None, 1e-5, marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_processes_trains_the_same(dtype, world, clip, bound):

@@ -56,6 +56,7 @@ def pairs(count, mask_size=(40, 30), missing=()):
     return "--images", "images", "--masks", "masks"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("script", ["train.py", "train_multi_GPU.py", "validation.py"])
 def test_missing_gpu_is_one_line_and_a_failure(script):

@@ -301,6 +301,7 @@ def difference(weights, others):
     return max(abs(a - b) for a, b in zip(weights, others, strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_train_both_networks_as_one_does():
     """Uneven shares and an empty one; batch norm meets two forward passes before one backward."""
     alone = train_all()
