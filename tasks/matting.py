@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,7 +47,7 @@ class DataConfig(FolderData):
     # folders: ready images (`images`) with their alphas (`masks`); composed: foregrounds with their
     # alphas, on other backgrounds; shapes: composed too, of scenes as large as the largest crop
     name: Literal["shapes", "composed", "folders"] | None = None
-    # null: root holds fg, alpha and bg
+    # null: root holds fg, alpha and bg; or, for ready images, image, alpha and maybe trimap
     foregrounds: str | None = None
     alphas: str | None = None
     backgrounds: str | None = None
@@ -64,6 +65,7 @@ class DataConfig(FolderData):
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        self._find_ready_images()
         super().__post_init__()
         self._check_sources()
         for name in ("per_foreground", "val_per_foreground", "max_radius"):
@@ -81,6 +83,15 @@ class DataConfig(FolderData):
             raise ValueError("jitter: three values from 0 to 1, and a hue from 0 to 0.5")
         if min(self.std) <= 0:
             raise ValueError("std: every value must be positive")
+
+    def _find_ready_images(self) -> None:
+        """Take a root with image and alpha (and trimap) in it as the folders of ready images."""
+        root = Path(self.root or "")
+        if self.name or not self.root or not all((root / x).is_dir() for x in ("image", "alpha")):
+            return
+        self.root, self.images, self.masks = None, str(root / "image"), str(root / "alpha")
+        if (root / "trimap").is_dir() and not self.trimaps:
+            self.trimaps = str(root / "trimap")
 
     def _layout_of_root(self) -> str:
         return "composed" if self.root or any(self._parts()) else "shapes"

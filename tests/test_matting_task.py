@@ -457,3 +457,28 @@ def test_folders_on_the_command_line_replace_every_source_of_a_checkpoint():
     assert (cfg.data.images, cfg.data.trimaps) == ("a", "z")
     _, cfg = tasks.read_config(values, "file", {"data": {"root": "r"}})
     assert (cfg.data.name, cfg.data.images, cfg.data.trimaps) == ("composed", None, None)
+
+
+def test_a_root_of_ready_images(tmp_path):
+    for folder in ("image", "alpha", "trimap"):
+        (tmp_path / folder).mkdir()
+    _, cfg = tasks.read_config({"task": "matting"}, "file", {"data": {"root": str(tmp_path)}})
+    data = cfg.data
+    assert (data.name, data.root) == ("folders", None)
+    found = [Path(folder).name for folder in (data.images, data.masks, data.trimaps)]
+    assert found == ["image", "alpha", "trimap"]
+    assert matting.trimap_policy(cfg) == "given with the images"
+    (tmp_path / "trimap").rmdir()
+    _, cfg = tasks.read_config({"task": "matting"}, "file", {"data": {"root": str(tmp_path)}})
+    assert cfg.data.trimaps is None
+
+
+def test_ready_photographs_by_their_root(shared_data):
+    _, cfg = tasks.read_config(
+        {"task": "matting"}, "file", {"data": {"root": str(shared_data / "matting")}}
+    )
+    train, val = matting.build_datasets(cfg)
+    assert (len(train), len(val)) == (7, 1)
+    inputs, target = val[0]
+    assert inputs.shape[0] == 4 and target.shape == (2, *inputs.shape[1:])
+    assert set(target[1].unique().tolist()) == {0, 128, 255}
