@@ -13,6 +13,8 @@ import torch
 from distributed import free_port
 from PIL import Image
 
+from train_utils.data import GlobalBatchSampler
+
 REPO = Path(__file__).resolve().parents[1]
 TINY = [
     *("--set", "data.image_size=48", "--set", "data.train_size=11", "--set", "data.val_size=5"),
@@ -290,6 +292,29 @@ def test_two_processes_on_an_odd_number_of_samples_equal_one(trained, tmp_path):
     done = run(tmp_path, "train.py", *more)
     assert "4 images per step" in done.stdout
     assert [r["step"] for r in records(tmp_path / "run")] == [3, 6, 9]
+
+
+def test_a_file_that_fails_on_another_rank_is_named_in_the_status(tmp_path):
+    for folder, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / folder).mkdir()
+        for number in range(4):
+            noise = Image.effect_noise((40, 40), 50).convert(mode)
+            noise.save(tmp_path / folder / f"{number}.png")
+    # The second sample of the first step is rank 1's. Its header is right, its data are cut off.
+    second = GlobalBatchSampler(4, 2, seed=0).order(0)[1]
+    broken = tmp_path / "images" / f"{second}.png"
+    broken.write_bytes(broken.read_bytes()[:-900])
+    own = ("--images", "images", "--masks", "masks", "--val-images", "masks", "--val-masks")
+    options = (*own, "masks", "--set", "data.image_size=40", "-b", 1, "-j", 0)
+    where = ("--output-dir", "run", "--device", "cpu")
+    done = run(tmp_path, "train_multi_GPU.py", *options, *where, processes=2, code=1)
+    assert f"error (rank 1): images/{second}.png: damaged" in done.stderr
+    assert "error: lost the other processes" in done.stderr  # rank 0, in one line
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["reason"].startswith(f"rank1: UserError: images/{second}.png: damaged")
+    assert f"images/{second}.png" in (tmp_path / "run" / "log.txt").read_text()
+    assert not list((tmp_path / "run").glob("failed_rank*"))
 
 
 def test_multi_script_runs_as_one_process_without_torchrun(tmp_path):

@@ -108,6 +108,15 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return vector.tolist()
 
 
+def lost_peers(error: BaseException | None) -> bool:
+    """Whether an error says no more than that another process is gone, and why is its to tell."""
+    if not isinstance(error, RuntimeError):
+        return False
+    # gloo raises plain RuntimeErrors, which begin with the place in its sources.
+    place = str(error).partition("]")[0]
+    return isinstance(error, dist.DistError) or (place.startswith("[") and "gloo" in place)
+
+
 def call_on_main(function: Callable[[], Any]) -> Any:
     """Run a check on rank 0 only; its result, or its UserError, reaches every rank."""
     outcome: Any = None

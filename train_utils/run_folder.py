@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,9 @@ from train_utils.config import dump_yaml
 from train_utils.distributed_utils import (
     broadcast_object,
     call_on_main,
+    get_rank,
     is_main_process,
+    lost_peers,
     mkdir,
 )
 from train_utils.errors import UserError, plain_message
@@ -28,6 +31,7 @@ from train_utils.image_io import save_image
 from train_utils.log import get_logger, log_to_file
 
 LAST, BEST = "last.pth", "model_best.pth"
+_WAIT_FOR_REASONS = 3.0  # seconds that a failing rank may take to say why, on a shared disk
 
 
 def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: str) -> Path:
@@ -154,6 +158,7 @@ class RunFolder:
         if not is_main_process():
             return
         self.status("running", step=step)
+        self._forget_reasons()  # of a run that was killed while it failed
         log_to_file(path / "log.txt")
         dump_yaml(dict(config), path / "config.yaml")
         self._keep_records_before(epoch)
@@ -187,9 +192,32 @@ class RunFolder:
         if isinstance(error, KeyboardInterrupt):
             self.status("stopped", reason="SIGINT, at once")
         elif error is not None and not isinstance(error, SystemExit):
-            self.status("failed", reason=f"{type(error).__name__}: {plain_message(error)}"[:2000])
+            self._fail(error)
         if self.writer:
             self.writer.close()
+
+    def _fail(self, error: BaseException) -> None:
+        """Write why the run failed; another rank's reason where this one only lost that rank."""
+        reason = f"{type(error).__name__}: {plain_message(error)}"[:2000]
+        if not is_main_process():
+            if not lost_peers(error):
+                with suppress(OSError):
+                    write_text(self.path / f"failed_rank{get_rank()}.txt", reason)
+            return
+        deadline = time.monotonic() + _WAIT_FOR_REASONS
+        while lost_peers(error) and time.monotonic() < deadline:
+            if files := sorted(self.path.glob("failed_rank*.txt")):
+                reasons = [f"{file.stem[7:]}: {file.read_text(encoding='utf-8')}" for file in files]
+                reason = "; ".join(reasons)
+                break
+            time.sleep(0.05)
+        self._forget_reasons()
+        get_logger().error(f"failed: {reason}")
+        self.status("failed", reason=reason)
+
+    def _forget_reasons(self) -> None:
+        for file in self.path.glob("failed_rank*.txt"):
+            file.unlink(missing_ok=True)
 
     def step_writer(self, first: int) -> Callable[[int, Mapping[str, float]], None]:
         """A function that writes the i-th step from `first` on to TensorBoard, under train/."""

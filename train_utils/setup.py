@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train_utils.distributed_utils import cpu_cores, is_dist_avail_and_initialized
+from train_utils.distributed_utils import (
+    cpu_cores,
+    is_dist_avail_and_initialized,
+    lost_peers,
+)
 from train_utils.errors import UserError, plain_message
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 
@@ -92,7 +96,7 @@ def clean_errors() -> Iterator[None]:
     except UserError as error:
         _exit_with(plain_message(error))
     except RuntimeError as error:
-        if not (isinstance(error, torch.distributed.DistError) or "[gloo" in str(error)):
+        if not lost_peers(error):
             raise
         _exit_with(f"lost the other processes; their errors tell why ({str(error)[:200]})")
     except KeyboardInterrupt:
