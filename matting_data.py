@@ -76,7 +76,8 @@ class CompositionDataset(Dataset):
     cut to the foreground's size (see `transforms.cover`). In training, it and the place of the cut
     are drawn from torch's generator; otherwise names alone decide on it, and the middle is cut.
 
-    `foregrounds` has each pair once; `pairs` and `stems` repeat as the items do.
+    `foregrounds` has each pair once; `pairs` and `stems` repeat as the items do. `ingredients` are
+    the names of the backgrounds.
     Raises UserError as `PairFolderDataset` does, and for a folder without backgrounds.
     """
 
@@ -97,6 +98,7 @@ class CompositionDataset(Dataset):
         self.stems = [stem for stem in folders.stems for _ in range(per_foreground)]
         self.folder = Path(backgrounds)
         self.backgrounds = list_images(self.folder, recursive=True)
+        self.ingredients = [path.relative_to(self.folder).as_posix() for path in self.backgrounds]
         self.transforms, self.train = transforms, train
 
     def __len__(self) -> int:

@@ -272,6 +272,22 @@ def pairs_of(dataset: Dataset) -> Sequence[Pair]:
     return dataset.pairs
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of the names of a dataset's samples, in order, and of what else they are made of.
+
+    Where the files lie does not matter: a run may continue after its data have moved, but not with
+    other data, which would change its samples unnoticed.
+    """
+    whole, indices = dataset, range(len(dataset))  # type: ignore[arg-type]
+    if isinstance(dataset, Subset):
+        whole, indices = dataset.dataset, dataset.indices
+    stems = getattr(whole, "stems", None)
+    names = [stems[index] if stems else whole.name(index) for index in indices]
+    names += getattr(whole, "ingredients", [])
+    text = "\n".join(names).encode(errors="surrogateescape")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
 def read_pair(
     pair: Pair, read_first: Callable[[Path], Tensor], read_target: Callable[[Path], Tensor]
 ) -> tuple[Tensor, Tensor]:

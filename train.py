@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import tasks
 from arguments import DEFAULT_CONFIG, configure, parse_args
+from my_dataset import fingerprint
 from tasks.settings import deciding_metric
 from train_utils import evaluate, init_distributed_mode, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
@@ -111,6 +112,7 @@ def main(args: argparse.Namespace) -> None:
         ema={n: ExponentialMovingAverage(m, decay) for n, m in networks.items() if decay},
         config=to_dict(cfg),
         num_samples=len(train_set),
+        data=fingerprint(train_set),
         global_batch=global_batch,
         world_size=args.world_size,
     )

@@ -17,6 +17,7 @@ from matting_data import (
     composition_pairs,
     matting_pairs,
 )
+from my_dataset import fingerprint
 from train_utils.errors import UserError
 from train_utils.image_io import read_image, read_mask, read_trimap
 from transforms import MattingEval, MattingTrain, composite, cover, make_trimap, matting_input
@@ -318,6 +319,12 @@ def folders(tmp_path) -> tuple[Path, Path, Path]:
 def settings(folders, **values) -> SimpleNamespace:
     defaults = {"per_foreground": 6, "val_per_foreground": 3, "val_fraction": 0.25, "seed": 0}
     return SimpleNamespace(composed_folders=lambda: folders, **(defaults | values))
+
+
+def test_another_background_makes_other_data(folders):
+    before = fingerprint(CompositionDataset(*folders))
+    write(folders[2] / "6.png", (9, 9), (6,) * 3, "RGB")
+    assert fingerprint(CompositionDataset(*folders)) != before
 
 
 def test_each_foreground_lies_on_several_backgrounds(folders):

@@ -18,6 +18,7 @@ from my_dataset import (
     PairFolderDataset,
     ShapesDataset,
     check_pairs,
+    fingerprint,
     split_pairs,
 )
 from train_utils.errors import UserError
@@ -435,3 +436,19 @@ def test_masks_read_through_a_dataset_keep_every_value(tmp_path):
     Image.fromarray(values).save(tmp_path / "masks" / "a.png")
     _, mask = PairFolderDataset(tmp_path / "images", tmp_path / "masks")[0]
     assert np.array_equal(mask[0], values)
+
+
+def test_a_fingerprint_knows_names_and_order_but_not_places(tmp_path):
+    def make(place, names):
+        for folder in ("images", "masks"):
+            (tmp_path / place / folder).mkdir(parents=True)
+            for name in names:
+                Image.new("L", (4, 4)).save(tmp_path / place / folder / f"{name}.png")
+        return PairFolderDataset(tmp_path / place / "images", tmp_path / place / "masks")
+
+    first, moved, other = make("a", "xyz"), make("b", "xyz"), make("c", "xyw")
+    assert fingerprint(first) == fingerprint(moved) != fingerprint(other)
+    parts = [fingerprint(Subset(first, indices)) for indices in ([0, 1], [1, 0], [0, 2])]
+    assert len({*parts, fingerprint(first)}) == 4
+    scenes = [ShapesDataset(32, 0, 3), ShapesDataset(32, 1, 3), ShapesDataset(32, 0, 3, first=1)]
+    assert len({fingerprint(dataset) for dataset in scenes}) == 3

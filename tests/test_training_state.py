@@ -30,6 +30,7 @@ def make_state(epochs=8, scaler=None, **changes):
         "ema": {},
         "config": config,
         "num_samples": 9,
+        "data": "abc",
         "global_batch": 4,
         "world_size": 1,
     }
@@ -136,3 +137,11 @@ def test_stale_evaluations_are_counted_and_a_smaller_rate_survives_a_restart():
     assert resumed.optimizers["model"].param_groups[0]["lr"] == pytest.approx(0.25)
     assert resumed.note_scores({"loss": 1.0}, "loss", "min")
     assert resumed.stale == 0
+
+
+def test_other_data_of_the_same_number_are_refused():
+    saved = make_state().capture()
+    with pytest.raises(UserError, match="samples of other names"):
+        make_state(data="xyz").restore(saved, "last.pth")
+    del saved["data"]  # a file from before it was kept
+    make_state(data="xyz").restore(saved, "last.pth")

@@ -64,6 +64,7 @@ class TrainingState:
     ema: dict[str, ExponentialMovingAverage]
     config: dict[str, Any]
     num_samples: int
+    data: str  # fingerprint of the training set
     global_batch: int
     world_size: int
     epoch: int = 0
@@ -97,6 +98,7 @@ class TrainingState:
             "stale": self.stale,
             "meters": self.meters,
             "num_samples": self.num_samples,
+            "data": self.data,
             "global_batch": self.global_batch,
             "world_size": self.world_size,
             "args": self.config,
@@ -174,6 +176,11 @@ class TrainingState:
             raise UserError(
                 f"{source}: was trained on {state['num_samples']} samples, now there are "
                 f"{self.num_samples}. Restore the data, or start a new run with --weights."
+            )
+        if state.get("data", self.data) != self.data:  # absent in older files
+            raise UserError(
+                f"{source}: was trained on {self.num_samples} samples of other names, or made of "
+                "other files. Restore the data, or start a new run with --weights."
             )
 
 
