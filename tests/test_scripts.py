@@ -294,6 +294,45 @@ def test_two_processes_on_an_odd_number_of_samples_equal_one(trained, tmp_path):
     assert [r["step"] for r in records(tmp_path / "run")] == [3, 6, 9]
 
 
+def _runs(process):
+    """Whether a process is there and has not ended (ended ones may wait for their new parent)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_processes_end_when_torchrun_is_killed(tmp_path):
+    options = ("-b", 1, *TINY, "--epochs", 500, "--device", "cpu", "--output-dir", "run")
+    launcher = subprocess.Popen(
+        command("train_multi_GPU.py", *options, processes=2),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in launcher.stdout:
+        if "[3/6]" in line:
+            break
+    else:
+        pytest.fail("no step was taken")
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(children) == 2
+    launcher.kill()
+    rest = launcher.stdout.read()  # ends when both have ended
+    launcher.wait()
+    assert "Continue with --resume run" in rest
+    deadline = time.monotonic() + 30
+    while any(map(_runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [child for child in children if _runs(child)] == []
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "SIGTERM")
+    state = weights(tmp_path / "run")
+    assert (status["epoch"], status["step"]) == (state["next_epoch"], state["next_step"])
+
+
 def test_a_file_that_fails_on_another_rank_is_named_in_the_status(tmp_path):
     for folder, mode in (("images", "RGB"), ("masks", "L")):
         (tmp_path / folder).mkdir()

@@ -1,7 +1,10 @@
 """Processes: who am I, how many are we, on which device, and the few collectives in use."""
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -327,6 +330,8 @@ def init_distributed_mode(args: Namespace) -> None:
         _share_cores(local_world)
     if launch is None:
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     try:
@@ -344,6 +349,21 @@ def init_distributed_mode(args: Namespace) -> None:
             "Check that the port is free (--master-port), that all nodes use the same address, and "
             "that the host's name resolves (else export GLOO_SOCKET_IFNAME)."
         ) from error
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when torchrun dies, where the system can.
+
+    Its processes live in sessions of their own: a torchrun that is killed would leave them training
+    on, unseen, and in the way of the next start.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it died just before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _share_cores(local_world_size: int) -> None:
