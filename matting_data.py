@@ -5,7 +5,6 @@ is, it is (image, alpha), uint8 [3 | 1, H, W], and where a trimap comes along, i
 alpha: [2, H, W]. Then the transforms are applied to these parts.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -22,6 +21,7 @@ from my_dataset import (
     check_pairs,
     files_by_stem,
     folder_pairs,
+    name_hash,
     pairs_of,
     read_pair,
     refuse_faulty,
@@ -135,8 +135,7 @@ class CompositionDataset(Dataset):
 
         def rank(path: Path) -> bytes:
             name = path.relative_to(self.folder).with_suffix("").as_posix()
-            key = f"{self.stems[index]}/{name}".encode(errors="surrogateescape")
-            return hashlib.blake2b(key, digest_size=16).digest()
+            return name_hash(f"{self.stems[index]}/{name}")
 
         repeat = index % self.per_foreground
         return sorted(self.backgrounds, key=rank)[repeat % len(self.backgrounds)]

@@ -222,11 +222,7 @@ def split_pairs(
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction}: not a share. Use a value between 0 and 1.")
 
-    def rank(index: int) -> bytes:
-        key = f"{seed}/{dataset.stems[index]}".encode(errors="surrogateescape")
-        return hashlib.blake2b(key, digest_size=16).digest()
-
-    ranked = sorted(range(count), key=rank)
+    ranked = sorted(range(count), key=lambda index: name_hash(f"{seed}/{dataset.stems[index]}"))
     held_out = min(max(round(count * val_fraction), 1), count - 1)
     return sorted(ranked[held_out:]), sorted(ranked[:held_out])
 
@@ -284,8 +280,12 @@ def fingerprint(dataset: Dataset) -> str:
     stems = getattr(whole, "stems", None)
     names = [stems[index] if stems else whole.name(index) for index in indices]
     names += getattr(whole, "ingredients", [])
-    text = "\n".join(names).encode(errors="surrogateescape")
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+    return name_hash("\n".join(names)).hex()
+
+
+def name_hash(text: str) -> bytes:
+    """A hash of file names, also of such that are not UTF-8, the same on every machine."""
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 def read_pair(

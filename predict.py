@@ -196,8 +196,8 @@ def kinds_of(args: argparse.Namespace) -> list[str]:
 def plan(inputs: list[str], output: Path, kinds: list[str], trimap: str | None = None) -> list[Job]:
     """Every input file with its trimap and output paths, decided before anything is written.
 
-    Raises UserError when there is no input at all, when a trimap is missing, and when an output
-    would overwrite an input, another output or a file that predict.py has not written.
+    Raises UserError when there is no input at all, when none has a trimap, and when an output would
+    overwrite an input, another output or a file that predict.py has not written.
     """
     from train_utils.errors import UserError
     from train_utils.image_io import printable

@@ -18,16 +18,16 @@ from matting_data import (
     matting_pairs,
 )
 from src.deep_matting import DeepMatting
-from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
+from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig, PhotoData
 from train_utils.errors import UserError
 from train_utils.foreground import estimate_foreground
 from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
 from train_utils.losses import alpha_prediction_loss, compositional_loss
 from train_utils.matting_metrics import MattingMetrics, finish_alpha
 from train_utils.metrics import ExactMetric
-from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
+from train_utils.normalize import normalize_images
 from train_utils.pretrained import backbone_state
-from train_utils.schedule import make_optimizer, make_schedule
+from train_utils.schedule import make_optimizers
 from train_utils.train_and_eval import Backward, Batch, Models, Sample
 from transforms import MattingEval, MattingTrain, matting_input
 
@@ -36,7 +36,7 @@ PREDICT_FLAGS = {"trimap": True, "cutout": False}
 
 
 @dataclass
-class DataConfig(FolderData):
+class DataConfig(PhotoData):
     """Where images and alphas come from, and how they are prepared."""
 
     sources = (
@@ -59,10 +59,7 @@ class DataConfig(FolderData):
     max_radius: int = 25  # pixels; training trimaps erode and dilate by 1 to max_radius
     eval_radius: int = 10  # validation trimaps that are made do so by this
     eval_size: int | None = None  # longer side in validation and prediction; null: whole
-    hflip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.05)  # …, saturation, hue
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         self._find_ready_images()
@@ -77,12 +74,8 @@ class DataConfig(FolderData):
             raise ValueError("eval_radius: must not be negative")
         if self.eval_size is not None and self.eval_size < 1:
             raise ValueError("eval_size: must be at least 1; null for whole images")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError("hflip: must lie between 0 and 1")
         if min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
             raise ValueError("jitter: three values from 0 to 1, and a hue from 0 to 0.5")
-        if min(self.std) <= 0:
-            raise ValueError("std: every value must be positive")
 
     def _find_ready_images(self) -> None:
         """Take a root with image and alpha (and trimap) in it as the folders of ready images."""
@@ -227,9 +220,7 @@ def initialise(cfg: Config, models: dict[str, nn.Module]) -> None:
 
 
 def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch: int) -> tuple:
-    optimizer = make_optimizer(models["model"], cfg.optim)
-    schedule = make_schedule(optimizer, cfg.optim, steps_per_epoch, cfg.train.epochs)
-    return {"model": optimizer}, {"model": schedule}
+    return make_optimizers(models, {"model": cfg.optim}, steps_per_epoch, cfg.train.epochs)
 
 
 def check_batches(cfg: Config, smallest: int) -> None:

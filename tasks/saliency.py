@@ -14,7 +14,7 @@ import src
 from my_dataset import DUTSDataset, ShapesDataset, check_pairs, folder_pairs
 from src.u2net import from_official, is_official
 from tasks import settings
-from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData
+from tasks.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
 from train_utils.errors import UserError
 from train_utils.metrics import (
     ExactMetric,
@@ -23,8 +23,8 @@ from train_utils.metrics import (
     ToolboxMetrics,
     prediction_at,
 )
-from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
-from train_utils.schedule import make_optimizer, make_schedule
+from train_utils.normalize import normalize_images
+from train_utils.schedule import make_optimizers
 from train_utils.train_and_eval import Sample, pixel_counts, saliency_predict, saliency_step
 from transforms import SaliencyEval, SaliencyTrain, predict_input
 
@@ -33,25 +33,18 @@ PREDICT_FLAGS = {"cutout": False, "overlay": False, "threshold": False}
 
 
 @dataclass
-class DataConfig(FolderData):
+class DataConfig(PhotoData):
     """Where pairs of image and mask come from, and how they are prepared."""
 
     layout = "duts"
 
     name: Literal["shapes", "duts", "folders"] | None = None  # duts: root holds DUTS-TR, DUTS-TE
     crop_size: int | None = None  # random crop in training; null: 0.9 × image_size
-    hflip: float = 0.5
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.crop <= self.image_size:
             raise ValueError("crop_size: must lie between 1 and image_size")
-        if min(self.std) <= 0:
-            raise ValueError("std: every value must be positive")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError("hflip: must lie between 0 and 1")
 
     @property
     def crop(self) -> int:
@@ -142,9 +135,7 @@ def initialise(cfg: Config, models: dict[str, nn.Module]) -> None:
 
 def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch: int) -> tuple:
     """AdamW and the warm-up–cosine schedule, unless the recipe names others."""
-    optimizer = make_optimizer(models["model"], cfg.optim)
-    schedule = make_schedule(optimizer, cfg.optim, steps_per_epoch, cfg.train.epochs)
-    return {"model": optimizer}, {"model": schedule}
+    return make_optimizers(models, {"model": cfg.optim}, steps_per_epoch, cfg.train.epochs)
 
 
 def adopt_weights(state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:

@@ -25,7 +25,7 @@ from my_dataset import (
     split_pairs,
 )
 from segmentation_data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
-from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData
+from tasks.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
 from train_utils.confusion_matrix import ConfusionMatrix
 from train_utils.errors import UserError
 from train_utils.label_maps import LabelReader, MaskScan, scan_masks
@@ -39,9 +39,9 @@ from train_utils.losses import (
     pixel_cross_entropy,
 )
 from train_utils.metrics import ExactMetric
-from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
+from train_utils.normalize import normalize_images
 from train_utils.pretrained import Arch, backbone_state
-from train_utils.schedule import make_optimizer, make_schedule
+from train_utils.schedule import make_optimizers
 from train_utils.train_and_eval import Backward, Batch, Models, Sample
 from transforms import SegmentationEval, SegmentationTrain, restore_logits, segmentation_input
 
@@ -66,7 +66,7 @@ def voc_palette(count: int) -> list[Colour]:
 
 
 @dataclass
-class DataConfig(FolderData):
+class DataConfig(PhotoData):
     """Where pairs of image and mask come from, what the masks mean, and how both are prepared."""
 
     # voc: root holds VOCdevkit; camvid: train, trainannot …; bag: image, mask; null: what root is
@@ -85,10 +85,7 @@ class DataConfig(FolderData):
     fit: Literal["letterbox", "stretch"] = "letterbox"
     scale: tuple[float, float] = (0.25, 2.0)  # training: random size relative to the square
     aspect: float = 0.3  # training: random change of the aspect ratio, by up to this share
-    hflip: float = 0.5
     hsv: tuple[float, float, float] = (0.1, 0.7, 0.3)  # training: random hue, saturation, value
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,12 +134,8 @@ class DataConfig(FolderData):
             raise ValueError("scale: must be two positive numbers, the smaller one first")
         if not 0 <= self.aspect < 1:
             raise ValueError("aspect: must be at least 0 and below 1")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError("hflip: must lie between 0 and 1")
         if not all(0 <= limit <= 1 for limit in self.hsv):
             raise ValueError("hsv: every value must lie between 0 and 1")
-        if min(self.std) <= 0:
-            raise ValueError("std: every value must be positive")
 
     @property
     def num_classes(self) -> int:
@@ -371,9 +364,7 @@ def initialise(cfg: Config, models: dict[str, nn.Module]) -> None:
 
 def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch: int) -> tuple:
     """Optimizer and schedule of the recipe, by network."""
-    optimizer = make_optimizer(models["model"], cfg.optim)
-    schedule = make_schedule(optimizer, cfg.optim, steps_per_epoch, cfg.train.epochs)
-    return {"model": optimizer}, {"model": schedule}
+    return make_optimizers(models, {"model": cfg.optim}, steps_per_epoch, cfg.train.epochs)
 
 
 def check_batches(cfg: Config, smallest: int) -> None:
@@ -472,7 +463,7 @@ def _normalize(cfg: Config) -> Callable[[Tensor], Tensor]:
 # -- prediction of files --------------------------------------------------------------------------
 
 
-def network_input(cfg: Config, image: Tensor, trimap: Tensor | None = None) -> Tensor:
+def network_input(cfg: Config, image: Tensor) -> Tensor:
     """What evaluation would feed of this image, uint8 [3, S, S]."""
     return segmentation_input(image, cfg.data.image_size, cfg.data.fit).as_subclass(Tensor)
 
@@ -483,7 +474,6 @@ def render(
     prediction: Tensor,
     kinds: Sequence[str],
     threshold: float | None = None,
-    trimap: Tensor | None = None,
 ) -> dict[str, Image.Image]:
     """Pictures to write, at the image's own size.
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from train_utils.errors import UserError
+from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 # Validation scenes of the embedded data are drawn from here on, training scenes from 0.
 FIRST_VAL_SCENE = 1_000_000
@@ -29,12 +30,14 @@ class FolderData:
     val_size: int = 80
     seed: int = 0  # of the embedded scenes and of the split
     image_size: int = 320  # side of the square that the network is trained on
+    hflip: float = 0.5  # training: how often an image is mirrored
 
     def __post_init__(self) -> None:
         for name in ("train_size", "val_size", "image_size"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
         _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         _require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
+        _require(0 <= self.hflip <= 1, "hflip", "must lie between 0 and 1")
         self.name = self.name or ("folders" if self.images else self._layout_of_root())
         folders = self.name == "folders"
         if (folders or self.masks) and not (self.images and self.masks):
@@ -46,6 +49,18 @@ class FolderData:
 
     def _layout_of_root(self) -> str:
         return self.layout if self.root else "shapes"
+
+
+@dataclass
+class PhotoData(FolderData):
+    """Photographs, which networks see normalised by mean and standard deviation of [0, 1]."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(min(self.std) > 0, "std", "every value must be positive")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from train_utils.errors import UserError
 from train_utils.losses import l1_term, least_squares_gan
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
-from train_utils.schedule import make_optimizer, make_schedule
+from train_utils.schedule import make_optimizers
 from train_utils.train_and_eval import Backward, Batch, Models, Sample
 from train_utils.translation_metrics import TranslationMetrics, codes_of, translated
 from transforms import TranslationEval, TranslationTrain, predict_input
@@ -43,14 +43,11 @@ class DataConfig(FolderData):
     image_size: int = 256
     direction: Literal["AtoB", "BtoA"] = "AtoB"
     load_size: int | None = None  # resized to it before the random crop; null: image_size × 286/256
-    hflip: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loaded < self.image_size:
             raise ValueError("load_size: must not be smaller than image_size")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError("hflip: must lie between 0 and 1")
 
     @property
     def loaded(self) -> int:
@@ -192,12 +189,7 @@ def initialise(cfg: Config, models: dict[str, nn.Module]) -> None:
 def build_optimizers(cfg: Config, models: dict[str, nn.Module], steps_per_epoch: int) -> tuple:
     """Optimizers and schedules by network, of `optim` and of `optim_d`."""
     sections = {"generator": cfg.optim, "discriminator": cfg.optim_d}
-    optimizers = {name: make_optimizer(models[name], optim) for name, optim in sections.items()}
-    schedules = {
-        name: make_schedule(optimizers[name], optim, steps_per_epoch, cfg.train.epochs)
-        for name, optim in sections.items()
-    }
-    return optimizers, schedules
+    return make_optimizers(models, sections, steps_per_epoch, cfg.train.epochs)
 
 
 def check_batches(cfg: Config, smallest: int) -> None:
@@ -287,7 +279,7 @@ def _generate(models: Models, images: Tensor) -> Tensor:
 # -- prediction of files --------------------------------------------------------------------------
 
 
-def network_input(cfg: Config, image: Tensor, trimap: Tensor | None = None) -> Tensor:
+def network_input(cfg: Config, image: Tensor) -> Tensor:
     """What evaluation would feed of this image, uint8 [3, S, S]."""
     return predict_input(image, cfg.data.image_size).as_subclass(Tensor)
 
