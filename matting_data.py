@@ -31,6 +31,7 @@ from my_dataset import (
 from train_utils.data import collate
 from train_utils.errors import UserError
 from train_utils.image_io import (
+    MAX_PIXELS,
     image_size,
     list_images,
     printable,
@@ -76,12 +77,12 @@ class CompositionDataset(Dataset):
     cut to the foreground's size (see `transforms.cover`). In training, it and the place of the cut
     are drawn from torch's generator; otherwise names alone decide on it, and the middle is cut.
 
-    `foregrounds` has each pair once; `pairs` and `stems` repeat as the items do. `ingredients` are
-    the names of the backgrounds.
+    `foregrounds` has each pair once; `pairs` and `stems` repeat as the items do.
     Raises UserError as `PairFolderDataset` does, and for a folder without backgrounds.
     """
 
     collate_fn = staticmethod(collate)
+    read_first, read_target = staticmethod(read_foreground), staticmethod(read_mask)
 
     def __init__(
         self,
@@ -98,14 +99,18 @@ class CompositionDataset(Dataset):
         self.stems = [stem for stem in folders.stems for _ in range(per_foreground)]
         self.folder = Path(backgrounds)
         self.backgrounds = list_images(self.folder, recursive=True)
-        self.ingredients = [path.relative_to(self.folder).as_posix() for path in self.backgrounds]
         self.transforms, self.train = transforms, train
+
+    @property
+    def ingredients(self) -> list[str]:
+        """The names of the backgrounds."""
+        return [path.relative_to(self.folder).as_posix() for path in self.backgrounds]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        foreground, alpha = read_pair(self.pairs[index], read_foreground, read_mask)
+        foreground, alpha = read_pair(self.pairs[index], self.read_first, self.read_target)
         if self.train:
             choice = self.backgrounds[int(torch.randint(len(self.backgrounds), ()))]
             place = torch.rand(2).tolist()
@@ -210,6 +215,20 @@ def check_matting_files(dataset: Dataset) -> None:
     check_pairs(dataset)
     whole = dataset.dataset if isinstance(dataset, Subset) else dataset
     if isinstance(whole, CompositionDataset):
-        refuse_faulty(whole.backgrounds, image_size)
+        sizes = [image_size(path) for path in {path for path, _ in pairs_of(dataset)}]
+        widest, highest = (max(sides) for sides in zip(*sizes, strict=True))
+        refuse_faulty(whole.backgrounds, lambda path: _require_cover(path, widest, highest))
     elif isinstance(getattr(whole, "read_target", None), TrimapReader):
         refuse_faulty([alpha for _, alpha in pairs_of(dataset)], whole.read_target)
+
+
+def _require_cover(path: Path, widest: int, highest: int) -> None:
+    """Raise a UserError for a background so narrow that, enlarged to cover, it fills the memory."""
+    width, height = image_size(path)
+    scale = max(widest / width, highest / height)
+    if scale > 1 and scale * width * scale * height > MAX_PIXELS:
+        raise UserError(
+            f"{printable(path)}: {width}×{height} pixels, which would be enlarged {scale:.0f} "
+            f"times to cover the foregrounds (up to {widest}×{highest}): more than {MAX_PIXELS:,} "
+            "pixels. Take it out of the backgrounds, or cut it to a less narrow shape."
+        )

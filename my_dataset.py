@@ -10,7 +10,7 @@ What one task alone needs lies in `segmentation_data`, `matting_data` and `trans
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -22,8 +22,17 @@ from torchvision import tv_tensors
 
 import shapes
 from train_utils.data import collate
+from train_utils.distributed_utils import call_on_main
 from train_utils.errors import UserError
-from train_utils.image_io import image_size, list_images, printable, read_image, read_mask
+from train_utils.image_io import (
+    image_size,
+    is_damaged,
+    list_images,
+    printable,
+    read_image,
+    read_mask,
+)
+from train_utils.log import get_logger
 
 JointTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Pair = tuple[Path, Path]
@@ -49,6 +58,7 @@ class PairDataset(Dataset):
     """
 
     collate_fn = staticmethod(collate)
+    read_first = staticmethod(read_image)
 
     def __init__(
         self,
@@ -64,7 +74,7 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, target = read_pair(self.pairs[index], read_image, self.read_target)
+        image, target = read_pair(self.pairs[index], self.read_first, self.read_target)
         return _transformed(image, target, self.transforms)
 
     def name(self, index: int) -> str:
@@ -240,6 +250,13 @@ def refuse_faulty(items: Iterable[Item], check: Callable[[Item], object]) -> Non
 
     Checks on several threads, and every item once, however often it comes.
     """
+    problems = find_faulty(items, check)
+    if problems:
+        raise UserError(listed(list(problems.values())))
+
+
+def find_faulty(items: Iterable[Item], check: Callable[[Item], object]) -> dict[Item, str]:
+    """The items for which `check(item)` raises a UserError, each with its message."""
 
     def problem(item: Item) -> str | None:
         try:
@@ -248,10 +265,10 @@ def refuse_faulty(items: Iterable[Item], check: Callable[[Item], object]) -> Non
             return str(error)
         return None
 
+    distinct = list(dict.fromkeys(items))
     with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-        problems = [text for text in pool.map(problem, dict.fromkeys(items)) if text]
-    if problems:
-        raise UserError(listed(problems))
+        found = zip(distinct, pool.map(problem, distinct), strict=True)
+        return {item: text for item, text in found if text}
 
 
 def check_pair(pair: Pair) -> None:
@@ -266,6 +283,67 @@ def pairs_of(dataset: Dataset) -> Sequence[Pair]:
         pairs = pairs_of(dataset.dataset)
         return [pairs[index] for index in dataset.indices] if pairs else []
     return dataset.pairs
+
+
+def readable(data: Any, *datasets: Dataset) -> list[Dataset]:
+    """Datasets whose files have all been decoded, if `data` (a `FolderData`) asks for it.
+
+    Rank 0 reads every file as the datasets do. With `data.skip_unreadable`, the pairs that have a
+    damaged file are left out on all ranks, listed in the log, and replaced by nothing. To be called
+    on every rank. Raises one UserError that lists the files which cannot be read and are not left
+    out, and UserErrors if nothing is left.
+    """
+    if not (data.verify or data.skip_unreadable):
+        return list(datasets)
+    damaged = call_on_main(lambda: _find_damaged(datasets, data.skip_unreadable))
+    return [leave_out(dataset, damaged) for dataset in datasets]
+
+
+def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
+    """The damaged files behind datasets; all others that cannot be read are refused."""
+    readers = {path: read for dataset in datasets for path, read in _readers(dataset).items()}
+    problems = find_faulty(readers, lambda path: readers[path](path))
+    damaged = {path: text for path, text in problems.items() if skip and is_damaged(path)}
+    refused = [text for path, text in problems.items() if path not in damaged]
+    if refused:
+        raise UserError(f"{len(refused)} of {len(readers)} files cannot be used: {listed(refused)}")
+    lines = [f"decoded all {len(readers)} files of the data"]
+    if damaged:
+        lines[0] += f"; {len(damaged)} are damaged, and what they belong to is left out:"
+    get_logger().info("\n  ".join([*lines, *damaged.values()]))
+    return list(damaged)
+
+
+def _readers(dataset: Dataset) -> dict[Path, Callable[[Path], object]]:
+    """Every file behind a dataset, with what reads it there."""
+    whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
+    readers: dict[Path, Callable[[Path], object]] = {}
+    for first, target in pairs_of(dataset):
+        readers |= {first: whole.read_first, target: whole.read_target}
+    return readers | dict.fromkeys(getattr(whole, "backgrounds", []), read_image)
+
+
+def leave_out(dataset: Dataset, files: Collection[Path]) -> Dataset:
+    """A dataset without the pairs, and in place without the backgrounds, that are among `files`.
+
+    Raises UserError if nothing is left.
+    """
+    if not files:
+        return dataset
+    gone = set(files)
+    whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
+    indices = dataset.indices if isinstance(dataset, Subset) else range(len(whole))
+    kept = [index for index in indices if gone.isdisjoint(whole.pairs[index])]
+    backgrounds = [path for path in getattr(whole, "backgrounds", []) if path not in gone]
+    if not kept or (hasattr(whole, "backgrounds") and not backgrounds):
+        raise UserError(
+            f"{printable(whole.pairs[0][0].parent)}: nothing is left of the {len(indices)} "
+            f"pairs to train or to validate with, or of their backgrounds, without damaged files "
+            f"such as {printable(next(iter(files)))}. Replace them by intact copies."
+        )
+    if backgrounds:
+        whole.backgrounds = backgrounds
+    return Subset(whole, kept) if len(kept) < len(indices) else dataset
 
 
 def fingerprint(dataset: Dataset) -> str:

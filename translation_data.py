@@ -37,7 +37,8 @@ class SideBySideDataset(PairDataset):
 
     def __init__(self, folder: str | PathLike[str], transforms: JointTransform | None = None):
         files = files_by_stem(Path(folder))
-        super().__init__([(file, file) for file in files.values()], list(files), transforms)
+        pairs = [(file, file) for file in files.values()]
+        super().__init__(pairs, list(files), transforms, read_image)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         halves = read_halves(self.pairs[index][0])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import tasks
-from my_dataset import PairFolderDataset, check_pairs
+from my_dataset import PairFolderDataset, check_pairs, readable
 from train_utils import evaluate, init_distributed_mode
 from train_utils.config import merge, parse_assignments
 from train_utils.data import eval_loader
@@ -92,7 +92,7 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     if args.toolbox and not hasattr(task, "make_toolbox_metrics"):
         raise UserError(f"--toolbox: scores saliency maps, and {weights} is of another task.")
     models = place_models(models, device, sync_bn=False)
-    dataset = task.build_val_dataset(cfg, all_pairs=bool(args.images))
+    (dataset,) = readable(cfg.data, task.build_val_dataset(cfg, all_pairs=bool(args.images)))
     workers = worker_count(args.workers, device, args.local_world_size)
     call_on_main(lambda: task.prepare_data(cfg, None, dataset, workers))
     loader = eval_loader(dataset, args.batch_size, workers, device, args.rank, args.world_size)

@@ -26,6 +26,8 @@ class FolderData:
     val_images: str | None = None  # null: a share of `images` is held out by the seed
     val_masks: str | None = None
     val_fraction: float = 0.1
+    verify: bool = False  # decode every file before the first step, not only its header …
+    skip_unreadable: bool = False  # … and train without the pairs that have a damaged file
     train_size: int = 400  # embedded scenes
     val_size: int = 80
     seed: int = 0  # of the embedded scenes and of the split
@@ -113,6 +115,8 @@ class TrainConfig:
     sample_interval: int = 0  # steps between sheets of predictions written as PNG (0: none)
     plateau_factor: float = 1.0  # × learning rates whenever the deciding metric did not improve …
     plateau_patience: int = 2  # … for so many evaluations
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is NaN or Inf
+    hang_timeout: float = 300  # seconds without a move before a hanging process ends all (0: never)
     early_stop: int = 0  # end after so many evaluations without a better one (0: never)
     weights: str | None = None  # start from these weights
 
@@ -120,6 +124,7 @@ class TrainConfig:
         positive = ("epochs", "batch_size", "accumulate", "print_freq", "eval_interval")
         for name in (*positive, "plateau_patience"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
+        _require(self.hang_timeout >= 0, "hang_timeout", "must not be negative")
         _require(0 < self.plateau_factor <= 1, "plateau_factor", "must lie between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):

@@ -157,9 +157,67 @@ def test_nested_aliases_cannot_blow_up_an_error(tmp_path):
     )
 
 
+def test_nested_merges_keep_each_key_once(tmp_path):
+    lines = ["l0: &l0 {a: 1, b: 2}"]
+    lines += [
+        f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 1}'] * 10)}], k{i}: {i}, a: {i}}}"
+        for i in range(1, 12)  # 10^11 pairs, were they all kept
+    ]
+    values = cfg.load_yaml(write(tmp_path, "\n".join(lines)))
+    assert values["l11"] == {"a": 11, "b": 2, **{f"k{i}": i for i in range(1, 12)}}
+    first = cfg.load_yaml(write(tmp_path, "x: {<<: [{a: 1}, {a: 2, b: 2}], b: 3}"))
+    assert first["x"] == {"a": 1, "b": 3}  # of a list the first counts, and own keys before all
+
+
+@pytest.mark.parametrize("text", ["task: &t {x: *t}", "optim: &o {lr: *o}", "optim: &o {<<: *o}"])
+def test_aliases_of_themselves_end(tmp_path, text):
+    try:
+        assert from_text(tmp_path, text) == Config()  # what is merged with itself stays empty
+    except UserError as error:
+        assert "expected" in str(error)
+
+
+def test_files_too_large_for_a_recipe_are_refused_unparsed(tmp_path):
+    message = refusal(cfg.load_yaml, write(tmp_path, "a: [" + "1," * 200_000 + "]"))
+    assert message.endswith("larger than 262,144 bytes. Name a recipe, a YAML file.")
+    if Path("/dev/zero").exists():
+        assert "/dev/zero: larger than" in refusal(cfg.load_yaml, "/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "task: Größe\nepochs: 3\n".encode("utf-8-sig"),
+        "task: Größe\nepochs: 3\n".encode("utf-16"),
+        "task: Größe\r\nepochs: 3\r\n".encode(),
+        "task: Größe\repochs: 3\r".encode(),
+        "task: Größe\nepochs: 3".encode(),
+    ],
+    ids=["BOM", "UTF-16", "CRLF", "CR", "no newline at the end"],
+)
+def test_editors_of_all_kinds_may_write_a_recipe(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    assert cfg.load_yaml(path) == {"task": "Größe", "epochs": 3}
+
+
+@pytest.mark.parametrize("number", ["1" * 5000, "0x" + "f" * 5000, "-" + "1" * 1001])
+def test_numbers_that_python_cannot_print_are_refused(tmp_path, number):
+    message = refusal(cfg.load_yaml, write(tmp_path, f"a: 1\nepochs: {number}"))
+    assert f"line 2: a number of {len(number)} digits" in message and len(message) < 300
+
+
+@pytest.mark.parametrize("escape", [r"\0", r"\ud800"])
+def test_text_that_no_file_can_have_is_refused(tmp_path, escape):
+    message = refusal(from_text, tmp_path, f'data: {{root: "a{escape}b"}}')
+    assert message.startswith("recipe.yaml: data.root: holds the character '\\")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "shown"),
     [
+        ("a: 0b_", 1, "0b_"),
+        ("a: 0x_", 1, "0x_"),
         ("a: 010", 1, "010"),
         ("b: 1\na: 1:30", 2, "1:30"),
         ("a: [1, -012]", 1, "-012"),

@@ -2,10 +2,13 @@
 
 import io
 import os
+import signal
 import struct
+import subprocess
 import sys
 import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +24,16 @@ from train_utils.errors import UserError
 from train_utils.image_io import (
     MAX_PIXELS,
     image_size,
+    is_damaged,
     list_images,
     printable,
+    read_foreground,
     read_image,
+    read_label_file,
     read_mask,
+    read_trimap,
     save_image,
+    saved_here,
 )
 
 RED, GREEN, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 0)
@@ -44,6 +52,19 @@ def png(path: Path, image: Image.Image, **options) -> Path:
 
 def grey(values, dtype=np.uint8) -> Image.Image:
     return Image.fromarray(np.array(values, dtype=dtype))
+
+
+def png_of(path: Path, bits: int, colour_type: int, row: bytes, width: int, key=b"") -> Path:
+    """A PNG of one row as it is given, in kinds that Pillow cannot write; `key`: transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour_type, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + (chunk(b"tRNS", key) if key else b"") + pixels)
+    return path
 
 
 def palette_image(indices, colours) -> Image.Image:
@@ -120,6 +141,47 @@ def test_16_bits_are_scaled_over_the_whole_range(tmp_path, kind):
     assert all(np.array_equal(channel.numpy(), expected) for channel in image)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("highest", [2, 20, 255])
+def test_16_bits_of_values_up_to_255_are_refused(tmp_path, suffix, highest):
+    # Masks that a tool has widened without scaling: read by the rule they would be all black.
+    path = tmp_path / f"a.{suffix}"
+    grey([[0, 1], [2, highest]], np.uint16).save(path)
+    for read in (read_image, read_mask):
+        with pytest.raises(UserError, match=rf"exceeds {highest} of 65535.* black\. Save it with"):
+            read(path)
+    assert read_label_file(path).tolist() == [[0, 1], [2, highest]]  # class indices are not scaled
+    grey([[0, 1], [2, 256]], np.uint16).save(path)
+    assert rows(read_mask(path)) == [[0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bit_colours_are_cut_to_8_but_not_to_nothing(tmp_path, colour_type, channels):
+    def save(colour, alpha):
+        values = [colour] * (channels - 1 + channels % 2) + [alpha] * (1 - channels % 2)
+        row = struct.pack(f">{channels}H", *values)
+        return png_of(tmp_path / "a.png", 16, colour_type, row, 1)
+
+    assert rows(read_image(save(200 * 256 + 255, 65535))) == [[(200,) * 3]]
+    for read in (read_image, read_foreground, read_mask, read_trimap, read_label_file):
+        with pytest.raises(UserError, match=r"a\.png: 16-bit colours of which none exceeds 255"):
+            read(save(255, 65535))
+
+
+def test_16_bit_planes_of_a_tiff_are_refused(tmp_path):
+    chunky = encode(Image.new("RGB", (2, 1), RED), "TIFF")
+    path = tmp_path / "a.tif"
+    planes = struct.pack("<HHII", 284, 3, 1, 2)
+    assert chunky.count(struct.pack("<HHII", 284, 3, 1, 1)) == 1
+    bits = struct.pack("<HHH", 8, 8, 8)
+    assert chunky.count(bits) == 1
+    planar = chunky.replace(struct.pack("<HHII", 284, 3, 1, 1), planes)
+    path.write_bytes(planar.replace(bits, struct.pack("<HHH", 16, 16, 16)))
+    for read in (read_image, read_mask, read_label_file, image_size):
+        with pytest.raises(UserError, match=r"a\.tif: planes of 16 bits are not supported"):
+            read(path)
+
+
 def test_palette_image_takes_its_colours_and_its_transparency(tmp_path):
     image = palette_image([[0, 1, 2]], [RED, GREEN, (10, 20, 30)])
     assert rows(read_image(png(tmp_path / "a.png", image))) == [[RED, GREEN, (10, 20, 30)]]
@@ -194,6 +256,25 @@ def test_transparent_colour_key(tmp_path):
     wide = png(tmp_path / "b.png", grey([[257, 51400]], np.uint16), transparency=51400)
     assert rows(read_image(wide)) == [[(1, 1, 1), WHITE]]
     assert rows(read_mask(wide)) == [[1, 0]]
+
+
+@pytest.mark.parametrize(("bits", "key", "row"), [(2, 1, b"\x1b"), (4, 1, b"\x01\x23")])
+def test_the_transparent_grey_of_a_few_bits(tmp_path, bits, key, row):
+    # Pixels 0, 1, 2, 3; Pillow spreads them over 8 bits, but not the key.
+    path = png_of(tmp_path / "a.png", bits, 0, row, 4, struct.pack(">H", key))
+    step = {2: 85, 4: 17}[bits]
+    assert rows(read_mask(path)) == [[0, 0, 2 * step, 3 * step]]
+    assert [pixel[0] for pixel in rows(read_image(path))[0]] == [0, 255, 2 * step, 3 * step]
+    with pytest.raises(UserError, match="may not be transparent"):
+        read_trimap(path)
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    row, key = struct.pack(">6H", 300, 0, 0, 0, 300, 0), struct.pack(">3H", 300, 0, 0)
+    path = png_of(tmp_path / "a.png", 16, 2, row, 2, key)
+    for read in (read_image, read_mask, read_label_file, image_size):
+        with pytest.raises(UserError, match=r"a\.png: a transparent colour of 16 bits"):
+            read(path)
 
 
 def test_cmyk(tmp_path):
@@ -419,6 +500,105 @@ def test_unreadable_files_are_named_with_cause_and_fix(tmp_path):
                 read(tmp_path / name)
 
 
+class Hanging(BaseException):
+    """Raised in what takes too long; readers catch every `Exception`."""
+
+
+@contextmanager
+def within(seconds: int):
+    def stop(*_):
+        raise Hanging
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_devices_are_refused_unopened(tmp_path):
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    readers = (read_image, read_foreground, read_mask, read_trimap, read_label_file, image_size)
+    with within(10):
+        assert list_images(tmp_path) == [pipe]
+        for read in readers:
+            for path in (pipe, "/dev/zero"):
+                with pytest.raises(UserError, match=rf"{path}: a pipe or a device\. Save"):
+                    read(path)
+        assert not saved_here(pipe)
+
+
+def test_what_is_damaged_and_what_is_not(tmp_path):
+    good = png(tmp_path / "good.png", grey([[1, 2]]))
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:-20])
+    (tmp_path / "huge.png").write_bytes(png_of_zeros(20000, 10))
+    grey([[0.5]], np.float32).save(tmp_path / "float.tif")
+    for name in ("empty.png", "text.png", "cut.png"):
+        assert is_damaged(tmp_path / name), name
+    for name in ("good.png", "float.tif", "missing.png", "."):
+        assert not is_damaged(tmp_path / name), name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_io, "MAX_PIXELS", 10_000)
+        assert not is_damaged(tmp_path / "huge.png")
+
+
+UNDER_A_LIMIT = """
+import os, resource, sys, warnings
+from pathlib import Path
+from train_utils import image_io
+from train_utils.config import load_yaml
+from train_utils.errors import UserError
+
+warnings.simplefilter("ignore")
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 50 * 2**20,) * 2)
+readers = [getattr(image_io, name) for name in sys.argv[1].split(",")]
+for path in sorted(Path(".").iterdir()):
+    for read in [load_yaml] if path.suffix == ".yaml" else readers:
+        try:
+            print(read.__name__, "nothing" if read(path) is None else "read")
+        except UserError as error:
+            print(image_io.printable(str(error)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by Linux' means")
+def test_memory_stays_bounded_and_a_plain_c_locale_is_enough(tmp_path):
+    """Bombs of all kinds, and names of all kinds, in one process of 50 MiB more than it starts."""
+    (tmp_path / "bomb.png").write_bytes(png_of_zeros(20000, 20000))
+    (tmp_path / "fits.png").write_bytes(png_of_zeros(8000, 5000))  # 40 MB, 120 MB as RGB
+    png(tmp_path / "größe 画.png", grey([[9]]))
+    png(tmp_path / os.fsdecode(b"caf\xe9.png"), grey([[9]]))
+    layers = ["l0: &l0 {a: 1}"]
+    layers += [f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 1}'] * 10)}]}}" for i in range(1, 12)]
+    (tmp_path / "layers.yaml").write_text("\n".join(layers))
+    readers = "read_image,read_foreground,read_mask,read_trimap,read_label_file"
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment |= {"PYTHONIOENCODING": "ascii:backslashreplace", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, readers],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert sum(line.startswith("bomb.png: has far more than 100,000,000") for line in lines) == 5
+    assert sum(line.startswith("fits.png: too little memory") for line in lines) == 5
+    assert lines.count("read_image read") == lines.count("read_label_file read") == 2
+    assert "load_yaml read" in lines
+
+
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
 def test_truncated_files_are_refused(tmp_path, file_format, kept):
@@ -606,6 +786,17 @@ def test_save_image_is_lossless_and_makes_folders(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_was_saved_here(tmp_path):
+    save_image(grey([[1]]), tmp_path / "a.png")
+    assert saved_here(tmp_path / "a.png")
+    (tmp_path / "bomb.png").write_bytes(png_of_zeros(20000, 20000))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:30])
+    png(tmp_path / "other.png", grey([[1]]))
+    for name in ("bomb.png", "cut.png", "other.png", "missing.png"):
+        assert not saved_here(tmp_path / name), name
 
 
 def test_save_image_takes_the_longest_name(tmp_path):

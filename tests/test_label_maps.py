@@ -95,6 +95,17 @@ def test_label_files_that_hold_no_labels(tmp_path):
         read_label_file(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_tiffs_in_which_0_is_white_hold_no_labels(tmp_path, mode):
+    path = tmp_path / "a.tif"
+    Image.new(mode, (8, 2)).save(path)
+    content, black_is_0 = path.read_bytes(), struct.pack("<HHII", 262, 3, 1, 1)
+    assert content.count(black_is_0) == 1
+    path.write_bytes(content.replace(black_is_0, struct.pack("<HHII", 262, 3, 1, 0)))
+    with pytest.raises(UserError, match=r"a\.tif: a TIFF in which 0 is white"):
+        read_label_file(path)
+
+
 def test_label_files_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6  # to be turned clockwise

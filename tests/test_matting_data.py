@@ -420,6 +420,20 @@ def test_an_alpha_of_another_size_is_named(folders):
     assert str(caught.value).count("c.png: 8×6") == 1  # not once for each composite
 
 
+def test_backgrounds_too_narrow_to_cover_are_refused(folders):
+    # 1 pixel high, on a foreground of 3000: enlarged to 3000 × 15,000,000 pixels.
+    foregrounds, alphas, backgrounds = folders
+    Image.new("RGB", (5, 3000)).save(foregrounds / "tall.png")
+    Image.new("L", (5, 3000)).save(alphas / "tall.png")
+    Image.new("RGB", (5000, 1)).save(backgrounds / "line.png")
+    dataset = CompositionDataset(foregrounds, alphas, backgrounds)
+    with pytest.raises(UserError, match=r"line\.png: 5000×1 pixels, .* enlarged 3000 times"):
+        check_matting_files(dataset)
+    (backgrounds / "line.png").unlink()
+    check_matting_files(dataset := CompositionDataset(foregrounds, alphas, backgrounds))
+    assert dataset[0][2].shape == dataset[0][0].shape
+
+
 def test_damaged_backgrounds_are_found_at_once(folders):
     check_matting_files(CompositionDataset(*folders))
     for value in (2, 4):

@@ -31,7 +31,12 @@ _TAG = "tag:yaml.org,2002:"
 # text: 1e-3 (no point), 1.0e5 (no sign in the exponent), -.5 (a sign, but no whole part).
 _NUMBER = re.compile(r"([-+]?)(?=\.?\d)(\d*)\.?(\d*)(?:[eE]([-+]?)(\d+))?\Z", re.ASCII)
 # What YAML 1.1 reads otherwise than people do: 010 is 8, 1:30 is 90, 2024-01-31 is no text.
-_TRAP = re.compile(r"[-+]?0[0-9_]|.*:|\d{4}-")
+_TRAP = re.compile(r"[-+]?0([0-9_]|[bx]_*\Z)|.*:|\d{4}-")
+_MAX_DIGITS = 1000  # Python itself refuses to print numbers of some thousands
+_MAX_BYTES = 2**18  # a recipe has a few thousand; text of megabytes takes minutes to parse
+# What no file system takes, and of which only escapes in quotes can make text: NUL, and halves of
+# UTF-16 pairs. (U+DC80 to U+DCFF stand for the bytes of names that are not UTF-8.)
+_UNUSABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 _TRAP_TAGS = (_TAG + "int", _TAG + "float", _TAG + "timestamp")
 _SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 # YAML reads these words as booleans; a Literal field that offers one of them means the word.
@@ -45,7 +50,10 @@ _short.maxstring = _short.maxother = 80
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also refuses tags, duplicate keys, keys that are not text, and traps."""
+    """SafeLoader that also refuses tags, duplicate keys, keys that are not text, and traps.
+
+    Aliases cannot blow it up: they share what they stand for, and so do merged (``<<``) sections.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -58,7 +66,15 @@ class _Loader(yaml.SafeLoader):
         elif node.tag in _TRAP_TAGS and _TRAP.match(node.value):
             fix = "Put it in quotes if it is text, else write a plain decimal number."
             raise ValueError(f"{line}: YAML 1.1 does not read {node.value} as it looks. {fix}")
+        elif node.tag == _TAG + "int" and len(node.value) > _MAX_DIGITS:
+            fix = "Put it in quotes if it is text."
+            raise ValueError(f"{line}: a number of {len(node.value)} digits. {fix}")
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge as YAML does, but keep each key once: ten merges of ten merges of … are no more."""
+        super().flatten_mapping(node)
+        node.value = list({key.value: (key, value) for key, value in node.value}.values())
 
 
 class _CommandLineLoader(_Loader):
@@ -100,15 +116,19 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of sections, lists, numbers and text; an empty file gives ``{}``.
 
     Raises UserError, with the line, for tags (``!!python/...``), duplicate keys and bad syntax,
-    and for a missing file with the names of those that are there.
+    for files that are too large for a recipe, and for a missing file with the names of those that
+    are there.
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. {_suggest_file(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Name a readable YAML file.") from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: larger than {_MAX_BYTES:,} bytes. Name a recipe, a YAML file.")
     values = _parse(content, _Loader, str(path))
     if values is not None and not isinstance(values, dict):
         got = _short.repr(values)
@@ -221,6 +241,8 @@ def _convert(hint: Any, value: Any, key: str, known: list[str]) -> Any:
         return _number(hint, value, key)
     if hint not in (str, bool):
         raise TypeError(f"{key}: the annotation {hint} is not supported")
+    if isinstance(value, str) and (unusable := _UNUSABLE.search(value)):
+        raise ValueError(f"{key}: holds the character {unusable[0]!a}, which no file has. Drop it.")
     if isinstance(value, hint):
         return value
     fix = "Write true or false." if hint is bool else ""

@@ -14,6 +14,7 @@
 |                         |                                  | other indices are 255             |
 | alpha, transparent key  | composited over white            | composited over black             |
 | 0 and 1 only, lossless  | as stored                        | a 0/1 mask: multiplied by 255     |
+| 16 bits, 2…255 at most  | refused: it would be black       | refused: it would be black        |
 | grey, 12 or 32 bits     | refused                          | refused                           |
 | float                   | refused                          | refused                           |
 
@@ -21,23 +22,33 @@
 any transparency, any colour and any fourth level are refused.
 
 An EXIF tag counts where it stands before the pixels (as in every JPEG); one that cannot be parsed
-counts as absent. PNG checksums are verified; JPEG and WebP have none, so damage that their decoders
-conceal cannot be seen. Every error is a `UserError` that names the file, the cause and the fix.
+counts as absent. PNG checksums are verified: a damaged PNG gives its own pixels or none. The other
+formats have none, so damage that their decoders conceal, as in the middle of a JPEG or of a plain
+TIFF, cannot be seen; nor can rows that the writer of a PNG has left out. Pipes and devices are
+refused unopened. Every error is a `UserError` that names the file, the cause and the fix.
 """
 
 import os
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from PIL.PngImagePlugin import PngInfo
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    TiffImageFile,
+)
 from torchvision import tv_tensors
 
 from train_utils.errors import UserError
@@ -57,6 +68,7 @@ _SOFTWARE = "pixtrain"
 _REPLACE = "Replace the file by an intact copy, or remove it."
 _MAKE_SMALLER = "Scale it down or cut it into tiles."
 _SAVE_AS_PNG = "Scale its values and save it as a PNG of 8 or 16 bits."
+_SAVE_8_BITS = "Save it with 8 bits."
 _SAVE_LABELS = "Save it as a grey or palette PNG of class indices."
 
 _TRANSPOSE = {
@@ -70,8 +82,23 @@ _TRANSPOSE = {
 }
 
 PathLike = str | os.PathLike[str]
+Pixels = TypeVar("Pixels")
 
 
+def _within_memory(read: Callable[[PathLike], Pixels]) -> Callable[[PathLike], Pixels]:
+    """A reader whose MemoryError is a UserError."""
+
+    @wraps(read)
+    def reader(path: PathLike) -> Pixels:
+        try:
+            return read(path)
+        except MemoryError as error:
+            raise _explained(path, error) from error
+
+    return reader
+
+
+@_within_memory
 def read_image(path: PathLike) -> tv_tensors.Image:
     """Read a file as RGB, uint8 [3, H, W], by the rules of this module's table.
 
@@ -80,13 +107,14 @@ def read_image(path: PathLike) -> tv_tensors.Image:
     """
     image, _ = _decode(path)
     if _is_wide(image):
-        image = Image.fromarray(_to_8_bits(_wide_values(image, _WHITE)))
+        image = Image.fromarray(_to_8_bits(_wide_values(path, image, _WHITE)))
     if image.has_transparency_data:
         image = _composite(image, _WHITE)
     pixels = np.array(image.convert("RGB"))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
+@_within_memory
 def read_foreground(path: PathLike) -> tv_tensors.Image:
     """`read_image`, except that an alpha channel is dropped: the colours are as stored.
 
@@ -99,6 +127,7 @@ def read_foreground(path: PathLike) -> tv_tensors.Image:
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
+@_within_memory
 def read_mask(path: PathLike) -> tv_tensors.Mask:
     """Read a file as a grey mask, uint8 [1, H, W] in 0…255, by the rules of this module's table.
 
@@ -106,7 +135,7 @@ def read_mask(path: PathLike) -> tv_tensors.Mask:
     """
     image, lossless = _decode(path)
     if _is_wide(image):
-        grey = _wide_values(image, _BLACK)
+        grey = _wide_values(path, image, _BLACK)
     elif image.mode in ("P", "PA"):
         grey = _palette_greys(image)
     else:
@@ -125,6 +154,7 @@ def read_mask(path: PathLike) -> tv_tensors.Mask:
     return tv_tensors.Mask(torch.from_numpy(grey)[None])
 
 
+@_within_memory
 def read_trimap(path: PathLike) -> tv_tensors.Mask:
     """Read a file as a trimap, uint8 [1, H, W] of BACKGROUND, UNKNOWN and FOREGROUND only.
 
@@ -158,6 +188,21 @@ def image_size(path: PathLike) -> tuple[int, int]:
     with _opened(path) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def is_damaged(path: PathLike) -> bool:
+    """Whether a file cannot be read because of what it holds: it is empty, cut, altered, no image.
+
+    Not so where the way to it is at fault (missing, not permitted, too little memory), or where an
+    intact file is not of a kind that is taken.
+    """
+    try:
+        _decode(path)
+    except UserError as error:
+        cause = error.__cause__
+        elsewhere = isinstance(cause, MemoryError | Image.DecompressionBombError)
+        return cause is not None and not elsewhere and not getattr(cause, "errno", None)
+    return False
 
 
 def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
@@ -218,9 +263,9 @@ def save_image(image: Image.Image, path: PathLike) -> None:
 def saved_here(path: PathLike) -> bool:
     """Whether `save_image` wrote this file."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with _opened(path) as image:
             return image.info.get("Software") == _SOFTWARE
-    except (OSError, ValueError, SyntaxError):
+    except UserError:
         return False
 
 
@@ -249,13 +294,14 @@ def _raise_unreadable(error: OSError) -> None:
 # --- label files ---------------------------------------------------------------------------------
 
 
+@_within_memory
 def read_label_file(path: PathLike) -> np.ndarray:
     """The numbers that a label file stores, upright and never scaled: uint8 [H, W] or [H, W, 3].
 
     Palette files give their indices, never their colours; grey files their values (of 1, 2 and 4
     bits, too; of 16 bits, if none exceeds 255); RGB files give [H, W, 3], of 16 bits the upper 8.
-    Alpha may be there, but opaque throughout. Raises UserError for other files, and for those that
-    cannot be read.
+    Alpha may be there, but opaque throughout. Raises UserError for other files, among them grey
+    TIFFs in which 0 is white, and for those that cannot be read.
     """
     image, _ = _decode(path)
     if _is_wide(image):
@@ -269,7 +315,7 @@ def read_label_file(path: PathLike) -> np.ndarray:
         pixels = pixels[..., :3] if image.mode == "RGBA" else pixels[..., 0]
     elif image.mode not in ("1", "L", "P", "RGB"):
         raise UserError(f"{printable(path)}: {image.mode} pixels hold no labels. {_SAVE_LABELS}")
-    return pixels // _grey_step(path) if image.mode == "L" else pixels
+    return pixels // _label_step(path) if image.mode in ("1", "L") else pixels
 
 
 def _narrow_labels(path: PathLike, values: np.ndarray) -> np.ndarray:
@@ -281,13 +327,12 @@ def _narrow_labels(path: PathLike, values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def _grey_step(path: PathLike) -> int:
-    """What Pillow multiplies the values of a grey file of 2 or 4 bits by, to fill 8 bits."""
+def _label_step(path: PathLike) -> int:
+    """What the values of a grey label file are to be divided by."""
     with _opened(path) as image:
-        tiles = getattr(image, "tile", [])
-        arguments = tiles[0][3] if tiles else ""
-        raw_mode = arguments if isinstance(arguments, str) else arguments[0]
-        return {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
+        if "I" in _raw_mode(image).partition(";")[2]:  # Pillow has inverted them
+            raise UserError(f"{printable(path)}: a TIFF in which 0 is white. {_SAVE_LABELS}")
+        return _grey_step(image)
 
 
 # --- opening and decoding ------------------------------------------------------------------------
@@ -297,6 +342,7 @@ def _grey_step(path: PathLike) -> int:
 def _opened(path: PathLike) -> Iterator[Image.Image]:
     """Open a file and check its header; whatever Pillow raises within the block is a UserError."""
     try:
+        _require_file(path)
         with Path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
             _check_header(path, image)
             yield image
@@ -310,21 +356,50 @@ def _decode(path: PathLike) -> tuple[Image.Image, bool]:
     """The first frame, loaded and upright in the file's own mode, and whether it is lossless."""
     with _opened(path) as image:
         if image.format != "PNG":
-            return _load(image)
+            return _load(path, image)
         # Loading skips the checksums of PNG's pixel data, and then most flipped bits go unnoticed.
         image.verify()
     with _opened(path) as image:  # a verified image cannot be used further
-        return _load(image)
+        return _load(path, image)
 
 
-def _load(image: Image.Image) -> tuple[Image.Image, bool]:
+def _load(path: PathLike, image: Image.Image) -> tuple[Image.Image, bool]:
     lossless = (
         image.format in _LOSSLESS_FORMATS
         and image.info.get("compression") not in _LOSSY_TIFF_COMPRESSIONS
     )
     method = _TRANSPOSE.get(_orientation(image))
+    narrowed = not _is_wide(image) and ";16" in _raw_mode(image)
+    if "transparency" in image.info and (step := _grey_step(image)) > 1:
+        image.info["transparency"] *= step  # Pillow scales the pixels, but not their key
     image.load()
+    if narrowed and not _has_colour(image):
+        raise UserError(
+            f"{printable(path)}: 16-bit colours of which none exceeds 255: all would be read as 0. "
+            f"{_SAVE_8_BITS}"
+        )
     return (image if method is None else image.transpose(method)), lossless
+
+
+def _has_colour(image: Image.Image) -> bool:
+    colours = [image.getchannel(band) for band in image.getbands() if band != "A"]
+    return any(colour.getbbox() for colour in colours)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels lie in the file, in Pillow's words ("RGB;16B"); "" where they do not say.
+
+    To be asked before the pixels are loaded.
+    """
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0][3] if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _grey_step(image: Image.Image) -> int:
+    """What Pillow multiplies the values of a grey file of 2 or 4 bits by, to fill 8 bits."""
+    mode, _, packing = _raw_mode(image).partition(";")
+    return {"2": 85, "4": 17}.get(packing[:1], 1) if mode == "L" else 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -339,6 +414,13 @@ def _orientation(image: Image.Image) -> int:
     return tag if tag in _TRANSPOSE else 1
 
 
+def _require_file(path: PathLike) -> None:
+    """Raise a UserError for a pipe or a device, which might keep its reader waiting for ever."""
+    mode = Path(path).stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
+
+
 def _check_header(path: PathLike, image: Image.Image) -> None:
     width, height = image.size
     problem = None
@@ -346,12 +428,19 @@ def _check_header(path: PathLike, image: Image.Image) -> None:
         problem = f"{width}×{height} is more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
     elif image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         problem = f"32-bit and float pixels have no fixed range. {_SAVE_AS_PNG}"
-    elif isinstance(image, TiffImageFile) and _is_wide(image):
+    elif isinstance(image, TiffImageFile) and not _is_wide(image):
+        # Pillow reads only the first half of each plane, and that as 8 bits.
+        if image.tag_v2.get(PLANAR_CONFIGURATION) == 2 and 16 in image.tag_v2[BITSPERSAMPLE]:
+            problem = f"planes of 16 bits are not supported. {_SAVE_8_BITS}"
+    elif isinstance(image, TiffImageFile):
         # Pillow hands both kinds over as if they were plain 16 bits: far too dark, or inverted.
         if image.tag_v2.get(BITSPERSAMPLE) == (12,):
             problem = f"12-bit pixels are not supported. {_SAVE_AS_PNG}"
         elif image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
             problem = f"16-bit pixels with 0 for white are not supported. {_SAVE_AS_PNG}"
+    elif ";16" in _raw_mode(image) and image.mode == "RGB" and "transparency" in image.info:
+        # Pillow compares the key's 16 bits with the pixels' upper 8.
+        problem = f"a transparent colour of 16 bits is not supported. {_SAVE_8_BITS}"
     if problem:
         raise UserError(f"{printable(path)}: {problem}")
 
@@ -364,6 +453,8 @@ def _explained(path: PathLike, error: Exception) -> UserError:
         problem = f"cannot be read ({error.strerror}). Check the path and its permissions."
     elif isinstance(error, Image.DecompressionBombError):
         problem = f"has far more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
+    elif isinstance(error, MemoryError):
+        problem = f"too little memory to read it. {_MAKE_SMALLER}"
     elif not isinstance(error, UnidentifiedImageError):
         problem = f"damaged or truncated ({printable(str(error))}). {_REPLACE}"
     elif Path(path).stat().st_size == 0:
@@ -381,9 +472,17 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode.startswith("I")
 
 
-def _wide_values(image: Image.Image, backdrop: int) -> np.ndarray:
-    """The stored values of a 16-bit grey image, uint16 [H, W], a transparent value replaced."""
+def _wide_values(path: PathLike, image: Image.Image, backdrop: int) -> np.ndarray:
+    """The stored values of a 16-bit grey image, uint16 [H, W], a transparent value replaced.
+
+    Raises UserError for values of 8 bits.
+    """
     values = np.array(image).astype(np.uint16)
+    if 1 < values.max() <= 255:
+        raise UserError(
+            f"{printable(path)}: 16-bit pixels of which none exceeds {values.max()} of 65535: it "
+            f"would be read as black. {_SAVE_8_BITS}"
+        )
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = backdrop * 257
     return values
