@@ -10,7 +10,7 @@ from tasks.settings import deciding_metric
 from train_utils.checkpoint import load_training_state
 from train_utils.config import load_yaml, merge, parse_assignments
 from train_utils.errors import UserError
-from train_utils.run_folder import find_resume
+from train_utils.run_folder import LAST, find_resume, restarted_run
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 
@@ -49,6 +49,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--sync-bn", dest="train.sync_bn", action="store_true", help="batch norm over all ranks")
     add("--compile", dest="train.compile", action="store_true", help="torch.compile (GPUs)")
     add("--deterministic", dest="train.deterministic", action="store_true")
+    add(
+        "--on-nonfinite",
+        dest="train.on_nonfinite",
+        choices=["stop", "skip"],
+        help="at a step whose loss or gradient is NaN or infinite (default stop)",
+    )
     add("--seed", dest="train.seed", type=int)
     add("--print-freq", dest="train.print_freq", type=int, metavar="STEPS")
     add("--eval-interval", dest="train.eval_interval", type=int, metavar="EPOCHS")
@@ -69,7 +75,11 @@ def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, d
     overrides = merge(
         {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
     )
-    resume = find_resume(args.resume, args.output_dir, Path(args.config or DEFAULT_CONFIG).stem)
+    name = Path(args.config or DEFAULT_CONFIG).stem
+    if not args.test_only and (run := restarted_run(args.resume, args.output_dir, name)):
+        args.output_dir = str(run)
+        args.resume = str(run) if (run / LAST).exists() else args.resume
+    resume = find_resume(args.resume, args.output_dir, name)
     saved = load_training_state(resume) if resume else None
     if saved:
         saved["args"] = tasks.complete(saved["args"], str(resume))

@@ -10,6 +10,8 @@ Several processes take the same arguments: torchrun --nproc_per_node=N train_mul
 
 import argparse
 import time
+from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import tasks
 from arguments import DEFAULT_CONFIG, configure, parse_args
-from my_dataset import fingerprint
+from my_dataset import fingerprint, readable
 from tasks.settings import deciding_metric
 from train_utils import evaluate, init_distributed_mode, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
@@ -47,15 +49,21 @@ from train_utils.setup import (
     worker_count,
     wrap_models,
 )
-from train_utils.stop import StopRequest, agree_to_stop, exit_stopped
+from train_utils.stop import Supervisor, agree_to_stop, exit_stopped
 from train_utils.train_and_eval import (
     Progress,
     Sample,
     StepOptions,
+    StoppedMidway,
     mean_losses,
     predict_samples,
 )
-from train_utils.training_state import TrainingState, resumed_global_batch
+from train_utils.training_state import (
+    TrainingState,
+    resumed_forward_batch,
+    resumed_global_batch,
+)
+from train_utils.watch import mark
 
 SHEET_ROWS = 8
 
@@ -71,16 +79,18 @@ def main(args: argparse.Namespace) -> None:
 
     # Data. What a step's samples are does not depend on the number of processes or workers.
     workers = worker_count(cfg.train.workers, device, args.local_world_size)
-    train_set, val_set = task.build_datasets(cfg)
+    train_set, val_set = readable(cfg.data, *task.build_datasets(cfg))
     found = call_on_main(lambda: task.prepare_data(cfg, train_set, val_set, workers))
     cfg = tasks.with_values(cfg, found)
-    global_batch = cfg.train.batch_size * cfg.train.accumulate * args.world_size
+    forward_batch = cfg.train.batch_size * args.world_size
+    global_batch = forward_batch * cfg.train.accumulate
     if saved:
         global_batch = resumed_global_batch(saved, global_batch, args.world_size)
+        forward_batch = resumed_forward_batch(saved, cfg.train, args.world_size)
     sampler = GlobalBatchSampler(
         len(train_set),
         global_batch,
-        micro_batch=cfg.train.batch_size,
+        micro_batch=ceil(forward_batch / args.world_size),
         rank=args.rank,
         world_size=args.world_size,
         seed=cfg.train.seed,
@@ -114,6 +124,7 @@ def main(args: argparse.Namespace) -> None:
         num_samples=len(train_set),
         data=fingerprint(train_set),
         global_batch=global_batch,
+        forward_batch=forward_batch,
         world_size=args.world_size,
     )
     if saved:
@@ -123,7 +134,10 @@ def main(args: argparse.Namespace) -> None:
     # The run.
     path = choose_run_folder(args.output_dir, resume, Path(args.config or DEFAULT_CONFIG).stem)
     done = state.epoch * sampler.steps_per_epoch + state.step
-    with RunFolder(path, state.config, state.epoch, done) as run:
+    with (
+        RunFolder(path, state.config, state.epoch, done) as run,
+        Supervisor(run, cfg.train.hang_timeout) as supervisor,
+    ):
         log.info(
             f"{args.world_size} process(es) on {device.type} in {amp_dtype or 'float32'}, "
             f"{workers} loader worker(s) each; {len(train_set)} training and {len(val_set)} "
@@ -137,8 +151,9 @@ def main(args: argparse.Namespace) -> None:
             clip_value=cfg.train.clip_value,
             seed=cfg.train.seed,
             ema=state.ema,
+            on_nonfinite=cfg.train.on_nonfinite,
         )
-        fit(task, cfg, state, run, loader, val_loader, options, device)
+        fit(task, cfg, state, run, loader, val_loader, options, device, supervisor)
 
 
 def test(args: argparse.Namespace, task: ModuleType, cfg: Any, weights: str) -> None:
@@ -146,7 +161,7 @@ def test(args: argparse.Namespace, task: ModuleType, cfg: Any, weights: str) -> 
     device = torch.device(args.device)
     networks = task.build_models(cfg)
     split_states(networks, tasks.read_weights(task, weights), weights)
-    dataset = task.build_val_dataset(cfg)
+    (dataset,) = readable(cfg.data, task.build_val_dataset(cfg))
     workers = worker_count(cfg.train.workers, device, args.local_world_size)
     call_on_main(lambda: task.prepare_data(cfg, None, dataset, workers))
     loader = eval_loader(dataset, cfg.eval.batch_size, workers, device, args.rank, args.world_size)
@@ -162,12 +177,13 @@ def fit(
     val_loader: DataLoader,
     options: StepOptions,
     device: torch.device,
+    stop: Supervisor,
 ) -> None:
     """Train, evaluate and save, from where `state` stands to the last epoch or a stop signal."""
     sampler, epochs = loader.batch_sampler, cfg.train.epochs
     steps = sampler.steps_per_epoch
     models = wrap_models(state.models, device, cfg.train.compile)
-    stop, midway, early_stop = StopRequest(), False, cfg.train.early_stop
+    midway, early_stop = False, cfg.train.early_stop
 
     def after_step(progress: Progress) -> None:
         nonlocal midway
@@ -176,7 +192,9 @@ def fit(
         if midway and (due or progress.stop):
             state.epoch, state.step = progress.epoch, progress.step
             state.meters = progress.logger.state_dict()
+            mark("saving a checkpoint")
             run.save(state.capture())
+            run.status("running", epoch=state.epoch, step=state.step)
         done = progress.epoch * steps + progress.step
         if run.writes and cfg.train.sample_interval and done % cfg.train.sample_interval == 0:
             save_samples(task, cfg, averaged(state), val_loader.dataset, device, run, done)
@@ -218,7 +236,14 @@ def fit(
         if evaluated and start_step < steps:  # a stop or crash in it must not cost the epoch
             state.epoch, state.step, state.meters = epoch, steps, logger.state_dict()
             run.save(state.capture())
-        best = evaluated and judge(task, cfg, state, run, val_loader, device, record)
+            run.status("running", epoch=epoch, step=steps)
+        try:
+            best = evaluated and judge(
+                task, cfg, state, run, val_loader, device, record, stop.wanted
+            )
+        except StoppedMidway:  # the evaluation is repeated by the run that continues
+            stop.agreed = True
+            break
         kept = evaluated or (cfg.train.keep_every and (epoch + 1) % cfg.train.keep_every == 0)
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         run.log_epoch(record)
@@ -229,6 +254,7 @@ def fit(
             break
     if stop.agreed and state.epoch < epochs:
         exit_stopped(stop, run, state)
+    run.wait_saved()
     run.status("finished", epoch=state.epoch, best=state.best_scores)
     checkpoint = next(path for path in (run.path / BEST, run.path / LAST) if path.exists())
     needed = [flag for flag, required in task.PREDICT_FLAGS.items() if required]
@@ -248,13 +274,15 @@ def judge(
     loader: DataLoader,
     device: torch.device,
     record: dict[str, Any],
+    stop_requested: Callable[[], bool],
 ) -> bool:
     """Evaluate and add the scores to the epoch's record; returns whether they are the best so far.
 
     If the deciding one has not improved for long enough, the learning rates shrink.
     """
     metric, goal = deciding_metric(cfg, task.METRICS)
-    scores = score(task, cfg, averaged(state), loader, device, run, record["step"])
+    networks = averaged(state)
+    scores = score(task, cfg, networks, loader, device, run, record["step"], stop_requested)
     if scores[metric] != scores[metric]:
         raise UserError(
             f"epoch {record['epoch']}: {metric} is nan: the validation data hold nothing to score, "
@@ -282,6 +310,7 @@ def save_samples(
     step: int,
 ) -> None:
     """A sheet of the first validation samples, drawn by this process alone."""
+    mark("drawing a sheet of samples")
     items = [dataset[SampleKey(0, index)] for index in range(min(SHEET_ROWS, len(dataset)))]
     samples = predict_samples(networks, items, device, task.predict(cfg))
     run.save_sheet(contact_sheet([task.sheet_row(cfg, sample) for sample in samples]), step)
@@ -295,6 +324,7 @@ def score(
     device: torch.device,
     run: RunFolder | None = None,
     step: int = 0,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Evaluate networks; returns the scores, and gives a run its pictures."""
     samples: list[Sample] = []
@@ -306,6 +336,7 @@ def score(
         predict=task.predict(cfg),
         keep=SHEET_ROWS if run and run.writes else 0,
         samples=samples,
+        stop_requested=stop_requested,
     )
     if samples:
         rows = [task.sheet_row(cfg, sample) for sample in samples]

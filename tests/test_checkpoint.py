@@ -1,15 +1,25 @@
 """Checkpoints: atomic, verified, never executed, and refused before anything is copied."""
 
+import copy
+import multiprocessing
 import os
 import pickle
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from train_utils import save_on_master
+from train_utils import checkpoint, save_on_master
 from train_utils.checkpoint import (
+    CheckpointWriter,
     load_file,
     load_into,
     load_training_state,
@@ -18,6 +28,10 @@ from train_utils.checkpoint import (
     strip_prefixes,
 )
 from train_utils.errors import UserError
+from train_utils.log import get_logger
+from train_utils.run_folder import RunFolder
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -51,29 +65,99 @@ def test_failed_write_keeps_the_old_file(tmp_path, model):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_file_is_refused(tmp_path, model, share):
+def training_state(epoch=1, **changes):
+    """What a checkpoint of ours holds, for a network of one weight that says its epoch."""
+    state = {
+        "format": 1,
+        "model": {"weight": torch.full((50,), float(epoch))},
+        **{key: {} for key in ("optimizer", "lr_scheduler", "scaler", "ema_steps", "meters")},
+        **{"epoch": epoch - 1, "next_epoch": epoch, "next_step": 0, "lr": 0.1, "best_scores": {}},
+        **{"stale": 0, "num_samples": 9, "data": "abc", "global_batch": 4, "world_size": 1},
+        "args": {"task": "saliency"},
+    }
+    return {**state, **changes}
+
+
+@pytest.mark.parametrize("cut", [lambda n: 0, lambda n: 1, lambda n: n // 2, lambda n: n - 1])
+def test_truncated_file_is_refused(tmp_path, cut):
     path = tmp_path / "a.pth"
-    save_checkpoint({"model": model.state_dict()}, path)
+    save_checkpoint(training_state(), path)
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(UserError, match=r"a\.pth: .*(damaged|empty|not a readable)"):
+    path.write_bytes(content[: cut(len(content))])
+    with pytest.raises(UserError, match=r"a\.pth: .*(damaged|empty|not a )"):
         load_file(path)
 
 
-def test_every_bit_flip_in_the_weights_is_refused(tmp_path, model):
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
     path = tmp_path / "a.pth"
-    save_checkpoint({"model": model.state_dict()}, path)
+    save_checkpoint(training_state(), path)
     content = path.read_bytes()
-    stored = model[0].weight.detach().numpy().tobytes()
-    start = content.index(stored)
-    draw = random.Random(0)
-    for _ in range(20):
+    tensor = content.index(torch.ones(50).numpy().tobytes())
+    draw, refused = random.Random(0), []
+    places = [tensor + draw.randrange(200) for _ in range(20)]
+    places += [draw.randrange(len(content)) for _ in range(400)]
+    for place in places:
         flipped = bytearray(content)
-        flipped[start + draw.randrange(len(stored))] ^= 1 << draw.randrange(8)
+        flipped[place] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
-        with pytest.raises(UserError, match=r"damaged|not a readable"):
-            load_file(path)
+        try:
+            loaded = load_file(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused.append(place)
+        else:  # in the padding, or in a field of the archive that nothing reads
+            same = torch.equal(loaded["model"].pop("weight"), torch.ones(50))
+            assert same and loaded == training_state(model={})
+    assert set(places[:20]) <= set(refused)
+
+
+def test_refusing_a_checkpoint_names_the_newest_good_one(tmp_path):
+    for epoch in (2, 9, 10, 11):  # by what they hold, not by their names or times
+        save_checkpoint(training_state(epoch), tmp_path / f"model_{epoch}.pth")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pth")
+    torch.save(training_state(30, format=2), tmp_path / "newer.pth")
+    last = tmp_path / "last.pth"
+    last.write_bytes((tmp_path / "model_11.pth").read_bytes()[:-1])
+    content = bytearray((tmp_path / "model_11.pth").read_bytes())
+    content[content.index(torch.full((50,), 11.0).numpy().tobytes())] ^= 1
+    (tmp_path / "model_11.pth").write_bytes(content)
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(UserError) as caught:
+        load_training_state(last)
+    good = f"continues at epoch 10, step 0: --resume {tmp_path / 'model_10.pth'}"
+    assert "last.pth: damaged" in str(caught.value) and str(caught.value).endswith(good)
+    assert load_training_state(tmp_path / "model_10.pth")["next_epoch"] == 10
+
+    for path in tmp_path.glob("model_*.pth"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"damaged.* There is no other good checkpoint in "):
+        load_training_state(last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"model": [1]}, "1 of a wrong type: model"),
+        ({"model": {}}, "1 of a wrong type: model"),
+        ({"model": {"weight": 3}}, "1 of a wrong type: model"),
+        ({"ema": {"weight": "x"}}, "1 of a wrong type: ema"),
+        ({"optimizer": None, "next_step": "3"}, "2 of a wrong type: optimizer, next_step"),
+        ({"stale": None}, "1 of a wrong type: stale"),
+        ({"format": 2}, "newer version of this project (format 2"),
+    ],
+)
+def test_a_file_that_is_no_training_state(tmp_path, changes, cause):
+    torch.save(training_state(**changes), tmp_path / "last.pth")
+    with pytest.raises(UserError) as caught:
+        load_training_state(tmp_path / "last.pth")
+    assert cause in str(caught.value)
+
+
+def test_a_file_of_an_old_format(tmp_path):
+    state = {key: {} for key in ("model", "optimizer", "lr_scheduler", "args")}
+    torch.save({**state, "epoch": 3}, tmp_path / "model_3.pth")
+    with pytest.raises(UserError, match=r"no training state .*missing: .*next_epoch.*--weights"):
+        load_training_state(tmp_path / "model_3.pth")
 
 
 def test_code_in_a_pickle_is_refused_unexecuted(tmp_path):
@@ -165,8 +249,300 @@ def test_a_file_of_another_kind(tmp_path, content):
 
 
 def test_missing_file_and_bare_weights_for_resume(tmp_path, model):
-    with pytest.raises(UserError, match="no such file"):
-        load_file(tmp_path / "none.pth")
+    for load in (load_file, load_training_state):
+        with pytest.raises(UserError, match="no such file"):
+            load(tmp_path / "none.pth")
     torch.save(model.state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="--weights"):
         load_training_state(tmp_path / "w.pth")
+
+
+# -- in the background ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held_write(monkeypatch):
+    """An event that the thread waits for before it writes."""
+    event, save = threading.Event(), checkpoint.save_checkpoint
+
+    def save_later(*args):
+        assert event.wait(20)
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_later)
+    return event
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_what_is_written_is_the_state_at_the_call(tmp_path, held_write, device):
+    net = nn.Conv2d(3, 8, 3).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    meters = {"loss": [1.0, 2.0]}
+
+    def step():
+        net(torch.ones(1, 3, 5, 5, device=device)).sum().backward()
+        optimizer.step()
+
+    step()
+    writer = CheckpointWriter()
+    for number in (1, 2):  # the second into the buffers of the first
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "meters": meters}
+        expected = copy.deepcopy(state)
+        held_write.clear()
+        writer.submit(state, tmp_path / "last.pth")
+        step()
+        meters["loss"][0] += 1
+        optimizer.param_groups[0]["lr"] = 7.0 * number
+        held_write.set()
+        writer.wait()
+        written = load_file(tmp_path / "last.pth")
+        assert written["meters"] == {"loss": [float(number), 2.0]}
+        assert written["model"].keys() == expected["model"].keys()
+        for name, weight in expected["model"].items():
+            assert torch.equal(written["model"][name], weight.cpu())
+            assert written["model"][name].stride() == weight.stride()
+        assert written["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
+        for index, parts in expected["optimizer"]["state"].items():
+            for name, part in parts.items():
+                assert torch.equal(written["optimizer"]["state"][index][name], part.cpu())
+
+
+def test_done_follows_the_file_and_writes_follow_each_other(tmp_path, held_write):
+    writer, path, found = CheckpointWriter(), tmp_path / "last.pth", []
+
+    def note():
+        found.append(load_file(path)["n"])
+
+    writer.submit({"n": 1}, path, (tmp_path / "best.pth",), done=note)
+    assert found == []
+    held_write.set()
+    for n in (2, 3):
+        writer.submit({"n": n}, path, done=note)
+    writer.wait()
+    assert found == [1, 2, 3]
+    assert load_file(tmp_path / "best.pth")["n"] == 1
+
+
+def test_a_failed_write_is_told_once_at_the_next_call(tmp_path):
+    (tmp_path / "file").touch()
+    bad, good, done = tmp_path / "file" / "last.pth", tmp_path / "last.pth", []
+    writer = CheckpointWriter()
+    refused = r"file/last\.pth: the checkpoint could not be written \((Not a directory|File exists)"
+    for call in (writer.wait, lambda: writer.submit({"n": 2}, good)):
+        writer.submit({"n": 1}, bad, done=lambda: done.append(1))
+        with pytest.raises(UserError, match=refused):
+            call()
+        writer.wait()
+    assert not good.exists() and not done
+    writer.submit({"n": 3}, good)
+    writer.wait()
+    assert load_file(good)["n"] == 3
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Makes a RunFolder in a folder of its own; its log file is closed in the end."""
+    handlers = list(get_logger().handlers)
+    yield lambda: RunFolder(tmp_path, {})
+    for handler in set(get_logger().handlers) - set(handlers):
+        get_logger().removeHandler(handler)
+        handler.close()
+
+
+def test_old_numbered_files_go_once_the_new_one_is_there(tmp_path, run_folder, held_write):
+    def numbered():
+        return sorted(path.name for path in tmp_path.glob("model_[0-9]*.pth"))
+
+    with run_folder() as run:
+        held_write.set()
+        for epoch in range(3):
+            run.save({"n": epoch}, numbered=epoch, keep=1)
+        run.wait_saved()
+        assert numbered() == ["model_0002.pth"]
+        held_write.clear()
+        run.save({"n": 3}, numbered=3, keep=1)
+        assert numbered() == ["model_0002.pth"]
+        held_write.set()
+    assert numbered() == ["model_0003.pth"]
+    assert load_file(tmp_path / "last.pth")["n"] == 3
+
+
+def test_a_run_that_continues_removes_what_a_killed_one_left(tmp_path, run_folder):
+    for name in (".last.pth.tmp", ".model_best.pth.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    save_checkpoint({"n": 1}, tmp_path / "last.pth")
+    with run_folder():
+        assert not list(tmp_path.glob(".*.tmp"))
+    assert load_file(tmp_path / "last.pth")["n"] == 1
+
+
+@pytest.mark.parametrize("own_error", [None, ValueError("of the training")])
+def test_a_failed_write_ends_the_run_and_masks_nothing(tmp_path, run_folder, own_error):
+    with pytest.raises(UserError if own_error is None else ValueError), run_folder() as run:
+        (tmp_path / "last.pth").mkdir()
+        run.save({"n": 1})
+        if own_error:
+            raise own_error
+    status, log = (tmp_path / "status.json").read_text(), (tmp_path / "log.txt").read_text()
+    assert ("of the training" if own_error else "could not be written") in status
+    assert "last.pth: the checkpoint could not be written (Is a directory)" in log
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# -- kills and full disks -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes in which torch and all of ours that is needed are imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_utils.run_folder", "pytest"])
+    return context
+
+
+def save_until_killed(folder, fault=""):
+    """Save n, n + 1, … from where the folder's checkpoint stands, as a network full of that n."""
+    os.environ["PIXTRAIN_FAULT"] = fault
+    checkpoint.remove_temporaries(folder)
+    last, writer = folder / "last.pth", CheckpointWriter()
+    n = load_file(last)["n"] if last.exists() else 0
+    weights = torch.full((200_000,), float(n))
+    while True:
+        n += 1
+        weights.fill_(n)
+        writer.submit({"n": n, "weights": weights}, last, (folder / "model_best.pth",))
+
+
+def saved_number(folder):
+    """The n of a folder's checkpoints, which must be whole."""
+    numbers = []
+    for name in ("last.pth", "model_best.pth"):
+        content = load_file(folder / name)
+        assert torch.equal(content["weights"], torch.full((200_000,), float(content["n"])))
+        numbers.append(content["n"])
+    assert numbers[1] - numbers[0] in (0, 1)  # the link comes first
+    return numbers[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "number"), [("save.write", 2), ("save.replace", 2), ("saved", 3)]
+)
+def test_sigkill_in_a_save_leaves_the_old_file_or_the_new(tmp_path, processes, place, number):
+    fault = f"{place}:kill@3"
+    process = processes.Process(target=save_until_killed, args=(tmp_path, fault))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert saved_number(tmp_path) == number
+    stale = [path.stat().st_size for path in tmp_path.glob(".*.tmp")]
+    whole = (tmp_path / "last.pth").stat().st_size
+    expected = {"save.write": [whole // 2], "save.replace": [whole], "saved": []}[place]
+    assert stale == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+def test_sigkills_at_any_moment_of_saving(tmp_path, processes):
+    draw, number = random.Random(0), 0
+    for _ in range(10):
+        process = processes.Process(target=save_until_killed, args=(tmp_path,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "model_best.pth").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.2, 0.4))
+        process.kill()
+        process.join()
+        assert saved_number(tmp_path) >= number
+        number = saved_number(tmp_path)
+    assert number > 20
+
+
+def save_and_leave(folder):
+    writer = CheckpointWriter()
+    writer.submit({"weights": torch.zeros(3_000_000)}, folder / "last.pth")
+    sys.exit(3)
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_finishes_its_write(tmp_path, processes):
+    process = processes.Process(target=save_and_leave, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 3
+    assert load_file(tmp_path / "last.pth")["weights"].numel() == 3_000_000
+
+
+SMALL_DISK = """
+import subprocess, sys, torch
+from pathlib import Path
+from train_utils.checkpoint import CheckpointWriter, load_file
+from train_utils.errors import UserError
+
+folder = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+writer, path = CheckpointWriter(), folder / "last.pth"
+def save(n, size):
+    try:
+        writer.submit({"n": n, "a": torch.zeros(size // 4), "b": torch.ones(size // 4)}, path)
+        writer.wait()
+    except UserError as error:
+        print(error)
+    print(load_file(path)["n"], sorted(file.name for file in folder.iterdir()))
+save(1, 200_000)
+save(2, 900_000)
+save(3, 200_000)
+subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+save(4, 200_000)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_and_a_read_only_disk_keep_the_old_checkpoint(tmp_path):
+    inside = ["unshare", "--user", "--map-root-user", "--mount"]  # mounts that only it sees
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"]).returncode:
+        pytest.skip("needs a Linux where users may unshare mounts")
+    done = subprocess.run(
+        [*inside, sys.executable, "-c", SMALL_DISK, tmp_path],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    first, full, after_full, freed, read_only, last = done.stdout.splitlines()
+    refused = f"{tmp_path / 'last.pth'}: the checkpoint could not be written"
+    assert full.startswith(f"{refused} (No space left on device). The earlier files are kept")
+    assert read_only.startswith(f"{refused} (Read-only file system). The earlier files are kept")
+    assert [first, after_full] == ["1 ['last.pth']"] * 2
+    assert [freed, last] == ["3 ['last.pth']"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
+def test_a_training_whose_disk_fills_up_ends_with_one_line(tmp_path):
+    import resource
+
+    small = [f"data.{key}" for key in ("image_size=48", "train_size=40", "val_size=2")]
+    options = [f"--set={each}" for each in (*small, "train.save_steps=1", "train.keep=0")]
+    training = subprocess.Popen(
+        [sys.executable, REPO / "train.py", *options, "-b", "2", "-j", "0", "--output-dir", "run"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    last, deadline = tmp_path / "run" / "last.pth", time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    resource.prlimit(training.pid, resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    _, errors = training.communicate(timeout=120)
+    assert training.returncode == 1
+    refused = "error: run/last.pth: the checkpoint could not be written (File too large). The"
+    assert errors.startswith(refused) and errors.count("\n") == 1
+    assert load_training_state(last)["next_step"] > 0
+    assert "could not be written" in (tmp_path / "run" / "status.json").read_text()
+    assert not list((tmp_path / "run").glob(".*.tmp"))

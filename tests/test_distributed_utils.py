@@ -1,14 +1,25 @@
 """What one rank does for all, on real processes."""
 
+import os
+import socket
 import time
+from argparse import Namespace
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from conftest import REPO
 from distributed import on_ranks
 
-from train_utils.distributed_utils import broadcast_tensors, call_on_main, get_rank
+import train
+from train_utils.distributed_utils import (
+    broadcast_tensors,
+    call_on_main,
+    get_rank,
+    init_distributed_mode,
+)
 from train_utils.errors import UserError
+from train_utils.run_folder import choose_run_folder
 
 pytestmark = pytest.mark.slow  # processes
 
@@ -42,6 +53,17 @@ def test_a_refusal_on_the_main_rank_reaches_all():
     assert on_ranks(2, _refused_everywhere) == ["file: broken. Mend it."] * 2
 
 
+def _folder_by_another_clock():
+    hour = f"2000{get_rank()}"
+    time.strftime = lambda _format: hour
+    return str(choose_run_folder(None, None, "name"))
+
+
+def test_ranks_whose_clocks_differ_share_one_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert on_ranks(2, _folder_by_another_clock) == ["runs/name/20000"] * 2
+
+
 def _broadcast():
     import torch
 
@@ -54,3 +76,54 @@ def _broadcast():
 def test_tensors_of_all_kinds_become_those_of_rank_0():
     expected = [[[1.0, 1.0], [1.0, 1.0]], [7], [[1.0, 1.0]]]
     assert on_ranks(2, _broadcast) == [expected] * 2
+
+
+def _collectives_of_a_training(folder):
+    """What this rank calls, in order, with the shapes and types of its tensors."""
+    called = []
+
+    def recorded(name):
+        function = getattr(dist, name)
+
+        def call(data, *args, **options):
+            shape = (list(data.shape), str(data.dtype)) if hasattr(data, "shape") else None
+            called.append([name, shape])
+            return function(data, *args, **options)
+
+        return call
+
+    for name in ("all_reduce", "broadcast", "broadcast_object_list"):
+        setattr(dist, name, recorded(name))
+    size = ("--set", "data.image_size=40", "--set", "model.channels=4", "--set", "train.ema=0.9")
+    uneven = ("--set", "data.train_size=7", "--set", "data.val_size=2", "-b", "1", "-j", "0")
+    often = ("--epochs", "2", "--set", "train.save_steps=1", "--print-freq", "1", "--sync-bn")
+    args = train.parse_args(["--config", "configs/unet.yaml", *size, *uneven, *often])
+    args.output_dir, args.device, args.gpu, args.distributed = folder, "cpu", 0, True
+    args.rank, args.world_size, args.local_world_size = get_rank(), dist.get_world_size(), 3
+    train.main(args)
+    return called
+
+
+def test_all_ranks_call_the_same_collectives_in_the_same_order(tmp_path, monkeypatch):
+    """Uneven and empty shares, fewer validation samples than ranks, saving, a moving average.
+
+    torch's own check (TORCH_DISTRIBUTED_DEBUG=DETAIL) cannot be used: with gloo, torch 2.15 crashes
+    in the constructor of DistributedDataParallel.
+    """
+    monkeypatch.chdir(REPO)
+    first, *others = on_ranks(3, _collectives_of_a_training, str(tmp_path / "run"))
+    assert {name for name, _ in first} == {"all_reduce", "broadcast", "broadcast_object_list"}
+    assert len(first) > 50
+    assert others == [first, first]
+
+
+def test_a_port_in_use_is_refused_at_once(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in launch.items():
+            monkeypatch.setitem(os.environ, name, value)
+        with pytest.raises(UserError, match=rf"127.0.0.1:{port}: rank 0 of 2 could not join.*port"):
+            init_distributed_mode(Namespace(device="cpu"))

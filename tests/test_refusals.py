@@ -101,7 +101,6 @@ def test_slurm_variables(monkeypatch, nodes, tasks, node, local_world, host):
     variables = {
         "SLURM_PROCID": "5",
         "SLURM_LOCALID": "1",
-        "SLURM_NTASKS": "11",
         "SLURM_STEP_NUM_TASKS": "11",
         "SLURM_NNODES": "3",
         "SLURM_NODEID": node,
@@ -313,8 +312,10 @@ def test_weights_of_another_task():
 
 
 def test_resuming_with_the_recipe_of_another_task():
-    keys = ("optimizer", "lr_scheduler", "epoch", "next_step")
-    state = {"model": {}, "next_epoch": 1, "args": {"task": "matting"}, **dict.fromkeys(keys, 0)}
+    dicts = ("optimizer", "lr_scheduler", "ema_steps", "best_scores", "meters")
+    numbers = ("epoch", "next_epoch", "next_step", "num_samples", "global_batch", "world_size")
+    state = {**{key: {} for key in dicts}, **dict.fromkeys(numbers, 1), "lr": 0.1}
+    state |= {"model": {"x": torch.zeros(1)}, "args": {"task": "matting"}}
     torch.save(state, "last.pth")
     recipe = str(REPO / "configs" / "unet.yaml")
     message = refused(train, "--config", recipe, "--resume", "last.pth")

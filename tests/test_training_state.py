@@ -1,17 +1,25 @@
 """What a run may change when it continues, and what it never saves."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from tasks.saliency import Config
+from tasks.settings import TrainConfig
 from train_utils import create_lr_scheduler, train_one_epoch
 from train_utils.config import to_dict
 from train_utils.data import GlobalBatchSampler, train_loader
+from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
 from train_utils.train_and_eval import Progress
-from train_utils.training_state import TrainingState, resumed_global_batch
+from train_utils.training_state import (
+    TrainingState,
+    resumed_forward_batch,
+    resumed_global_batch,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,6 +40,7 @@ def make_state(epochs=8, scaler=None, **changes):
         "num_samples": 9,
         "data": "abc",
         "global_batch": 4,
+        "forward_batch": 4,
         "world_size": 1,
     }
     return TrainingState(**{**fields, **changes})
@@ -86,6 +95,17 @@ def test_global_batch_outlives_changes_of_the_world_size():
         resumed_global_batch(saved(1, 4), 8, 1)
 
 
+def test_synchronised_batch_norm_keeps_its_group_over_changes_of_the_world_size():
+    train = TrainConfig(batch_size=4, accumulate=2, sync_bn=True)
+    first = {"world_size": 2, "args": {"train": {"batch_size": 4}}}
+    assert resumed_forward_batch(first, train, 1) == 8
+    then = {**first, "world_size": 1, "forward_batch": 8}
+    assert resumed_forward_batch(then, train, 3) == 8
+    # As asked for: another size, or every process for itself.
+    assert resumed_forward_batch(then, TrainConfig(batch_size=2, sync_bn=True), 3) == 6
+    assert resumed_forward_batch(then, TrainConfig(batch_size=4), 3) == 12
+
+
 def test_best_scores_follow_the_deciding_metric():
     state = make_state()
     assert state.note_scores({"MAE": 0.3, "maxF1": 0.5}, "maxF1", "max")
@@ -103,7 +123,7 @@ def test_weights_that_are_not_finite_are_never_captured():
         state.capture()
 
 
-def test_a_loss_that_is_not_finite_stops_at_the_next_line_and_is_named():
+def test_a_loss_that_is_not_finite_stops_before_its_step_and_is_named():
     images = torch.randn(8, 3, 4, 4)
     images[5] = float("nan")
     data = TensorDataset(images, torch.rand(8, 1, 4, 4))
@@ -115,11 +135,11 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_line_and_is_named():
         steps.append(progress.step)
 
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(UserError, match="epoch 0: loss became NaN"):
+    with pytest.raises(UserError, match=r"step 6 of 8: loss on rank 0 \(sample 5\) became NaN"):
         train_one_epoch(
             net, optimizer, train_loader(data, sampler, 0, CPU), CPU, 0, None, 1, after_step=note
         )
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert steps == [1, 2, 3, 4, 5]
 
 
 def test_stale_evaluations_are_counted_and_a_smaller_rate_survives_a_restart():
@@ -145,3 +165,105 @@ def test_other_data_of_the_same_number_are_refused():
         make_state(data="xyz").restore(saved, "last.pth")
     del saved["data"]  # a file from before it was kept
     make_state(data="xyz").restore(saved, "last.pth")
+
+
+def trained_state(**changes):
+    """A state after a step, so that its optimizer holds something for each parameter."""
+    state = make_state(**changes)
+    state.models["model"](torch.ones(1, 3, 2, 2)).sum().backward()
+    state.optimizers["model"].step()
+    return state
+
+
+def misfits(change, **kind):
+    """What is said of a captured state that `change` spoilt; nothing may have been copied."""
+    saved, fresh = trained_state(**kind).capture(), trained_state(**kind)
+    change(saved)
+    before = copy.deepcopy(fresh.capture())
+    with pytest.raises(UserError) as caught:
+        fresh.restore(saved, "last.pth")
+    after = fresh.capture()
+    assert all(torch.equal(before["model"][k], v) for k, v in after["model"].items())
+    states = after["optimizer"]["state"], before["optimizer"]["state"]
+    assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in states[1])
+    assert after["lr_scheduler"] == before["lr_scheduler"]
+    return str(caught.value)
+
+
+def test_optimizer_state_of_other_shapes_is_refused_before_anything_is_copied():
+    def swap(saved):
+        states = saved["optimizer"]["state"]
+        states[0], states[1] = states[1], states[0]
+
+    message = misfits(swap)
+    assert message.startswith("last.pth: ") and "--weights" in message
+    for part in ("exp_avg", "exp_avg_sq"):
+        assert f"optimizer of model: weight: {part} (1,) ≠ (1, 3, 1, 1)" in message
+        assert f"optimizer of model: bias: {part} (1, 3, 1, 1) ≠ (1,)" in message
+
+
+def _sgd(saved):
+    net = nn.Conv2d(3, 1, 1)
+    saved["optimizer"] = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
+            "groups of [1] parameters ≠ [2]",
+        ),
+        (
+            lambda s: s["optimizer"]["param_groups"].append({"params": []}),
+            "[2, 0] parameters ≠ [2]",
+        ),
+        (lambda s: s["optimizer"]["param_groups"].clear(), "lacks param_groups or state"),
+        (lambda s: s.update(optimizer={"state": {}}), "lacks param_groups or state"),
+        (lambda s: s["optimizer"].update(state=[]), "lacks param_groups or state"),
+        (
+            lambda s: s["optimizer"]["state"][1].pop("exp_avg"),
+            "bias: lacks some of exp_avg, exp_avg",
+        ),
+        (lambda s: s["optimizer"]["state"].update({0: 7}), "weight: lacks some of exp_avg"),
+        (_sgd, "optimizer of model: is of another kind"),
+        (lambda s: s["lr_scheduler"].pop("last_epoch"), "lr_scheduler of model: lacks last_epoch"),
+        (
+            lambda s: s["lr_scheduler"]["base_lrs"].append(1.0),
+            "lr_scheduler of model: lacks base_lrs",
+        ),
+        (lambda s: s["model"].pop("bias"), "1 missing: bias"),
+    ],
+)
+def test_training_state_that_does_not_fit_is_refused_by_name(change, message):
+    assert message in misfits(change)
+
+
+def test_a_scaler_and_a_moving_average_that_do_not_fit():
+    scaler = torch.amp.GradScaler("cpu")
+    text = misfits(lambda s: s["scaler"].pop("growth_interval"), scaler=scaler)
+    assert "scaler of model: lacks growth_interval" in text
+    other = ExponentialMovingAverage(nn.Conv2d(3, 2, 1), 0.9).module.state_dict()
+    average = {"model": ExponentialMovingAverage(nn.Conv2d(3, 1, 1), 0.9)}
+    text = misfits(lambda s: s.update(ema=other), ema=average)
+    assert "last.pth, moving average: these weights do not fit" in text
+    assert "bias (2,) ≠ (1,)" in text
+
+
+def test_two_networks_are_checked_by_name():
+    def named(state):
+        parts = ("models", "optimizers", "schedulers", "scalers")
+        for part in parts:
+            one = getattr(state, part)["model"]
+            other = getattr(make_state(), part)["model"]
+            setattr(state, part, {"generator": one, "discriminator": other})
+        return state
+
+    saved = named(trained_state()).capture()
+    named(make_state()).restore(saved, "last.pth")
+    del saved["optimizer"]["discriminator"]
+    saved["optimizer"]["generator"]["state"][1]["exp_avg"] = torch.zeros(2)
+    with pytest.raises(UserError) as caught:
+        named(make_state()).restore(saved, "last.pth")
+    assert "optimizer of generator: bias: exp_avg (2,) ≠ (1,)" in str(caught.value)
+    assert "optimizer of discriminator: is missing" in str(caught.value)

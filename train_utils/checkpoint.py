@@ -1,18 +1,32 @@
 """Checkpoints: written whole or not at all, read only when intact, and never executed."""
 
+import copy
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
+from train_utils import faults
 from train_utils.errors import UserError
 
 FORMAT = 1
+# What training continues from, and what not every run or older version has saved.
+_TRAINING_STATE: dict[str, type] = {
+    **dict.fromkeys(("model", "optimizer", "lr_scheduler", "args"), dict),
+    **dict.fromkeys(("ema_steps", "best_scores", "meters"), dict),
+    **dict.fromkeys(("epoch", "next_epoch", "next_step"), int),
+    **dict.fromkeys(("num_samples", "global_batch", "world_size"), int),
+    "lr": float,
+}
+_OPTIONAL: dict[str, type] = {"ema": dict, "scaler": dict, "stale": int, "data": str}
 _PREFIXES = ("module.", "_orig_mod.")
 # Keys under which other projects' files keep a network's state_dict.
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "net")
@@ -23,30 +37,147 @@ def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> Non
 
     The file appears under its name only when it is complete and on the disk, so that a kill at any
     moment leaves the old file or the new one. `links` get the same file without a second copy
-    where the file system can.
+    where the file system can. Raises UserError if the file system refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            # To a file object: given a path, torch tells of a full disk without saying so.
+            torch.save(state, _HalfwayFile(file, _size(state)))  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         for link in links:
             _link(temporary, link)
+        faults.reach("save.replace")
         temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # a full disk surfaces as either
+    except BaseException as error:
         for unfinished in (path, *links):
-            unfinished.with_name(f".{unfinished.name}.tmp").unlink(missing_ok=True)
+            with suppress(OSError):
+                _temporary(unfinished).unlink()
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         raise UserError(
-            f"{path}: the checkpoint could not be written ({error}). The earlier files are kept; "
-            "free disk space or choose another --output-dir, then continue with --resume auto."
+            f"{path}: the checkpoint could not be written ({_file_error(error)}). The earlier "
+            "files are kept; free disk space or choose another --output-dir, then continue with "
+            "--resume auto."
         ) from error
+    faults.reach("saved")
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one after the other, while training goes on.
+
+    A save costs the caller a copy of the state into host memory, which is kept for the next save
+    (pinned where the tensors are on a GPU), and the rest of the last write if that is not done.
+    At the interpreter's end the thread finishes what it writes.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: Future[None] | None = None
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def submit(
+        self,
+        state: Any,
+        path: Path,
+        links: tuple[Path, ...] = (),
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start `save_checkpoint`, of `state` as it is now, and `done` after it.
+
+        Waits for the last write first, and raises its error.
+        """
+        self.wait()
+        kept, self._buffers = self._buffers, {}
+        snapshot = self._copy(state, kept)
+
+        def write() -> None:
+            save_checkpoint(snapshot, path, links)
+            done()
+
+        self._write = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Return when the last write is on the disk; raises its error (UserError), once."""
+        if self._write:
+            wait_for([self._write])  # an interrupt here must not lose the write's error
+            write, self._write = self._write, None
+            write.result()
+
+    def _copy(self, value: Any, kept: Mapping[tuple, Tensor], place: tuple = ()) -> Any:
+        """`value` with all its dicts, lists and tensors copied, the latter into kept buffers."""
+        if isinstance(value, Tensor):
+            buffer = kept.get(place)
+            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                buffer = torch.empty_like(
+                    value, device="cpu", pin_memory=value.is_cuda, requires_grad=False
+                )
+            # A blocking copy: what comes from a GPU is there before training goes on.
+            self._buffers[place] = buffer.copy_(value.detach())
+            return buffer
+        if isinstance(value, dict):
+            copied = copy.copy(value)  # with the _metadata of a state_dict
+            copied.update((k, self._copy(item, kept, (*place, k))) for k, item in value.items())
+            return copied
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(item, kept, (*place, i)) for i, item in enumerate(value))
+        return value
+
+
+class _HalfwayFile:
+    """Passes a checkpoint of about `size` bytes on, and halfway the place of a possible fault."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file, self.until_half = file, size // 2
+
+    def write(self, data: memoryview) -> None:
+        if 0 <= self.until_half < len(data):
+            self.file.write(data[: self.until_half])
+            self.file.flush()
+            faults.reach("save.write")
+            self.file.write(data[self.until_half :])
+        else:
+            self.file.write(data)
+        self.until_half -= len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _size(value: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _file_error(error: BaseException) -> str:
+    """The system's reason: torch covers an error of the file by one of its archive's offsets."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return _first_line(error)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed run left half written in a folder that nobody else writes to."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _temporary(target)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
@@ -83,7 +214,7 @@ def load_file(path: str | Path) -> Any:
             f"{path}: holds Python objects besides tensors and plain types, which could run code, "
             "so it was not loaded. Save its state_dict alone: torch.save(model.state_dict(), …)."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeError) as error:
+    except Exception as error:  # whatever damage makes of a pickle
         raise UserError(
             f"{path}: not a readable checkpoint ({_first_line(error)}). It may be cut off or of "
             "another kind; use another file."
@@ -106,7 +237,7 @@ def _check_intact(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # a flipped bit may ask for a password or another compression
         raise UserError(
             f"{path}: damaged or cut off ({_first_line(error)}). Use an earlier checkpoint."
         ) from error
@@ -119,21 +250,62 @@ def _check_intact(path: Path) -> None:
 def load_training_state(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint that training can continue from.
 
-    Raises UserError for files that hold weights only, and for a newer format.
+    Raises UserError for a damaged file, one that holds weights only, and a newer format; it names
+    the newest good checkpoint of the same folder.
     """
-    state = load_file(path)
-    needed = {"model", "optimizer", "lr_scheduler", "epoch", "args", "next_epoch", "next_step"}
-    if not isinstance(state, dict) or not needed <= state.keys():
+    path = Path(path)
+    try:
+        state = load_file(path)
+        _check_training_state(state, path)
+    except UserError as error:
+        raise UserError(f"{error} {_offer_another(path)}") from error
+    return state
+
+
+def _check_training_state(state: Any, path: Path) -> None:
+    state = state if isinstance(state, dict) else {}
+    version = state.get("format", 0)
+    if isinstance(version, int) and version > FORMAT:
         raise UserError(
-            f"{path}: holds no training state to continue from. Start anew from its weights with "
+            f"{path}: written by a newer version of this project (format {version}, this one reads "
+            f"up to {FORMAT}). Update the scripts."
+        )
+    missing = [key for key in _TRAINING_STATE if key not in state]
+    wrong = [
+        key
+        for key, kind in {**_TRAINING_STATE, **_OPTIONAL}.items()
+        if key in state and not isinstance(state[key], kind)
+    ]
+    if not missing and not wrong:
+        weights = [key for key in ("model", "ema") if key in state]
+        wrong = [key for key in weights if not _is_state_dict(state[key])]
+    if missing or wrong:
+        parts = [_listed("missing", missing, 4), _listed("of a wrong type", wrong)]
+        raise UserError(
+            f"{path}: holds no training state to continue from "
+            f"({'; '.join(part for part in parts if part)}). Start anew from its weights with "
             "--weights."
         )
-    if state.get("format", 0) > FORMAT:
-        raise UserError(
-            f"{path}: written by a newer version of this project (format {state['format']}, this "
-            f"one reads up to {FORMAT}). Update the scripts."
-        )
-    return state
+
+
+def _offer_another(refused: Path) -> str:
+    """Name the newest file beside a refused one that training can continue from."""
+    found = []
+    for path in refused.parent.glob("*.pth"):
+        with suppress(Exception):  # a damaged file, or one of another kind
+            # Mapped, so that the tensors of what may be many large files are not read.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            _check_training_state(state, path)
+            found.append((state["next_epoch"], state["next_step"], path))
+    for epoch, step, path in sorted(found, reverse=True):
+        if path.name != refused.name:
+            with suppress(UserError):
+                _check_intact(path)
+                return (
+                    f"The newest good checkpoint in {refused.parent} continues at epoch {epoch}, "
+                    f"step {step}: --resume {path}"
+                )
+    return f"There is no other good checkpoint in {refused.parent}."
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -177,9 +349,14 @@ def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Copy weights into a network after checking that every name and shape fits.
 
-    Raises UserError that lists what is missing, unexpected and of another shape; the network is
-    untouched then.
+    Raises UserError as `check_fits` does; the network is untouched then.
     """
+    check_fits(model, state_dict, source)
+    model.load_state_dict(state_dict)
+
+
+def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError that lists which weights are missing, unexpected and of another shape."""
     own = model.state_dict()
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
@@ -199,22 +376,22 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -
             f"{'; '.join(part for part in parts if part)}. Choose the network they were made for "
             "(--set model.name=…) or another file."
         )
-    model.load_state_dict(state_dict)
 
 
 def join_states(models: dict[str, nn.Module]) -> dict[str, Tensor]:
     """One flat state_dict: a single network's own, or several under `<name>.` prefixes."""
-    return _whole(models).state_dict()
+    return whole(models).state_dict()
 
 
 def split_states(
     models: dict[str, nn.Module], state_dict: Mapping[str, Tensor], source: str
 ) -> None:
     """Copy a joined state_dict into its networks: all of them, or none (see `load_into`)."""
-    load_into(_whole(models), state_dict, source)
+    load_into(whole(models), state_dict, source)
 
 
-def _whole(models: dict[str, nn.Module]) -> nn.Module:
+def whole(models: dict[str, nn.Module]) -> nn.Module:
+    """The module whose state_dict `join_states` gives."""
     return models["model"] if list(models) == ["model"] else nn.ModuleDict(models)
 
 

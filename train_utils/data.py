@@ -7,9 +7,10 @@ to sample, so the number of workers, of processes and of restarts changes no sam
 import hashlib
 import os
 import random
+import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from train_utils import faults
+from train_utils.errors import UserError
 
 _WORD = 2**64
 
@@ -76,6 +80,7 @@ class KeyedDataset(Dataset):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: SampleKey) -> Any:
+        faults.reach("load")
         with keyed_rng(stable_seed(self.seed, key.epoch, key.index)):
             item = self.dataset[key.index]
         return item if key.real else _StandIn(item)
@@ -171,12 +176,35 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, order = self.epoch, self.order(self.epoch)
         for step in range(self.start_step, self.steps_per_epoch):
-            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+            batch = self._batch(order, step)
             share = [SampleKey(epoch, index) for index in batch[self.rank :: self.world_size]]
             for part in range(self._parts(len(batch))):
                 start = part * self.micro_batch
                 stand_in = [SampleKey(epoch, batch[0], real=False)]
                 yield share[start : start + self.micro_batch] or stand_in
+
+    def _batch(self, order: list[int], step: int) -> list[int]:
+        return order[step * self.global_batch : (step + 1) * self.global_batch]
+
+    def share(self, step: int) -> list[int]:
+        """The samples of this rank in optimizer step `step` of the present epoch."""
+        return self._batch(self.order(self.epoch), step)[self.rank :: self.world_size]
+
+
+def sample_names(loader: Any, step: int) -> list[str]:
+    """What the samples of this rank in a step of the present epoch are called, for messages.
+
+    Empty for a loader that `train_loader` has not made.
+    """
+    sampler, keyed = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
+    if not isinstance(sampler, GlobalBatchSampler) or not isinstance(keyed, KeyedDataset):
+        return []
+    dataset: Any = keyed.dataset
+    indices = sampler.share(step)
+    while isinstance(dataset, Subset):
+        dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
+    name = getattr(dataset, "name", lambda index: f"sample {index}")
+    return [name(index) for index in indices]
 
 
 class ShardSampler(Sampler[SampleKey]):
@@ -223,6 +251,20 @@ def eval_loader(
     keyed = KeyedDataset(dataset, seed=0)
     sampler = ShardSampler(len(keyed), rank, world_size)
     return _loader(keyed, workers, device, sampler=sampler, batch_size=batch_size)
+
+
+def batches(loader: Iterable) -> Iterator[Any]:
+    """A loader's batches; UserError where one of its worker processes was killed."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid.*(killed|exited)", str(error)):
+            raise
+        raise UserError(
+            f"{str(error).partition('.')[0]}: a loader process was ended from outside, most often "
+            "for want of memory (RAM, or /dev/shm in a container: docker --shm-size). Use fewer "
+            "by --workers, or none by -j 0."
+        ) from error
 
 
 def _loader(dataset: Dataset, workers: int, device: torch.device, **sampling: Any) -> DataLoader:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train_utils import faults
 from train_utils.errors import UserError
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import F1Score, MeanAbsoluteError, reduce_metrics
+from train_utils.watch import waiting
 
 __all__ = [
     "F1Score",
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_USED = "pixtrain/used"  # a key that processes leave in the store once all of them have met
 _PATIENCE = timedelta(days=1)  # with what one rank does for all: downloads, scans of slow disks
 
 
@@ -70,7 +74,8 @@ def all_gather(data: Any) -> list[Any]:
     if get_world_size() == 1:
         return [data]
     gathered: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(gathered, data)
+    with waiting("gathering"):
+        dist.all_gather_object(gathered, data)
     return gathered
 
 
@@ -107,8 +112,16 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     backend = dist.get_backend_config()
     if "cpu" not in str(backend):
         vector = vector.cuda() if "nccl" in str(backend) else vector
-    dist.all_reduce(vector)
+    with waiting("adding up numbers"):
+        dist.all_reduce(vector)
     return vector.tolist()
+
+
+def shared_store() -> Any:
+    """A connection of its own to the store that all processes share; None for a single process."""
+    if get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store().clone()
 
 
 def lost_peers(error: BaseException | None) -> bool:
@@ -151,7 +164,8 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
-        dist.broadcast(flat, src=0)
+        with waiting("taking over rank 0's tensors"):
+            dist.broadcast(flat, src=0)
         for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -235,7 +249,7 @@ def _is_srun_task() -> bool:
 
 def _read_slurm() -> Launch:
     env = os.environ
-    world = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
+    world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
     nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
     # "4(x2),3": tasks per node; the plain quotient serves where the variable is missing
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", str(-(-world // nodes)))
@@ -328,6 +342,7 @@ def init_distributed_mode(args: Namespace) -> None:
         torch.cuda.set_device(device)
     else:
         _share_cores(local_world)
+    faults.announce()
     if launch is None:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -335,13 +350,16 @@ def init_distributed_mode(args: Namespace) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=COLLECTIVE_TIMEOUT))
         dist.init_process_group(
             args.dist_backend,
+            store=_unused(store),
             rank=rank,
             world_size=world,
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
+        store.set(_USED, "1")
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -349,6 +367,36 @@ def init_distributed_mode(args: Namespace) -> None:
             "Check that the port is free (--master-port), that all nodes use the same address, and "
             "that the host's name resolves (else export GLOO_SOCKET_IFNAME)."
         ) from error
+
+
+def launcher_ids() -> list[str]:
+    """What tells the torchrun agents of this launch from all others; empty without torchrun.
+
+    An agent outlives the processes that it starts, so those of a restart find their predecessors'
+    run by it, whichever nodes joined or left meanwhile.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    agent = os.getppid()
+    try:  # a process number alone may come again, in containers above all
+        started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        started = ""
+    run = os.environ["TORCHELASTIC_RUN_ID"]
+    return sorted(set(all_gather(f"{run} {socket.gethostname()} {agent} {started}")))
+
+
+def _unused(store: Any) -> Any:
+    """A part of the launcher's store that holds nothing of processes before a restart.
+
+    torchrun's static rendezvous keeps one store for all restarts. New processes would find the
+    addresses of those that are gone, and fail to connect to them.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Agents of other nodes may count their restarts differently; they meet in a new store then.
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" or store.check([_USED]):
+        return dist.PrefixStore(f"restart{restart}", store)
+    return store
 
 
 def _end_with_parent() -> None:

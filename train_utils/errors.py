@@ -11,3 +11,14 @@ class UserError(Exception):
 def plain_message(error: BaseException) -> str:
     """An error's own text; from a loader worker it arrives behind the worker's traceback."""
     return str(error).strip().rpartition("train_utils.errors.UserError: ")[2]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's or the host's memory did not suffice."""
+    texts = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+    )
+    return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import deque
 from pathlib import Path
 
 
@@ -16,9 +17,24 @@ def get_logger() -> logging.Logger:
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(_main_process_or_warning)
         logger.addHandler(handler)
+        logger.addHandler(_early)
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger
+
+
+class _Early(logging.Handler):
+    """Keeps what is said before a run has a file to write it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=100)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+_early = _Early()
 
 
 class _Console(logging.StreamHandler):
@@ -39,7 +55,12 @@ def _main_process_or_warning(record: logging.LogRecord) -> bool:
 
 
 def log_to_file(path: Path) -> None:
-    """Also append every line, with its time, to a file."""
+    """Also append every line, with its time, to a file: those of before too."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk
+    for record in _early.records:
+        handler.handle(record)
+    _early.records.clear()
+    get_logger().removeHandler(_early)
     get_logger().addHandler(handler)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train_utils.log import get_logger
+from train_utils.watch import waiting
 
 Number = float | int | Tensor
 
@@ -104,6 +105,11 @@ class MetricLogger:
         return self._meters
 
     @property
+    def is_read(self) -> bool:
+        """Whether no value is pending."""
+        return not self._pending
+
+    @property
     def read(self) -> dict[str, SmoothedValue]:
         """All meters by name, as far as they have been read from the device."""
         return self._meters
@@ -138,7 +144,8 @@ class MetricLogger:
             return []
         stacked = torch.stack([tensor.detach().reshape(()).float() for tensor in tensors]).double()
         if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(stacked)
+            with waiting("averaging the losses"):
+                dist.all_reduce(stacked)
             stacked /= dist.get_world_size()
         return stacked.tolist()
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train_utils.losses import unit_values
+from train_utils.watch import waiting
 
 Images = Tensor | Sequence[Tensor]
 
@@ -137,7 +138,8 @@ def reduce_metrics(metrics: Iterable[ExactMetric]) -> None:
         return
     device = "cpu" if "cpu" in str(dist.get_backend_config()) else "cuda"
     total = torch.cat([metric.state.to(device) for metric in pending])
-    dist.all_reduce(total)
+    with waiting("adding up the scores"):
+        dist.all_reduce(total)
     parts = total.split([metric.state.numel() for metric in pending])
     for metric, part in zip(pending, parts, strict=True):
         metric.state = part.to(metric.state.device)

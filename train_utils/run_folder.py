@@ -5,23 +5,25 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from train_utils.checkpoint import save_checkpoint
+from train_utils.checkpoint import CheckpointWriter, remove_temporaries
 from train_utils.config import dump_yaml
 from train_utils.distributed_utils import (
     broadcast_object,
     call_on_main,
     get_rank,
     is_main_process,
+    launcher_ids,
     lost_peers,
     mkdir,
 )
@@ -31,6 +33,7 @@ from train_utils.image_io import save_image
 from train_utils.log import get_logger, log_to_file
 
 LAST, BEST = "last.pth", "model_best.pth"
+AT_ONCE = "SIGINT, at once"
 _WAIT_FOR_REASONS = 3.0  # seconds that a failing rank may take to say why, on a shared disk
 
 
@@ -54,6 +57,10 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
             )
         mkdir(path)
         _lock(path)
+        if resume and not another and resume.name != LAST:  # going back to an earlier checkpoint
+            going_back = path / f".{LAST}.back.tmp"
+            shutil.copyfile(resume, going_back)
+            going_back.replace(path / LAST)
         if resume and another:  # its records and best checkpoint go on in the new folder
             for name in ("metrics.jsonl", "results.txt", BEST):
                 if (resume.parent / name).exists():
@@ -133,6 +140,37 @@ def find_resume(request: str | None, output_dir: str | None, config_name: str) -
     return newest and Path(newest)
 
 
+def restarted_run(request: str | None, output_dir: str | None, config_name: str) -> Path | None:
+    """The run folder of an earlier start by the same torchrun, where this is a restart.
+
+    torchrun starts all processes anew after one has failed (--max-restarts) or nodes have come or
+    gone, by the first command line: what they find is that their launcher's run is there already.
+    """
+    launchers = launcher_ids()
+
+    def look() -> str | None:
+        if output_dir:
+            folders = [Path(output_dir)]
+        elif request not in (None, "auto"):
+            folders = [Path(request), Path(request).parent]
+        else:
+            folders = sorted(Path("runs", config_name).glob("*"), reverse=True)
+        ours = (path for path in folders if set(launchers) & set(_launchers_of(path)))
+        return next(map(str, ours), None)
+
+    found = call_on_main(look) if launchers else None
+    if found:
+        get_logger().info(f"started again by the same torchrun: continuing {found}")
+    return found and Path(found)
+
+
+def _launchers_of(path: Path) -> list[str]:
+    try:
+        return json.loads((path / "status.json").read_text(encoding="utf-8")).get("launchers", [])
+    except (OSError, ValueError):
+        return []
+
+
 def newest_best_checkpoint(root: Path = Path("runs")) -> Path:
     """The best checkpoint of the newest run; UserError tells how to get one if there is none."""
     found = list(root.glob(f"**/{BEST}"))
@@ -153,12 +191,14 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], epoch: int = 0, step: int = 0):
-        self.path = path
+        self.path, self.launchers = path, launcher_ids()
         self.writer: Any = None
+        self._checkpoints = CheckpointWriter()
         if not is_main_process():
             return
         self.status("running", step=step)
         self._forget_reasons()  # of a run that was killed while it failed
+        remove_temporaries(path)
         log_to_file(path / "log.txt")
         dump_yaml(dict(config), path / "config.yaml")
         self._keep_records_before(epoch)
@@ -190,11 +230,20 @@ class RunFolder:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self.status("stopped", reason="SIGINT, at once")
+            self.status("stopped", reason=AT_ONCE)
         elif error is not None and not isinstance(error, SystemExit):
             self._fail(error)
-        if self.writer:
-            self.writer.close()
+        try:
+            self.wait_saved()
+        except Exception as unsaved:
+            if error is None:
+                self._fail(unsaved)
+                raise
+            get_logger().error(f"failed as well: {plain_message(unsaved)}")
+        finally:
+            if self.writer:
+                with suppress(*([OSError] if error else [])):  # a full disk, told already
+                    self.writer.close()
 
     def _fail(self, error: BaseException) -> None:
         """Write why the run failed; another rank's reason where this one only lost that rank."""
@@ -213,7 +262,14 @@ class RunFolder:
             time.sleep(0.05)
         self._forget_reasons()
         get_logger().error(f"failed: {reason}")
-        self.status("failed", reason=reason)
+        with suppress(OSError):  # a full disk, which the reason tells better
+            self.status("failed", reason=reason)
+
+    def give_up(self, reason: str) -> NoReturn:
+        """Write why and end this process at once, from any thread: its main one may hang."""
+        self._fail(UserError(reason))
+        print(f"error (rank {get_rank()}): {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _forget_reasons(self) -> None:
         for file in self.path.glob("failed_rank*.txt"):
@@ -280,6 +336,8 @@ class RunFolder:
         """Write last.pth, and the same file as model_best.pth and model_<epoch>.pth where asked.
 
         Of the numbered files the newest `keep` stay, and those of every `keep_every`-th epoch.
+        Returns when `state` may change; `wait_saved` when the files are there. Either raises
+        UserError if they, or those of the last call, could not be written.
         """
         if not is_main_process():
             return
@@ -290,18 +348,27 @@ class RunFolder:
         links = [self.path / BEST] if best else []
         if numbered is not None and (keep > 0 or stays(numbered)):
             links.append(self.path / f"model_{numbered:04d}.pth")
-        self.writer.flush()  # what the checkpoint will not do again must be on the disk
-        save_checkpoint(state, self.path / LAST, tuple(links))
-        if numbered is not None:
+
+        def prune() -> None:
+            if numbered is None:
+                return
             files = sorted(self.path.glob("model_[0-9]*.pth"), key=_epoch_of_file)
             passing = [file for file in files if not stays(_epoch_of_file(file))]
             for old in passing[: -keep or None]:
-                old.unlink()
+                old.unlink(missing_ok=True)
+
+        self.writer.flush()  # what the checkpoint will not do again must be on the disk
+        self._checkpoints.submit(state, self.path / LAST, tuple(links), prune)
+
+    def wait_saved(self) -> None:
+        """Return when the checkpoint that was saved last is on the disk; UserError if it failed."""
+        self._checkpoints.wait()
 
     def status(self, state: str, **details: Any) -> None:
         """Write status.json: running, finished, stopped or failed, and why."""
         if is_main_process():
             record = {"state": state, "pid": os.getpid(), "time": time.time(), **details}
+            record |= {"launchers": self.launchers} if self.launchers else {}
             write_text(self.path / "status.json", json.dumps(record) + "\n")
 
 

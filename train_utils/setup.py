@@ -1,5 +1,6 @@
 """What a run sets up once, before its first step."""
 
+import errno
 import inspect
 import os
 import sys
@@ -99,6 +100,13 @@ def clean_errors() -> Iterator[None]:
         if not lost_peers(error):
             raise
         _exit_with(f"lost the other processes; their errors tell why ({str(error)[:200]})")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _exit_with(
+            f"{error.filename or 'disk'}: {error.strerror}. Files are as last saved: free disk "
+            "space, then continue with --resume auto."
+        )
     except KeyboardInterrupt:
         print("interrupted: stopped at once; checkpoints are as last saved", file=sys.stderr)
         sys.exit(130)

@@ -1,30 +1,82 @@
 """Stopping on request: a signal to any process ends the run after a step, on all ranks together."""
 
+import os
 import signal
+import socket
 import sys
+import threading
+import time
 from types import FrameType
 from typing import NoReturn
 
-from train_utils.distributed_utils import sum_over_ranks
+from train_utils.distributed_utils import (
+    get_rank,
+    get_world_size,
+    shared_store,
+    sum_over_ranks,
+)
 from train_utils.log import get_logger
-from train_utils.run_folder import RunFolder
+from train_utils.run_folder import AT_ONCE, RunFolder
 from train_utils.training_state import TrainingState
+from train_utils.watch import Watch
 
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+_TIME_TO_UNWIND = 2.0  # seconds that a second SIGINT leaves to the main thread
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGUSR1 (Slurm's preemption) and SIGINT; a second SIGINT stops at once.
+class Supervisor:
+    """Knows why a run must end early: a signal to any process, or a process that hangs.
 
-    `requested` names this process's own signal; `agreed` is set once all ranks know of it.
+    Notes SIGTERM, SIGUSR1 (Slurm's preemption) and SIGINT; a second SIGINT stops at once.
+    `requested` names this process's own signal; `agreed` is set once all ranks know of one.
+    hang_timeout: the patience of a `Watch`, which runs for the length of a `with` block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: RunFolder, hang_timeout: float) -> None:
+        self.run = run
         self.requested: str | None = None
         self.agreed = False
+        self.watch = Watch(
+            hang_timeout,
+            run.give_up,
+            lambda: self.requested is not None,
+            shared_store(),
+            get_rank(),
+            get_world_size(),
+        )
         for name in _SIGNALS:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._note)
+
+    def __enter__(self) -> "Supervisor":
+        self._arrived, arriving = socket.socketpair()
+        arriving.setblocking(False)
+        # Python runs `_note` between two steps of its own only, and once for several signals: a
+        # backward pass of half a minute would outlast any number of Ctrl-C.
+        signal.set_wakeup_fd(arriving.fileno(), warn_on_full_buffer=False)
+        self._arriving = arriving
+        threading.Thread(target=self._count_interrupts, name="signals", daemon=True).start()
+        self.watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.watch.__exit__(*error)
+        signal.set_wakeup_fd(-1)
+        self._arriving.close()  # ends the thread
+
+    def _count_interrupts(self) -> None:
+        interrupts = 0
+        while number := self._arrived.recv(1):
+            interrupts += number[0] == signal.SIGINT
+            if interrupts == 2:
+                time.sleep(_TIME_TO_UNWIND)
+                self.run.status("stopped", reason=AT_ONCE)
+                print("interrupted twice: stopped at once", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGINT)
+
+    def wanted(self) -> bool:
+        """Whether any process has been asked to stop, as far as this one knows by now."""
+        return self.requested is not None or self.watch.stop_anywhere
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -34,14 +86,15 @@ class StopRequest:
         get_logger().warning(f"{name}: stopping after this step (Ctrl-C again: at once)")
 
 
-def agree_to_stop(stop: StopRequest) -> None:
+def agree_to_stop(stop: Supervisor) -> None:
     """Learn at the end of an epoch whether any rank has been asked to stop meanwhile."""
     (requests,) = sum_over_ranks([stop.requested is not None])
     stop.agreed = stop.agreed or requests > 0
 
 
-def exit_stopped(stop: StopRequest, run: RunFolder, state: TrainingState) -> NoReturn:
+def exit_stopped(stop: Supervisor, run: RunFolder, state: TrainingState) -> NoReturn:
     """End a stopped run: say where it stands and how to continue, and exit as the signal would."""
+    run.wait_saved()
     sum_over_ranks([0])  # rank 0 has saved: a rank that left earlier would have it terminated
     reason = stop.requested or "SIGTERM"  # another rank's
     run.status("stopped", reason=reason, epoch=state.epoch, step=state.step)

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from train_utils.data import stable_seed
+from train_utils import faults
+from train_utils.data import batches, sample_names, stable_seed
 from train_utils.distributed_utils import (
     broadcast_buffers,
     get_rank,
@@ -21,17 +23,20 @@ from train_utils.distributed_utils import (
     unwrap,
 )
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError
+from train_utils.errors import UserError, is_out_of_memory
 from train_utils.inference import chunk_size, evaluation_mode, forward_chunk, in_order
 from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
-from train_utils.normalize import normalize_images
-
-HOW_TO_TAME = (
-    "Lower --lr, try --amp off or gradient clipping (--set train.clip_norm=1), and check the "
-    "images. The last checkpoint is from before."
+from train_utils.nonfinite import (
+    HOW_TO_TAME,
+    NonfiniteGuard,
+    OnNonfinite,
+    nonfinite_gradients,
+    spoilt_if_nonfinite,
 )
+from train_utils.normalize import normalize_images
+from train_utils.watch import mark, waiting
 
 Models = Mapping[str, nn.Module]
 Batch = tuple[Any, ...]
@@ -46,7 +51,8 @@ class StepOptions:
 
     amp_dtype: autocast to it (None: fp32, or fp16 where a GradScaler is given). accumulate:
     micro-batches per optimizer step. clip_norm, clip_value: gradient clipping. seed: reseed dropout
-    by (seed, step, rank) in every step. ema: moving averages by network.
+    by (seed, step, rank) in every step. ema: moving averages by network. on_nonfinite: what to do
+    when a loss or gradient of any process is NaN or infinite: stop, or skip the step.
     """
 
     amp_dtype: torch.dtype | None = None
@@ -55,6 +61,7 @@ class StepOptions:
     clip_value: float | None = None
     seed: int | None = None
     ema: Mapping[str, ExponentialMovingAverage] | None = None
+    on_nonfinite: OnNonfinite = "stop"
 
 
 class Progress(NamedTuple):
@@ -110,8 +117,8 @@ def train_one_epoch(
     names. `start_step` is the number of optimizer steps of this epoch done before a restart.
     `after_step` is called after every optimizer step. When `stop_requested` is true on any rank,
     all ranks end the epoch after the same step.
-    Raises UserError when a loss is not finite, on all ranks alike, once the values have been read
-    for a line or a checkpoint.
+    Raises UserError when a loss or a gradient is not finite, on all ranks alike, unless
+    `options.on_nonfinite` is "skip", and when the memory does not suffice.
     """
     device = torch.device(device)  # a script may pass "cuda"
     models, optimizers = _named(model), _named(optimizer)
@@ -122,27 +129,50 @@ def train_one_epoch(
     for network in models.values():
         network.train()
     take_step = _Step(models, optimizers, schedulers, scalers, device, train_step, options)
-    windows = _Windows(data_loader, options.accumulate)
-    first_step = epoch * (start_step + len(windows)) + start_step
+    guard = NonfiniteGuard(options.on_nonfinite, device, take_step.scaled, models)
+    windows = _Windows(data_loader, options.accumulate, epoch, start_step)
+    total = start_step + len(windows)
+    first_step = epoch * total + start_step
+
+    def where(step: int) -> str:
+        return f"epoch {epoch}, step {step + 1} of {total}"
+
+    def names(step: int) -> list[str]:
+        return sample_names(data_loader, step)
 
     for step, parts in enumerate(
         logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", start_step), start_step
     ):
-        check_finite(logger.read, epoch)
+        faults.reach("step")
+        if logger.is_read:
+            guard.review(where, names)
+            check_finite(logger.read, epoch)
+        mark(where(step))
+        seed = None
         if options.seed is not None:
-            torch.manual_seed(stable_seed(options.seed, first_step + step - start_step, get_rank()))
+            seed = stable_seed(options.seed, first_step + step - start_step, get_rank())
         counts, images, stop = _agree(parts, loss_counts, stop_requested())
         rates = _learning_rates(optimizers)
-        losses = take_step(parts, counts)
+        guard.keep_buffers()
+        losses = take_step.backward(parts, counts, seed)
+        skipped = guard.found(step, losses)
+        if skipped:
+            guard.act(where(step), losses, names(step), take_step.own_gradients_bad())
+        else:
+            guard.went_well()
+        take_step.update(skipped)
         logger.images += images
-        logger.update(images, **losses, **rates)
+        rates |= {"skipped": float(skipped)} if options.on_nonfinite == "skip" else {}
+        logger.update(images, **({} if skipped else losses), **rates)
         if after_step:
             after_step(Progress(epoch, step + 1, logger, stop))
         if stop:
             break
-    check_finite(logger.meters, epoch)
+    meters = logger.meters
+    guard.review(where, names)
+    check_finite(meters, epoch)
     mean_loss = next(iter(mean_losses(logger).values()), float("nan"))
-    return mean_loss, logger.meters["lr"].value
+    return mean_loss, meters["lr"].value
 
 
 def mean_losses(logger: MetricLogger) -> dict[str, float]:
@@ -168,21 +198,28 @@ def check_finite(meters: Mapping[str, SmoothedValue], epoch: int) -> None:
 class _Windows:
     """A loader's batches, grouped by `size`; the last group may be smaller."""
 
-    def __init__(self, loader: Iterable, size: int) -> None:
+    def __init__(self, loader: Iterable, size: int, epoch: int, start_step: int) -> None:
         self.loader, self.size = loader, size
+        self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
         return -(-len(self.loader) // self.size)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        window = []
-        for batch in self.loader:
+        window, step = [], self.start_step
+        self._mark(step)
+        for batch in batches(self.loader):
             window.append(batch)
             if len(window) == self.size:
                 yield window
-                window = []
+                window, step = [], step + 1
+                self._mark(step)
         if window:
             yield window
+
+    def _mark(self, step: int) -> None:
+        place = f"loading the images of epoch {self.epoch}, step {step + 1}"
+        mark(place, lambda: ", ".join(sample_names(self.loader, step)))
 
 
 def _agree(
@@ -221,48 +258,114 @@ class _Step:
         off = torch.amp.GradScaler(device.type, enabled=False)
         self.scalers = {name: scalers.get(name) or off for name in optimizers}
         self.device, self.train_step, self.options = device, train_step, options
-        scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
-        self.amp_dtype = options.amp_dtype or (torch.float16 if scaled else None)
+        self.scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
+        self.amp_dtype = options.amp_dtype or (torch.float16 if self.scaled else None)
+        self._spoil, self._checked = 1.0, False
+        self._last: tuple[Sequence[Batch], dict[str, float], int | None]
 
-    def __call__(self, parts: Sequence[Batch], counts: dict[str, float]) -> dict[str, Tensor]:
+    def backward(
+        self, parts: Sequence[Batch], counts: dict[str, float], seed: int | None
+    ) -> dict[str, Tensor]:
+        """Gradients of the whole step, and its losses by name."""
+        self._last = parts, counts, seed
+        spoilt_loss = faults.reach("loss")
+        self._spoil = faults.reach("gradient") * spoilt_loss
+        losses = self._all_parts(synchronise=True)
+        if spoilt_loss != 1:
+            losses = {name: loss * spoilt_loss for name, loss in losses.items()}
+        if not self._checked:
+            self._refuse_unused_parameters()
+        return losses
+
+    def own_gradients_bad(self) -> bool:
+        """Whether this process's own part of the last step makes gradients that are not finite."""
+        self._forget_gradients()
+        self._all_parts(synchronise=False)
+        bad = bool(nonfinite_gradients(self.models.values()))
+        self._forget_gradients()
+        return bad
+
+    def update(self, skip: bool) -> None:
+        """Step all optimizers, unless told to skip that, and what follows the steps."""
+        for name, optimizer in self.optimizers.items():
+            if not skip:
+                self._clip(name)
+                self.scalers[name].step(optimizer)
+                self.scalers[name].update()
+            optimizer.zero_grad(set_to_none=True)
+            if name in self.schedulers:
+                self.schedulers[name].step()
+            if self.options.ema and not skip:
+                self.options.ema[name].update(unwrap(self.models[name]))
+
+    def _all_parts(self, synchronise: bool) -> dict[str, Tensor]:
+        parts, counts, seed = self._last
+        if seed is not None:
+            torch.manual_seed(seed)
         total: dict[str, Tensor] = {}
         for number, batch in enumerate(parts, 1):
             with ExitStack() as stack:
-                if number < len(parts):
+                if number < len(parts) or not synchronise:
                     for model in self.models.values():
                         stack.enter_context(no_sync(model))
                 losses = self._forward_backward(batch, counts)
             for name, loss in losses.items():
                 total[name] = total[name] + loss if name in total else loss
-        for name in self.optimizers:
-            self._update(name)
         return total
 
     def _forward_backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        batch = to_device(batch, self.device)
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
-            return self.train_step(self.models, batch, counts, self._backward)
+        try:
+            batch = to_device(batch, self.device)
+            with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
+                return self.train_step(self.models, batch, counts, self._backward)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            images = len(batch[0])
+            raise UserError(
+                f"out of memory in a forward pass of {images} images: use a smaller --batch-size "
+                f"(the same global batch: -b {max(1, images // 2)} and twice train.accumulate), or "
+                "smaller images."
+            ) from error
 
     def _backward(self, name: str, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):
+        loss = spoilt_if_nonfinite(loss)
+        if self._spoil != 1:
+            loss = loss * self._spoil
+        # Here data-parallel processes wait for each other's gradients.
+        with torch.autocast(self.device.type, enabled=False), waiting(f"gradients of {name}"):
             self.scalers[name].scale(loss).backward()
 
-    def _update(self, name: str) -> None:
-        model, optimizer, scaler = self.models[name], self.optimizers[name], self.scalers[name]
-        options = self.options
+    def _clip(self, name: str) -> None:
+        parameters, options = self.models[name].parameters(), self.options
         if options.clip_value or options.clip_norm:
-            scaler.unscale_(optimizer)
+            self.scalers[name].unscale_(self.optimizers[name])
         if options.clip_value:
-            nn.utils.clip_grad_value_(model.parameters(), options.clip_value)
+            nn.utils.clip_grad_value_(parameters, options.clip_value)
         if options.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if name in self.schedulers:
-            self.schedulers[name].step()
-        if options.ema:
-            options.ema[name].update(unwrap(model))
+            nn.utils.clip_grad_norm_(self.models[name].parameters(), options.clip_norm)
+
+    def _refuse_unused_parameters(self) -> None:
+        """Data-parallel networks need all gradients; torch's own error names no parameter."""
+        self._checked = True
+        unused = [
+            f"{network}.{name}"
+            for network, model in self.models.items()
+            if isinstance(model, DistributedDataParallel)
+            for name, parameter in unwrap(model).named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
+        if unused:
+            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+            raise UserError(
+                f"{', '.join(unused[:8])}{more}: no loss depends on these parameters, which "
+                "several processes cannot train. Use them in a loss, or freeze them by "
+                "requires_grad_(False)."
+            )
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -284,6 +387,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 # -- evaluation -----------------------------------------------------------------------------------
+
+
+class StoppedMidway(Exception):
+    """An evaluation ended early, on all processes, because one of them was asked to stop."""
 
 
 class Sample(NamedTuple):
@@ -310,12 +417,15 @@ def evaluate(
     predict: Callable[[Models, Tensor], Tensor] = saliency_predict,
     keep: int = 0,
     samples: list[Sample] | None = None,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> tuple[ExactMetric, ...]:
     """Score a network on a loader's samples; returns the metrics, (MAE, maxF1) unless given others.
 
     Every rank passes the loader of its own share; each sample must be in one share only. The
     metrics come back reduced over all ranks, with the same bits for any number of ranks, threads
     and images per batch on CPUs. Up to `keep` samples of this rank are appended to `samples`.
+    `stop_requested` is asked after every few images; raises StoppedMidway on all ranks once it has
+    been true on any.
     """
     device = torch.device(device)
     models = {name: unwrap(network) for name, network in _named(model).items()}
@@ -325,6 +435,7 @@ def evaluate(
 
     def score(chunk: tuple[Tensor, list[Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
         images, targets = chunk
+        faults.reach("evaluate")
         outputs = forward_chunk(lambda x: predict(models, x), images.to(device), device)
         targets = [target.to(device, non_blocking=True) for target in targets]
         return [
@@ -343,6 +454,11 @@ def evaluate(
                     kept.append(output.cpu())
                 for metric, state in zip(metrics, states, strict=True):
                     metric.merge(state)
+            mark(f"evaluating, {metrics[0].count} images done")
+            if stop_requested and stop_requested():
+                break
+    if stop_requested and sum_over_ranks([stop_requested()])[0]:
+        raise StoppedMidway
     reduce_metrics(metrics)
     if samples is not None:
         samples.extend(
@@ -372,7 +488,7 @@ def _chunks(loader: Iterable, device: torch.device) -> Iterator[tuple[Tensor, li
     """Regroup a loader's batches of any size into chunks of equally sized images."""
     images: list[Tensor] = []
     targets: list[Tensor] = []
-    for batch_images, batch_targets in loader:
+    for batch_images, batch_targets in batches(loader):
         for image, target in zip(batch_images, batch_targets, strict=True):
             full = images and len(images) == chunk_size(device, images[0])
             if images and (full or image.shape != images[0].shape):

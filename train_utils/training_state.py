@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from train_utils.checkpoint import FORMAT, join_states, split_states
+from train_utils.checkpoint import FORMAT, check_fits, join_states, split_states, whole
 from train_utils.config import diff
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
 from train_utils.log import get_logger
+from train_utils.nonfinite import HOW_TO_TAME
 from train_utils.schedule import apply_schedule, scale_learning_rate
-from train_utils.train_and_eval import HOW_TO_TAME
 
 # Settings that may change at a restart, because they change neither the samples nor the steps.
 _FREE = (
@@ -37,6 +39,8 @@ _FREE = (
     "train.compile",
     "train.deterministic",
     "train.print_freq",
+    "train.hang_timeout",
+    "train.on_nonfinite",
     "train.eval_interval",
     "train.keep",
     "train.keep_every",
@@ -66,6 +70,7 @@ class TrainingState:
     num_samples: int
     data: str  # fingerprint of the training set
     global_batch: int
+    forward_batch: int  # images of one forward pass on all processes together
     world_size: int
     epoch: int = 0
     step: int = 0
@@ -100,6 +105,7 @@ class TrainingState:
             "num_samples": self.num_samples,
             "data": self.data,
             "global_batch": self.global_batch,
+            "forward_batch": self.forward_batch,
             "world_size": self.world_size,
             "args": self.config,
         }
@@ -134,21 +140,24 @@ class TrainingState:
             )
 
     def restore(self, state: Mapping[str, Any], source: str) -> None:
-        """Continue where `state` was captured; UserError if its settings were others."""
+        """Continue where `state` was captured.
+
+        Raises UserError, with nothing changed, if its settings were others or a part does not fit.
+        """
         self._check_same_run(state, source)
+        averages = {name: ema.module for name, ema in self.ema.items()} if "ema" in state else {}
+        check_fits(whole(self.models), state["model"], source)
+        if averages:
+            check_fits(whole(averages), state["ema"], f"{source}, moving average")
+        saved = self._check_trainers(state, source)
+
         split_states(self.models, state["model"], source)
-        if self.ema and "ema" in state:
-            split_states({name: ema.module for name, ema in self.ema.items()}, state["ema"], source)
+        if averages:
+            split_states(averages, state["ema"], source)
         for name, ema in self.ema.items():
             ema.steps = state["ema_steps"].get(name, 0)
-        for key, objects in (
-            ("optimizer", self.optimizers),
-            ("lr_scheduler", self.schedulers),
-            ("scaler", self.scalers),
-        ):
-            for name, saved in _named_states(objects, state.get(key, {})).items():
-                if saved and objects[name] is not None:  # fp16's scaler has no use in bf16
-                    objects[name].load_state_dict(saved)
+        for trainer, content in saved:
+            trainer.load_state_dict(content)
         for name, schedule in self.schedulers.items():
             # The checkpoint's rate is that of its own schedule; more epochs make it another one.
             apply_schedule(self.optimizers[name], schedule)
@@ -160,6 +169,39 @@ class TrainingState:
                 f"continuing with {self.world_size} process(es) instead of {state['world_size']}: "
                 f"the global batch stays {self.global_batch}"
             )
+
+    def _check_trainers(self, state: Mapping[str, Any], source: str) -> list[tuple[Any, dict]]:
+        """Optimizers, schedulers and scalers with their saved states, once all of them fit."""
+        pairs: list[tuple[Any, dict]] = []
+        misfits: list[str] = []
+        for key, objects in (
+            ("optimizer", self.optimizers),
+            ("lr_scheduler", self.schedulers),
+            ("scaler", self.scalers),
+        ):
+            saved = _named_states(objects, state.get(key, {}))
+            for name, trainer in objects.items():
+                content: Any = saved.get(name)
+                if key == "scaler" and not (trainer and content):
+                    continue  # fp16's has no use in bf16
+                if not isinstance(content, dict):
+                    found = ["is missing"]
+                elif key == "optimizer":
+                    found = _optimizer_misfits(trainer, self.models[name], content)
+                elif key == "lr_scheduler":
+                    found = _schedule_misfits(trainer, content)
+                else:
+                    found = [f"lacks {k}" for k in trainer.state_dict() if k not in content]
+                pairs.append((trainer, content))
+                misfits += [f"{key} of {name}: {text}" for text in found]
+        if misfits:
+            more = f" … and {len(misfits) - 4} more" if len(misfits) > 4 else ""
+            raise UserError(
+                f"{source}: its training state does not fit (file ≠ run): "
+                f"{'; '.join(misfits[:4])}{more}. Resume from another checkpoint, or start a new "
+                "run from its weights with --weights."
+            )
+        return pairs
 
     def _check_same_run(self, state: Mapping[str, Any], source: str) -> None:
         changes = diff(state["args"], self.config)
@@ -198,6 +240,18 @@ def resumed_global_batch(state: Mapping[str, Any], requested: int, world_size: i
     return saved
 
 
+def resumed_forward_batch(state: Mapping[str, Any], train: Any, world_size: int) -> int:
+    """Images of one forward pass on all processes, of a run that continues with `train`'s settings.
+
+    Synchronised batch norm averages over them, so they stay, in parts of another size where the
+    number of processes has changed. Without it, `batch_size` is each process's own affair.
+    """
+    saved_batch = state["args"]["train"]["batch_size"]
+    if not train.sync_bn or train.batch_size != saved_batch:
+        return train.batch_size * world_size
+    return state.get("forward_batch", saved_batch * state["world_size"])
+
+
 def _states(objects: dict[str, Any]) -> dict[str, Any]:
     states = {name: item.state_dict() for name, item in objects.items() if item is not None}
     return states["model"] if list(states) == ["model"] else states
@@ -205,3 +259,52 @@ def _states(objects: dict[str, Any]) -> dict[str, Any]:
 
 def _named_states(objects: dict[str, Any], states: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": states} if list(objects) == ["model"] else dict(states)
+
+
+def _optimizer_misfits(optimizer: Optimizer, model: nn.Module, saved: dict) -> list[str]:
+    """What would fail only at a later step, or spoil it: other groups, another kind or shapes."""
+    groups, states = saved.get("param_groups"), saved.get("state")
+    own_groups = optimizer.param_groups
+    if not _are_groups(groups) or not isinstance(states, dict):
+        return ["lacks param_groups or state"]
+    sizes, own_sizes = ([len(group["params"]) for group in each] for each in (groups, own_groups))
+    if sizes != own_sizes:
+        return [f"groups of {sizes} parameters ≠ {own_sizes}"]
+    settings, own_settings = groups[0].keys(), own_groups[0].keys()
+    if settings - own_settings and own_settings - settings:  # one alone: another version of torch
+        return [f"is of another kind: {sorted(settings)} ≠ {sorted(own_settings)}"]
+    parts = {part for state in states.values() if isinstance(state, dict) for part in state}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    numbers = [number for group in groups for number in group["params"]]
+    parameters = [parameter for group in own_groups for parameter in group["params"]]
+    return [
+        f"{names[parameter]}: {misfit}"
+        for number, parameter in zip(numbers, parameters, strict=True)
+        if number in states  # none: it has had no gradient yet
+        for misfit in _part_misfits(states[number], parts, tuple(parameter.shape))
+    ]
+
+
+def _part_misfits(state: Any, parts: set[str], shape: tuple[int, ...]) -> list[str]:
+    if not isinstance(state, dict) or state.keys() != parts:
+        return [f"lacks some of {', '.join(sorted(parts))}"]
+    shapes = {part: tuple(v.shape) for part, v in state.items() if isinstance(v, Tensor)}
+    expected = {part: () if part == "step" else shape for part in shapes}
+    return [f"{p} {shapes[p]} ≠ {expected[p]}" for p in shapes if shapes[p] != expected[p]]
+
+
+def _are_groups(value: Any) -> TypeGuard[list[dict]]:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(each, dict) and isinstance(each.get("params"), list) for each in value)
+    )
+
+
+def _schedule_misfits(schedule: LambdaLR, saved: dict) -> list[str]:
+    groups = len(schedule.base_lrs)
+    if not isinstance(saved.get("last_epoch"), int):
+        return ["lacks last_epoch"]
+    lists = (saved.get(key) for key in ("base_lrs", "lr_lambdas"))
+    fits = all(isinstance(each, list) and len(each) == groups for each in lists)
+    return [] if fits else [f"lacks base_lrs and lr_lambdas of {groups} parameter groups"]

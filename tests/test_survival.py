@@ -1,0 +1,351 @@
+"""Killed, stopped, hung or spoilt at any place, a run ends as if nothing had happened.
+
+Faults on order (train_utils/faults.py) strike real processes under torchrun, start after start; the
+run that torchrun restarts each time must reach the weights, the optimizer, the schedule, the moving
+average and the records of a run that was left alone, bit for bit.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import on_ranks
+from test_contract import assert_equal
+from test_scripts import REPO, command, records, run, weights
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+
+from train_utils import faults, train_one_epoch
+from train_utils.data import GlobalBatchSampler, train_loader
+from train_utils.distributed_utils import get_rank, get_world_size
+from train_utils.errors import UserError
+from train_utils.sync_batchnorm import convert_sync_batchnorm
+from train_utils.train_and_eval import StepOptions
+
+CPU = torch.device("cpu")
+# Nine steps in all, in two parts each, with everything that a checkpoint must carry over.
+OPTIONS = [
+    *("--config", REPO / "configs" / "unet.yaml", "--device", "cpu", "--print-freq", "1"),
+    *("--set", "data.image_size=40", "--set", "model.channels=8", "--set", "train.ema=0.9"),
+    *("--set", "data.train_size=11", "--set", "data.val_size=3", "--epochs", "3", "-b", "1"),
+    *("--set", "train.accumulate=2", "--set", "train.clip_norm=1", "--set", "train.save_steps=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run of two processes that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    arguments = (*OPTIONS, "-j", 0, "--output-dir", "run")
+    run(folder, "train_multi_GPU.py", *arguments, processes=2)
+    return folder / "run"
+
+
+def assert_same_run(one, other):
+    assert records(one) == records(other)
+    first, second = weights(one), weights(other)
+    for part in ("model", "ema", "optimizer", "lr_scheduler", "best_scores", "stale", "epoch"):
+        assert_equal(first[part], second[part], part)
+
+
+def suffer(folder, ordered, *extra, timeout=280):
+    """One torchrun that starts its two processes again after every fault; its run folder and log.
+
+    The faults strike one after the other, each in the next start.
+    """
+    ordered = [f"{fault}:start={start}" for start, fault in enumerate(ordered)]
+    launch = command("train_multi_GPU.py", *OPTIONS, *extra, processes=2)
+    launch.insert(3, f"--max-restarts={len(ordered)}")
+    done = subprocess.run(
+        launch,
+        cwd=folder,
+        env={**os.environ, "PIXTRAIN_FAULT": ",".join(ordered)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (folder / "runs" / "unet").iterdir()  # every start continues in the same folder
+    log = (path / "log.txt").read_text()
+    assert log.count("process(es) on cpu") == len(ordered) + 1, log  # every fault struck
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    assert not list(path.glob(".*.tmp"))
+    return path, log
+
+
+@pytest.mark.slow
+def test_killed_anywhere(undisturbed, tmp_path):
+    """SIGKILL in a step, in a loader's worker, in evaluation and in all phases of a save."""
+    ordered = [
+        "step:kill@3:rank=1",
+        "load:kill@2:rank=0",  # in its worker
+        "evaluate:kill:rank=0",
+        "save.write:kill:rank=0",
+        "save.replace:kill:rank=0",
+        "saved:kill@2:rank=0",
+        "load:hang@2:rank=1",  # in its worker
+    ]
+    # The undisturbed run had no workers.
+    path, log = suffer(tmp_path, ordered, "-j", 1, "--set", "train.hang_timeout=6")
+    assert_same_run(undisturbed, path)
+    assert "a loader process was ended from outside" in log
+    assert "hang: rank 1" in log and "has been at 'loading the images of epoch" in log
+
+
+@pytest.mark.slow
+def test_stopped_spoilt_and_hung_anywhere(undisturbed, tmp_path):
+    """SIGTERM to one rank in a step, in evaluation and in a save; errors, NaN and hangs of one."""
+    ordered = [
+        "step:term@2:rank=1",
+        "load:raise@3:rank=1",
+        "loss:nan:rank=1",
+        "evaluate:term:rank=1",
+        "save.write:term:rank=0",
+        "evaluate:hang:rank=1",
+    ]
+    path, log = suffer(tmp_path, ordered, "-j", 0, "--set", "train.hang_timeout=6")
+    assert_same_run(undisturbed, path)
+    assert "stopped by SIGTERM at epoch 0, step 2" in log  # in a step: after it, on both ranks
+    assert "failed: rank1: UserError: PIXTRAIN_FAULT: load" in log
+    assert "step 1 of 3: loss, ce, dice on rank 1 (scene" in log
+    assert "stopped by SIGTERM at epoch 0, step 3" in log  # only the evaluation was left
+    assert "hang: rank 1" in log and "has been at 'evaluating" in log
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
+def test_preempted_in_a_long_evaluation(tmp_path):
+    """A signal to one rank, or to torchrun, ends an evaluation on all of them, well in time."""
+    options = (*OPTIONS, "--set", "data.val_size=20000", "-j", 0, "--output-dir", "run")
+    for sender in ("rank", "torchrun"):
+        launcher = subprocess.Popen(
+            command("train_multi_GPU.py", *options, "--resume", "auto", processes=2),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            status = _wait_for_status(tmp_path / "run", launcher, step=3)
+            time.sleep(1)
+            if sender == "rank":
+                os.kill(_other_rank(launcher.pid, status["pid"]), signal.SIGUSR1)
+            else:
+                launcher.terminate()
+            begin = time.monotonic()
+            output, _ = launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+        assert time.monotonic() - begin < 25, output  # torchrun kills after 30 s
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert (status["state"], status["epoch"], status["step"]) == ("stopped", 0, 3), output
+        assert weights(tmp_path / "run")["next_step"] == 3
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def _wait_for_status(folder, launcher, step):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and launcher.poll() is None:
+        time.sleep(0.05)
+        if (folder / "status.json").exists():
+            status = json.loads((folder / "status.json").read_text())
+            if (status["state"], status["step"]) == ("running", step):
+                return status
+    raise AssertionError(f"step {step} was not reached: {launcher.communicate()[0]}")
+
+
+def _other_rank(launcher, main):
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (other,) = set(map(int, children)) - {main}
+    return other
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    """Also when both come while the main thread is busy inside torch."""
+    options = ("--set", "data.image_size=192", "--set", "data.train_size=16", "-b", 8, "-j", 0)
+    process = subprocess.Popen(
+        command("train.py", *options, "--output-dir", "run", "--device", "cpu"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if "images per step" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "SIGINT: stopping after this step" in output and "Traceback" not in output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "SIGINT, at once")
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+# -- losses and gradients that are not finite -----------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 1, 1, bias=False), nn.BatchNorm2d(1)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+def train(mode, fault, spoilt=()):
+    """(weights and statistics, message, skipped share) of one epoch of six steps of 2 images."""
+    os.environ["PIXTRAIN_FAULT"] = fault
+    faults._reached.clear()
+    torch.manual_seed(0)
+    net = convert_sync_batchnorm(Net(), CPU)
+    images, masks = torch.randn(12, 3, 4, 4), torch.rand(12, 1, 4, 4)
+    for index in spoilt:
+        images[index] = float("inf")
+    sampler = GlobalBatchSampler(12, 2, None, get_rank(), get_world_size(), shuffle=False)
+    loader = train_loader(TensorDataset(images, masks), sampler, 0, CPU)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    model = DistributedDataParallel(net) if get_world_size() > 1 else net
+    message = ""
+    try:
+        options = StepOptions(on_nonfinite=mode)
+        train_one_epoch(model, optimizer, loader, CPU, 0, None, 2, options=options)
+    except UserError as error:
+        message = str(error)
+    finally:
+        os.environ.pop("PIXTRAIN_FAULT")
+    return [value.flatten().tolist() for value in net.state_dict().values()], message
+
+
+def test_a_bad_step_stops_before_it_changes_anything_and_is_named():
+    before, message = train("stop", "loss:nan")
+    torch.manual_seed(0)
+    assert before[0] == Net().conv.weight.flatten().tolist()
+    assert message.startswith(
+        "epoch 0, step 1 of 6: loss on rank 0 (sample 0, sample 1) became NaN"
+    )
+    _, message = train("stop", "gradient:nan@3")
+    assert message.startswith("epoch 0, step 3 of 6: the gradient on rank 0 (sample 4, sample 5)")
+
+
+def test_a_skipped_step_leaves_weights_and_statistics_as_they_were():
+    """Images of infinities spoil batch norm's statistics in the forward pass already."""
+    after, message = train("skip", "", spoilt=(10, 11))
+    assert message == ""
+    assert all(torch.tensor(values).isfinite().all() for values in after)
+    steps = after[-1]
+    assert steps == [5]  # num_batches_tracked: the sixth step never was
+    stopped, message = train("stop", "", spoilt=(10, 11))
+    assert "step 6 of 6: loss on rank 0 (sample 10, sample 11)" in message
+    assert stopped[0] == after[0]
+
+
+def test_skipping_all_the_time_is_refused():
+    _, message = train("skip", "", spoilt=range(12))
+    assert message == ""  # six in a row
+    images, masks = torch.full((24, 3, 4, 4), float("nan")), torch.rand(24, 1, 4, 4)
+    loader = train_loader(TensorDataset(images, masks), GlobalBatchSampler(24, 2), 0, CPU)
+    net = Net()
+    optimizer, options = torch.optim.SGD(net.parameters(), lr=0.1), StepOptions(on_nonfinite="skip")
+    with pytest.raises(UserError, match=r"step 10 of 12: .* 10 steps in a row"):
+        train_one_epoch(net, optimizer, loader, CPU, 0, None, 2, options=options)
+
+
+def _spoilt_on_ranks():
+    runs = [("stop", "loss:nan@2:rank=1"), ("stop", "gradient:nan@4:rank=0")]
+    return [*(train(*each) for each in runs), train("skip", "", spoilt=(3,))]
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_or_skip_together_and_name_the_one():
+    one, other = on_ranks(2, _spoilt_on_ranks)
+    assert [message for _, message in one] == [message for _, message in other]
+    (_, loss), (_, gradient), (after, skipped) = one
+    assert loss.startswith("epoch 0, step 2 of 6: loss on rank 1 (sample 3) became NaN")
+    assert gradient.startswith("epoch 0, step 4 of 6: the gradient on rank 0 (sample 6) became")
+    assert skipped == "" and after[-1] == [5]
+    # Both ranks kept the same weights and synchronised statistics, all of them finite.
+    assert after == other[2][0]
+    assert all(torch.tensor(values).isfinite().all() for values in after)
+
+
+def test_a_gpu_reads_the_verdict_with_its_losses(monkeypatch):
+    """Where the host must not wait for the device, a bad step is named at the next line."""
+    from train_utils import nonfinite
+
+    init = nonfinite.NonfiniteGuard.__init__
+
+    def like_a_gpu(guard, *args):
+        init(guard, *args)
+        guard.looks_at_once = False
+
+    monkeypatch.setattr(nonfinite.NonfiniteGuard, "__init__", like_a_gpu)
+    _, message = train("stop", "gradient:nan@3")
+    assert message.startswith("epoch 0, step 3 of 6: the gradient became NaN or infinite")
+
+
+# -- errors of one process ------------------------------------------------------------------------
+
+
+class HalfUsed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def _train_half_used():
+    net = HalfUsed()
+    data = TensorDataset(torch.rand(4, 3, 4, 4), torch.rand(4, 1, 4, 4))
+    loader = train_loader(data, GlobalBatchSampler(4, 2, None, get_rank(), 2), 0, CPU)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    try:
+        train_one_epoch(DistributedDataParallel(net), optimizer, loader, CPU, 0, None)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_unused_parameters_are_named():
+    for message in on_ranks(2, _train_half_used):
+        assert message.startswith("model.unused.weight, model.unused.bias: no loss depends on")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_lack_of_memory_says_what_to_do(device):
+    def step(models, batch, counts, backward):
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        torch.empty(2**58)
+
+    net = Net()
+    data = TensorDataset(torch.rand(8, 3, 4, 4), torch.rand(8, 1, 4, 4))
+    loader = train_loader(data, GlobalBatchSampler(8, 8), 0, CPU)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"out of memory .* 8 images: .*-b 4 and twice"):
+        train_one_epoch(net, optimizer, loader, CPU, 0, None, train_step=step)
+
+
+@pytest.mark.parametrize("text", ["step", "step:explode", "nowhere:kill", "step:kill@x", "a:b:c"])
+def test_faults_that_make_no_sense_are_refused(text):
+    with pytest.raises(UserError, match=rf"PIXTRAIN_FAULT={text}: not PLACE"):
+        faults.parse(text)
+
+
+def test_faults_by_place_number_rank_and_start():
+    ordered = faults.parse("step:kill,save.write:hang@2:rank=3:start=1")
+    assert ordered == (("step", "kill", 1, None, 0), ("save.write", "hang", 2, 3, 1))

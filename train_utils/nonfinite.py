@@ -1,0 +1,122 @@
+"""Losses and gradients that are NaN or infinite: found before the weights change, and named.
+
+Gradients are summed over processes, so that one bad value reaches them all: every process sees the
+same gradients, and all decide alike without a collective of their own.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from train_utils.distributed_utils import all_gather, sum_over_ranks
+from train_utils.errors import UserError
+from train_utils.log import get_logger
+
+HOW_TO_TAME = (
+    "Lower --lr, try --amp off or gradient clipping (--set train.clip_norm=1), and check the "
+    "images. The last checkpoint is from before."
+)
+_MAX_IN_A_ROW = 10  # skipped steps, after which the weights themselves must be the cause
+_MAX_NAMES = 8
+
+OnNonfinite = Literal["stop", "skip"]
+
+
+def spoilt_if_nonfinite(loss: Tensor) -> Tensor:
+    """The loss, to the bit; multiplied by NaN if it is not finite, so that its gradients tell."""
+    return loss * (1 + (loss - loss).detach())
+
+
+def nonfinite_gradients(models: Iterable[nn.Module]) -> Tensor:
+    """Whether any gradient of the networks holds NaN or infinity: a bool on their device."""
+    gradients = [p.grad for model in models for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.tensor(False)
+    largest = torch._foreach_norm(gradients, math.inf)
+    return torch.stack([value.float() for value in largest]).isfinite().logical_not().any()
+
+
+class NonfiniteGuard:
+    """Stops, or skips a step, when a loss or gradient of any process is not finite.
+
+    The host looks before every update where that costs nothing (CPUs) and where it must (skip). For
+    `stop` on a GPU it looks when the losses are read anyway, at most a line later: no checkpoint is
+    written meanwhile, and the weights in memory end with the run.
+    scaled: fp16's GradScaler deals with infinite gradients by itself; only the losses count then.
+    """
+
+    def __init__(
+        self, mode: OnNonfinite, device: torch.device, scaled: bool, models: Mapping[str, nn.Module]
+    ) -> None:
+        self.mode, self.scaled, self.models = mode, scaled, models
+        self.looks_at_once = mode == "skip" or device.type == "cpu"
+        self.in_a_row = 0
+        self._noted: list[tuple[int, Tensor, dict[str, Tensor]]] = []
+        self._buffers: list[Tensor] = []
+
+    def keep_buffers(self) -> None:
+        """Remember batch norm's statistics, which a bad forward pass spoils before it is known."""
+        if self.mode == "skip":
+            buffers = [buffer for model in self.models.values() for buffer in model.buffers()]
+            self._buffers = [buffer.clone() for buffer in buffers]
+
+    def _restore_buffers(self) -> None:
+        buffers = [buffer for model in self.models.values() for buffer in model.buffers()]
+        for buffer, kept in zip(buffers, self._buffers, strict=True):
+            buffer.copy_(kept)
+
+    def found(self, step: int, losses: dict[str, Tensor]) -> bool:
+        """Whether the update must not happen, on all processes alike."""
+        if self.scaled and self.looks_at_once:
+            bad = not all(math.isfinite(loss) for loss in losses.values())
+            return sum_over_ranks([bad])[0] > 0
+        if self.scaled:
+            return False  # the loop refuses losses that are not finite when it reads them
+        flag = nonfinite_gradients(self.models.values())
+        if self.looks_at_once:
+            return bool(flag)
+        self._noted.append((step, flag, losses))
+        return False
+
+    def act(self, where: str, losses: dict[str, Tensor], names: list[str], bad_here: bool) -> None:
+        """Say what happened; raise UserError unless the step is to be skipped. On all processes.
+
+        bad_here: whether this process's own gradients are not finite, where that is known.
+        """
+        terms = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
+        listed = ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
+        reports = all_gather((terms, bad_here, listed))
+        # A bad loss on one rank makes bad gradients elsewhere where batch norm is synchronised.
+        culprits = [(rank, term, names) for rank, (term, _, names) in enumerate(reports) if term]
+        culprits = culprits or [
+            (rank, "the gradient", names) for rank, (_, bad, names) in enumerate(reports) if bad
+        ]
+        accounts = [
+            f"{term} on rank {rank}" + (f" ({names})" if names else "")
+            for rank, term, names in culprits
+        ]
+        text = f"{where}: {'; '.join(accounts) or 'the gradient'} became NaN or infinite"
+        self.in_a_row += 1
+        if self.mode == "stop":
+            raise UserError(f"{text}. {HOW_TO_TAME}")
+        if self.in_a_row >= _MAX_IN_A_ROW:
+            raise UserError(f"{text}, {self.in_a_row} steps in a row. {HOW_TO_TAME}")
+        self._restore_buffers()
+        get_logger().info(f"{text}: the step is skipped")
+
+    def went_well(self) -> None:
+        """An update happened: forget those skipped before it."""
+        self.in_a_row = 0
+
+    def review(self, where: Callable[[int], str], names: Callable[[int], list[str]]) -> None:
+        """Look at the steps noted since the last review; UserError naming the first bad one."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return
+        flags = torch.stack([flag for _, flag, _ in noted]).tolist()
+        for bad, (step, _, losses) in zip(flags, noted, strict=True):
+            if bad:
+                self.act(where(step), losses, names(step), bad_here=False)

@@ -1,0 +1,192 @@
+"""Which process keeps the others waiting, and since when.
+
+A process that waits for one that hangs cannot tell which one it is, and would wait for as long as
+the collective's timeout. So each process notes what it is doing, a thread of its own carries the
+note to the store that all processes share, and whoever waits for long reads what the others do.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from train_utils.log import get_logger
+
+_TICK = 1.0  # seconds between two looks; a request to stop reaches all processes as fast
+_LOST = 10  # ticks without a sign after which a process is taken for stopped or gone
+_STOP_KEY = "watch/stop"
+
+
+class Doing(NamedTuple):
+    """What a process is doing: `waits` for other processes, or works at `place` by itself."""
+
+    place: str
+    waits: bool
+    since: float
+    details: Callable[[], str]
+
+
+def _nothing() -> str:
+    return ""
+
+
+_doing = Doing("starting", False, time.monotonic(), _nothing)
+
+
+def mark(place: str, details: Callable[[], str] = _nothing) -> None:
+    """Note what this process does from now on; `details` are asked for only if it hangs there."""
+    global _doing
+    _doing = Doing(place, False, time.monotonic(), details)
+
+
+@contextmanager
+def waiting(place: str) -> Iterator[None]:
+    """Note that this process waits for others in a block, and then goes on as before."""
+    global _doing
+    before = _doing
+    _doing = Doing(f"{before.place}: {place}", True, time.monotonic(), before.details)
+    yield
+    _doing = before._replace(since=time.monotonic())
+
+
+class Report(NamedTuple):
+    """One process's note as the others read it; `quiet` counts the looks without a new one."""
+
+    rank: int
+    where: str
+    place: str
+    waits: bool
+    seconds: float
+    details: str
+    number: int
+    quiet: int = 0
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank} ({self.where})"
+        if self.quiet >= _LOST:
+            return f"{who} gives no sign of life; its last was '{self.place}'"
+        details = f" ({self.details})" if self.details else ""
+        return f"{who} has been at '{self.place}' for {self.seconds:.0f} s{details}"
+
+
+class Watch:
+    """Looks after this process and its peers while a `with` block runs.
+
+    patience: seconds after which a process that does not move, while others wait for it, is taken
+    for hanging: all processes then end, naming it, through `give_up(reason)`; it is named in a
+    warning after a quarter of that. A single process ends too if it hangs at `loading`. 0: never.
+    store: shared by all processes, None for a single one.
+    """
+
+    def __init__(
+        self,
+        patience: float,
+        give_up: Callable[[str], None],
+        stop_requested: Callable[[], bool] = lambda: False,
+        store: Any = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.patience, self.give_up = patience, give_up
+        self.stop_requested, self.stop_anywhere = stop_requested, False
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.where = f"{socket.gethostname()}, process {os.getpid()}"
+        self._peers: dict[int, Report] = {}
+        self._looks = 0
+        self._named: list[int] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        mark("starting")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while not self._ended.wait(_TICK):
+            try:
+                self._look()
+            except RuntimeError:  # the store went with its launcher, which ends this process too
+                return
+
+    def _look(self) -> None:
+        self._looks += 1
+        mine = self._own_report()
+        if self.store is not None:
+            self.store.set(f"watch/{self.rank}", json.dumps(mine))
+            self._pass_on_stop()
+        if not self.patience or self._ended.is_set():
+            return
+        if self.store is None:
+            hangs = not mine.waits and mine.place.startswith("loading")
+            late, longest = ([mine] if hangs else []), mine.seconds
+        else:
+            late, longest = self._late(mine)
+        if late and longest > self.patience / 4:
+            self._name(late, longest)
+
+    def _own_report(self) -> Report:
+        doing = _doing
+        seconds = time.monotonic() - doing.since
+        details = doing.details() if seconds > self.patience / 8 else ""
+        where = self.where
+        return Report(self.rank, where, doing.place, doing.waits, seconds, details, self._looks)
+
+    def _pass_on_stop(self) -> None:
+        if self.stop_requested() and not self.stop_anywhere:
+            self.store.set(_STOP_KEY, "1")
+        self.stop_anywhere = self.stop_anywhere or self.store.check([_STOP_KEY])
+
+    def _late(self, mine: Report) -> tuple[list[Report], float]:
+        """The processes that others wait for, and how long these have been waiting."""
+        if mine.seconds <= self.patience / 8:
+            return [], 0.0  # this process moves: leave looking to those that do not
+        reports = [mine, *(self._read(rank) for rank in range(self.world_size) if rank != mine[0])]
+        waiting_for = [report.seconds for report in reports if report.waits]
+        # Processes that move are late, but do not hang; if all wait, the network may be to blame.
+        stuck = [r for r in reports if r.seconds > self.patience / 8 or r.quiet >= _LOST]
+        late = [r for r in stuck if not r.waits or r.quiet >= _LOST]
+        if len(waiting_for) == self.world_size == len(stuck):
+            late = stuck
+        return late, max(waiting_for, default=0.0)
+
+    def _read(self, rank: int) -> Report:
+        key = f"watch/{rank}"
+        old = self._peers.get(rank, Report(rank, "no sign yet", "starting", False, 0.0, "", -1))
+        new = Report(*json.loads(self.store.get(key))) if self.store.check([key]) else old
+        quiet = old.quiet + 1 if new.number == old.number else 0
+        self._peers[rank] = new._replace(quiet=quiet)
+        return self._peers[rank]
+
+    def _name(self, late: list[Report], longest: float) -> None:
+        names = "; ".join(str(report) for report in late)
+        hanging = all(r.seconds > self.patience / 2 or r.quiet >= _LOST for r in late)
+        if longest > self.patience and hanging:
+            if any(report.rank == self.rank for report in late):
+                _print_main_stack(f"rank {self.rank} hangs here:")
+            self.give_up(
+                f"hang: {names}. Look at its data and its machine, or allow more time by "
+                "--set train.hang_timeout=SECONDS."
+            )
+            return
+        who = [report.rank for report in late]
+        speaker = next((rank for rank in range(self.world_size) if rank not in who), 0)
+        if who != self._named and speaker == self.rank:
+            self._named = who
+            get_logger().warning(f"waiting for {longest:.0f} s: {names}")
+
+
+def _print_main_stack(header: str) -> None:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack = "".join(traceback.format_stack(frame)) if frame else ""
+    print(f"{header}\n{stack}", file=sys.stderr, flush=True)
