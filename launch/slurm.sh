@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train on Slurm and go on after preemption, the time limit and lost nodes.
+#
+#     sbatch launch/slurm.sh --config configs/u2net_full.yaml --data-path /data/DUTS
+#
+# Edit the resources below: one task is one training process with its GPU. Slurm sends SIGUSR1 to
+# the tasks two minutes before the time limit, and SIGTERM when it preempts the job: the run saves
+# after the present step, status.json says "stopped", and the job queues again under its number, by
+# which it finds its run folder.
+#SBATCH --job-name=pixtrain
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -uo pipefail
+
+# sbatch runs a copy of this file: the repository is where it was called.
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+run=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+
+# A task that dies takes the others along at once, instead of leaving them waiting for it.
+srun --kill-on-bad-exit=1 \
+    python train_multi_GPU.py --resume auto --output-dir "$run" "$@"
+code=$?
+
+if [ $code -ne 0 ] && grep -q '"state": "stopped"' "$run/status.json"; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

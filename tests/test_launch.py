@@ -1,0 +1,166 @@
+"""The templates in launch/, and runs whose number of processes changes on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from distributed import free_port
+from test_scripts import REPO, records, run, weights
+
+import arguments
+
+# Synchronised batch norm and SGD: training does not depend on the number of processes.
+OPTIONS = [
+    *("--config", REPO / "configs" / "fcn.yaml", "--device", "cpu", "--print-freq", "1"),
+    *("--set", "data.image_size=40", "--set", "model.channels=4", "--set", "data.val_size=3"),
+    *("--set", "data.train_size=15", "--epochs", "3", "--set", "train.save_steps=1"),
+    *("--sync-bn", "-j", "0", "--lr", "0.02"),
+]
+
+
+@pytest.fixture
+def shims(tmp_path):
+    """A folder of commands to put first in PATH; python and torchrun are those of the tests."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def add(name, script):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    add("python", f'exec {sys.executable} "$@"')
+    add("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
+    (tmp_path / "train_multi_GPU.py").write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n"
+        f"runpy.run_path({str(REPO / 'train_multi_GPU.py')!r}, run_name='__main__')\n"
+    )
+    add.path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return add
+
+
+def wait_for_step(folder, step, processes):
+    """Until a run's status says that so many steps of the first epoch are done."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        time.sleep(0.05)
+        if (folder / "status.json").exists():
+            status = json.loads((folder / "status.json").read_text())
+            if status["step"] >= step and status.get("epoch") == 0:
+                return
+    raise AssertionError(f"step {step} was not reached")
+
+
+def assert_nearly_same_run(one, other):
+    """The same samples in every step: what differs is fp32 rounding, amplified by 12 steps."""
+    assert [r["step"] for r in records(one)] == [r["step"] for r in records(other)]
+    losses = [[record["train/loss"] for record in records(path)] for path in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)  # another sample would be 1e-2
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Three epochs of four steps of four images, the last one short, on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder, "train.py", *OPTIONS, "-b", 4, "--output-dir", "run")
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_then_three(alone, tmp_path):
+    """Each start ends by SIGTERM after a few steps; the last one finishes."""
+    arguments = (*OPTIONS, "-b", 2, "--output-dir", "run", "--resume", "auto")
+    stop = {"PIXTRAIN_FAULT": "step:term@3"}
+    run(tmp_path, "train_multi_GPU.py", *arguments, processes=2, code=1, **stop)
+    state = weights(tmp_path / "run")
+    assert (state["next_epoch"], state["next_step"]) == (0, 3)
+    done = run(tmp_path, "train.py", *arguments, code=128 + signal.SIGTERM, **stop)
+    assert "continuing with 1 process(es) instead of 2: the global batch stays 4" in done.stdout
+    done = run(tmp_path, "train_multi_GPU.py", *arguments, processes=3)
+    assert "continuing with 3 process(es) instead of 1: the global batch stays 4" in done.stdout
+    assert_nearly_same_run(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs processes that end with their parent")
+def test_two_machines_of_which_one_is_lost(alone, tmp_path, shims):
+    """Two torchrun agents by launch/nodes.sh; after SIGKILL to one, the other goes on alone."""
+    env = {**os.environ, "PATH": shims.path, "NPROC_PER_NODE": "1"}
+    env["PET_RDZV_CONF"] = "last_call_timeout=4,keep_alive_interval=1"  # seconds; not so long
+    endpoint = f"localhost:{free_port()}"
+    script = [str(REPO / "launch" / "nodes.sh"), endpoint, "lost", *map(str, OPTIONS)]
+    script += ["-b", "2"]
+    log = (tmp_path / "output.txt").open("w")
+    agents = []
+    try:
+        for _ in range(2):
+            agents.append(subprocess.Popen(script, cwd=tmp_path, env=env, stdout=log, stderr=log))
+            time.sleep(1)  # the first one holds the store
+        wait_for_step(tmp_path / "runs" / "lost", 1, agents)
+        agents[1].kill()
+        code = agents[0].wait(timeout=180)
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert code == 0, (tmp_path / "output.txt").read_text()
+    text = (tmp_path / "runs" / "lost" / "log.txt").read_text()
+    assert "2 process(es) on cpu" in text
+    assert "continuing with 1 process(es) instead of 2: the global batch stays 4" in text
+    assert_nearly_same_run(alone, tmp_path / "runs" / "lost")
+
+
+SRUN = """shift  # --kill-on-bad-exit=1
+tasks=()
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_STEP_NUM_TASKS=2 "$@" & tasks+=($!)
+done
+echo "${tasks[@]}" > tasks.txt
+code=0
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit $code"""
+
+
+@pytest.mark.slow
+def test_slurm_job_saves_queues_again_and_continues(alone, tmp_path, shims):
+    shims("srun", SRUN)
+    shims("scontrol", 'echo "$@" >> scontrol.txt')
+    env = {**os.environ, "PATH": shims.path, "MASTER_PORT": str(free_port())}
+    env |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "job", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    script = ["bash", str(REPO / "launch" / "slurm.sh"), *map(str, OPTIONS)]
+    script += ["-b", "2"]
+    process = subprocess.Popen(
+        script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for_step(tmp_path / "runs" / "job-77", 1, [process])
+        for task in (tmp_path / "tasks.txt").read_text().split():  # as --signal=USR1@120 does
+            os.kill(int(task), signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGUSR1, output
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
+    env["MASTER_PORT"] = str(free_port())
+    again = subprocess.run(script, env=env, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not once more
+    assert_nearly_same_run(alone, tmp_path / "runs" / "job-77")
+
+
+def test_kubernetes_template_starts_what_there_is():
+    job = yaml.safe_load((REPO / "launch" / "pytorchjob.yaml").read_text())
+    policy = job["spec"]["elasticPolicy"]
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    assert policy["minReplicas"] == 1 and policy["maxReplicas"] == worker["replicas"]
+    pod = worker["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > 30  # torchrun's own patience
+    (container,) = pod["containers"]
+    assert (REPO / container["command"][-1]).is_file()
+    args = arguments.parse_args(container["args"])
+    assert (REPO / args.config).is_file() and args.resume == "auto"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
