@@ -253,7 +253,9 @@ MATTING_EPSILON = 1e-6
 def alpha_prediction_loss(
     predicted: Tensor, alpha: Tensor, unknown: Tensor, count: float | Tensor | None = None
 ) -> Tensor:
-    """Σ √((α̂ − α)² + ε²) / (count + ε) over the unknown pixels (eq. 1), ε = 1e-6."""
+    """Σ √((α̂ − α)² + ε²) / count over the unknown pixels (eq. 1); ε = 1e-6, also beside a count
+    that is the batch's own.
+    """
     _require_shape(predicted, alpha, unknown)
     dtype = torch.promote_types(predicted.dtype, torch.float32)
     return _mean_of_unknown(predicted.to(dtype) - unit_values(alpha, dtype), unknown, count)
@@ -284,7 +286,9 @@ def _mean_of_unknown(
 ) -> Tensor:
     distance = (difference**2 + MATTING_EPSILON**2).sqrt().mean(1, keepdim=True)
     total = (distance * unknown).sum()
-    return total / ((unknown.sum() if count is None else count) + MATTING_EPSILON)
+    # A given count is never 0, and divides as it is: an ε beside it would weigh more or less with
+    # the number of processes that the count is divided by.
+    return total / (unknown.sum() + MATTING_EPSILON if count is None else count)
 
 
 def _require_shape(*tensors: Tensor) -> None:
