@@ -63,7 +63,7 @@ from train_utils.training_state import (
     resumed_forward_batch,
     resumed_global_batch,
 )
-from train_utils.watch import mark
+from train_utils.watch import SAVING, mark
 
 SHEET_ROWS = 8
 
@@ -185,20 +185,26 @@ def fit(
     models = wrap_models(state.models, device, cfg.train.compile)
     midway, early_stop = False, cfg.train.early_stop
 
+    def save(*options: Any) -> None:
+        mark(SAVING)
+        run.save(state.capture(), *options)
+        run.status("running", epoch=state.epoch, step=state.step)
+
     def after_step(progress: Progress) -> None:
         nonlocal midway
         stop.agreed, midway = progress.stop, progress.step < steps
         due = cfg.train.save_steps and progress.step % cfg.train.save_steps == 0
         if midway and (due or progress.stop):
             state.epoch, state.step = progress.epoch, progress.step
+            progress.settle()
             state.meters = progress.logger.state_dict()
-            mark("saving a checkpoint")
-            run.save(state.capture())
-            run.status("running", epoch=state.epoch, step=state.step)
+            save()
         done = progress.epoch * steps + progress.step
         if run.writes and cfg.train.sample_interval and done % cfg.train.sample_interval == 0:
             save_samples(task, cfg, averaged(state), val_loader.dataset, device, run, done)
 
+    if (state.epoch, state.step) == (0, 0):
+        save()  # a start that does not come as far as the next one keeps its global batch
     for epoch in range(state.epoch, epochs):
         if early_stop and state.stale >= early_stop:
             get_logger().info(f"no better score for {state.stale} evaluations: ending the run")
@@ -235,8 +241,7 @@ def fit(
         evaluated = (epoch + 1) % cfg.train.eval_interval == 0 or epoch + 1 == epochs
         if evaluated and start_step < steps:  # a stop or crash in it must not cost the epoch
             state.epoch, state.step, state.meters = epoch, steps, logger.state_dict()
-            run.save(state.capture())
-            run.status("running", epoch=epoch, step=steps)
+            save()
         try:
             best = evaluated and judge(
                 task, cfg, state, run, val_loader, device, record, stop.wanted
@@ -248,7 +253,7 @@ def fit(
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         run.log_epoch(record)
         numbered = epoch if kept else None
-        run.save(state.capture(), best, numbered, cfg.train.keep, cfg.train.keep_every)
+        save(best, numbered, cfg.train.keep, cfg.train.keep_every)
         agree_to_stop(stop)
         if stop.agreed and epoch + 1 < epochs:
             break

@@ -11,6 +11,9 @@ endpoint=${1:?"HOST:PORT of the first machine"}
 name=${2:?"name of the run"}
 shift 2
 
+# Without it (torch 2.15) a machine that joins later waits in vain for the address of the others.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun \
     --nnodes="${NNODES:-1:2}" --nproc-per-node="${NPROC_PER_NODE:-gpu}" --max-restarts=10 \
     --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$name" \

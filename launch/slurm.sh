@@ -23,12 +23,16 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 run=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 
+# How the last start ended: an error before this one has a status of its own must not queue again.
+before=$(cat "$run/status.json" 2>/dev/null)
+
 # A task that dies takes the others along at once, instead of leaving them waiting for it.
 srun --kill-on-bad-exit=1 \
     python train_multi_GPU.py --resume auto --output-dir "$run" "$@"
 code=$?
 
-if [ $code -ne 0 ] && grep -q '"state": "stopped"' "$run/status.json"; then
+after=$(cat "$run/status.json" 2>/dev/null)
+if [ $code -ne 0 ] && [ "$after" != "$before" ] && [[ $after == *'"state": "stopped"'* ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -124,7 +124,8 @@ class TrainConfig:
         positive = ("epochs", "batch_size", "accumulate", "print_freq", "eval_interval")
         for name in (*positive, "plateau_patience"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
-        _require(self.hang_timeout >= 0, "hang_timeout", "must not be negative")
+        # Beyond that the processes that wait are ended by the timeout of their collective.
+        _require(0 <= self.hang_timeout <= 1800, "hang_timeout", "must lie between 0 and 1800")
         _require(0 < self.plateau_factor <= 1, "plateau_factor", "must lie between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ import arguments
 # Synchronised batch norm and SGD: training does not depend on the number of processes.
 OPTIONS = [
     *("--config", REPO / "configs" / "fcn.yaml", "--device", "cpu", "--print-freq", "1"),
-    *("--set", "data.image_size=40", "--set", "model.channels=4", "--set", "data.val_size=3"),
+    *("--set", "data.image_size=96", "--set", "model.channels=8", "--set", "data.val_size=3"),
     *("--set", "data.train_size=15", "--epochs", "3", "--set", "train.save_steps=1"),
     *("--sync-bn", "-j", "0", "--lr", "0.02"),
 ]
@@ -55,6 +56,16 @@ def wait_for_step(folder, step, processes):
     raise AssertionError(f"step {step} was not reached")
 
 
+def wait_for_lines(folder, text, count, processes):
+    """Until a run's log holds a text so many times."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        time.sleep(0.05)
+        if (folder / "log.txt").read_text().count(text) >= count:
+            return
+    raise AssertionError(f"{text!r} was not logged {count} times")
+
+
 def assert_nearly_same_run(one, other):
     """The same samples in every step: what differs is fp32 rounding, amplified by 12 steps."""
     assert [r["step"] for r in records(one)] == [r["step"] for r in records(other)]
@@ -86,31 +97,44 @@ def test_two_processes_then_one_then_three(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs processes that end with their parent")
-def test_two_machines_of_which_one_is_lost(alone, tmp_path, shims):
-    """Two torchrun agents by launch/nodes.sh; after SIGKILL to one, the other goes on alone."""
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims):
+    """torchrun agents by launch/nodes.sh; SIGKILL to one with its process, twice."""
     env = {**os.environ, "PATH": shims.path, "NPROC_PER_NODE": "1"}
-    env["PET_RDZV_CONF"] = "last_call_timeout=4,keep_alive_interval=1"  # seconds; not so long
-    endpoint = f"localhost:{free_port()}"
-    script = [str(REPO / "launch" / "nodes.sh"), endpoint, "lost", *map(str, OPTIONS)]
-    script += ["-b", "2"]
+    env["PET_RDZV_CONF"] = "last_call_timeout=10,keep_alive_interval=1"  # seconds, not so long
+    script = [str(REPO / "launch" / "nodes.sh"), f"localhost:{free_port()}", "lost"]
+    script += [*map(str, OPTIONS), "-b", "2"]
+    run_folder = tmp_path / "runs" / "lost"
     log = (tmp_path / "output.txt").open("w")
     agents = []
+
+    def start_agent():
+        agents.append(subprocess.Popen(script, cwd=tmp_path, env=env, stdout=log, stderr=log))
+
+    def lose_the_last_one():
+        task = Path(f"/proc/{agents[-1].pid}/task/{agents[-1].pid}/children")
+        for process in [*map(int, task.read_text().split()), agents[-1].pid]:
+            os.kill(process, signal.SIGKILL)
+
     try:
-        for _ in range(2):
-            agents.append(subprocess.Popen(script, cwd=tmp_path, env=env, stdout=log, stderr=log))
-            time.sleep(1)  # the first one holds the store
-        wait_for_step(tmp_path / "runs" / "lost", 1, agents)
-        agents[1].kill()
+        start_agent()
+        time.sleep(1)  # the first one holds the store
+        start_agent()
+        wait_for_step(run_folder, 1, agents)
+        lose_the_last_one()
+        start_agent()
+        wait_for_lines(run_folder, "2 process(es) on cpu", 2, [agents[0], agents[2]])
+        wait_for_lines(run_folder, "Epoch", 3, [agents[0], agents[2]])
+        lose_the_last_one()
         code = agents[0].wait(timeout=180)
     finally:
         for agent in agents:
             agent.kill()
     assert code == 0, (tmp_path / "output.txt").read_text()
-    text = (tmp_path / "runs" / "lost" / "log.txt").read_text()
-    assert "2 process(es) on cpu" in text
+    text = (run_folder / "log.txt").read_text()
     assert "continuing with 1 process(es) instead of 2: the global batch stays 4" in text
-    assert_nearly_same_run(alone, tmp_path / "runs" / "lost")
+    assert "stopped by" not in text
+    assert_nearly_same_run(alone, run_folder)
 
 
 SRUN = """shift  # --kill-on-bad-exit=1
@@ -149,6 +173,20 @@ def test_slurm_job_saves_queues_again_and_continues(alone, tmp_path, shims):
     assert again.returncode == 0, again.stdout + again.stderr
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not once more
     assert_nearly_same_run(alone, tmp_path / "runs" / "job-77")
+
+
+@pytest.mark.slow
+def test_slurm_job_that_cannot_start_does_not_queue_again(tmp_path, shims):
+    shims("srun", 'shift; exec "$@"')
+    shims("scontrol", 'echo "$@" >> scontrol.txt')
+    env = {**os.environ, "PATH": shims.path}
+    env |= {"SLURM_JOB_ID": "78", "SLURM_JOB_NAME": "job", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    (tmp_path / "runs" / "job-78").mkdir(parents=True)
+    (tmp_path / "runs" / "job-78" / "status.json").write_text('{"state": "stopped"}')
+    script = ["bash", str(REPO / "launch" / "slurm.sh"), "--data-path", "gone"]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "gone" in done.stderr
+    assert not (tmp_path / "scontrol.txt").exists()
 
 
 def test_kubernetes_template_starts_what_there_is():

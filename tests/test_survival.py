@@ -9,7 +9,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,7 +78,18 @@ def suffer(folder, ordered, *extra, timeout=280):
     assert log.count("process(es) on cpu") == len(ordered) + 1, log  # every fault struck
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
     assert not list(path.glob(".*.tmp"))
+    assert _running_in(folder) == []  # no hung worker outlives its rank either
     return path, log
+
+
+def _running_in(folder):
+    """The processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cwd").resolve(strict=True) == folder.resolve():
+                found.append((process.name, (process / "cmdline").read_bytes()))
+    return found
 
 
 @pytest.mark.slow
@@ -95,7 +108,7 @@ def test_killed_anywhere(undisturbed, tmp_path):
     path, log = suffer(tmp_path, ordered, "-j", 1, "--set", "train.hang_timeout=6")
     assert_same_run(undisturbed, path)
     assert "a loader process was ended from outside" in log
-    assert "hang: rank 1" in log and "has been at 'loading the images of epoch" in log
+    assert "hang: rank 1" in log and "at 'waiting for the loader's workers: images of epoch" in log
 
 
 @pytest.mark.slow
@@ -114,7 +127,7 @@ def test_stopped_spoilt_and_hung_anywhere(undisturbed, tmp_path):
     assert "stopped by SIGTERM at epoch 0, step 2" in log  # in a step: after it, on both ranks
     assert "failed: rank1: UserError: PIXTRAIN_FAULT: load" in log
     assert "step 1 of 3: loss, ce, dice on rank 1 (scene" in log
-    assert "stopped by SIGTERM at epoch 0, step 3" in log  # only the evaluation was left
+    assert "stopped by SIGTERM at epoch 1, step 3" in log  # only the evaluation was left
     assert "hang: rank 1" in log and "has been at 'evaluating" in log
 
 
@@ -166,30 +179,71 @@ def _other_rank(launcher, main):
     return other
 
 
+def _wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended before {text!r}")
+
+
 @pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(tmp_path):
-    """Also when both come while the main thread is busy inside torch."""
-    options = ("--set", "data.image_size=192", "--set", "data.train_size=16", "-b", 8, "-j", 0)
+    options = ("--set", "data.train_size=16", "-b", 8, "-j", 0, "--print-freq", 1)
     process = subprocess.Popen(
         command("train.py", *options, "--output-dir", "run", "--device", "cpu"),
+        cwd=tmp_path,
+        env={**os.environ, "PIXTRAIN_FAULT": "step:hang"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    _wait_for(process, "learning rate")
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _wait_for(process, "SIGINT: stopping after this step")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted: stopped at once" in output and "Traceback" not in output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "SIGINT, at once")
+    state = weights(tmp_path / "run")
+    assert (state["next_epoch"], state["next_step"]) == (0, 0)  # as saved at the start
+
+
+BUSY = """
+import sys; sys.path.insert(0, {repo!r})
+import torch
+from pathlib import Path
+from train_utils.run_folder import RunFolder
+from train_utils.stop import Supervisor
+with RunFolder(Path("run"), {{}}) as run, Supervisor(run, 0):
+    large = torch.rand(6000, 6000)
+    print("busy", flush=True)
+    torch.linalg.svd(large)  # minutes, in one call
+"""
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_a_process_that_is_busy_inside_torch(tmp_path):
+    (tmp_path / "run").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY.format(repo=str(REPO))],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    for line in process.stdout:
-        if "images per step" in line:
-            break
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    _wait_for(process, "busy")
+    for _ in range(2):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "SIGINT: stopping after this step" in output and "Traceback" not in output
+    assert time.monotonic() - begin < 20
+    assert (process.returncode, output) == (130, "interrupted twice: stopped at once\n")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", "SIGINT, at once")
-    assert not (tmp_path / "run" / "last.pth").exists()
 
 
 # -- losses and gradients that are not finite -----------------------------------------------------

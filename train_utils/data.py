@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from train_utils import faults
+from train_utils.distributed_utils import end_with_parent
 from train_utils.errors import UserError
 
 _WORD = 2**64
@@ -220,7 +221,9 @@ class ShardSampler(Sampler[SampleKey]):
         return (SampleKey(0, index) for index in self.indices)
 
 
-def leave_signals_to_the_script(_worker: int) -> None:
+def follow_the_script(_worker: int) -> None:
+    """Have a loader's worker leave signals to the script, and end with it."""
+    end_with_parent(signal.SIGKILL)  # one that hangs would not notice
     # A signal to the process group (Ctrl-C, torchrun, timeout) is for the script, which saves and
     # then ends its workers; workers that died first would end it in the middle of the save.
     if hasattr(os, "setpgid"):
@@ -274,7 +277,7 @@ def _loader(dataset: Dataset, workers: int, device: torch.device, **sampling: An
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_the_script,
+        worker_init_fn=follow_the_script,
         # An own generator: by default every new iterator draws from the global one.
         generator=torch.Generator(),
         **sampling,

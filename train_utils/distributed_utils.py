@@ -46,7 +46,8 @@ __all__ = [
     "unwrap",
 ]
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=31)  # more than the longest train.hang_timeout
+_JOIN_TIMEOUT = timedelta(minutes=10)
 _USED = "pixtrain/used"  # a key that processes leave in the store once all of them have met
 _PATIENCE = timedelta(days=1)  # with what one rank does for all: downloads, scans of slow disks
 
@@ -346,11 +347,13 @@ def init_distributed_mode(args: Namespace) -> None:
     if launch is None:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_parent()
+        # Its processes live in sessions of their own: a torchrun that is killed would leave them
+        # training on, unseen, and in the way of the next start.
+        end_with_parent(signal.SIGTERM)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=COLLECTIVE_TIMEOUT))
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=_JOIN_TIMEOUT))
         dist.init_process_group(
             args.dist_backend,
             store=_unused(store),
@@ -399,19 +402,15 @@ def _unused(store: Any) -> Any:
     return store
 
 
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when torchrun dies, where the system can.
-
-    Its processes live in sessions of their own: a torchrun that is killed would leave them training
-    on, unseen, and in the way of the next start.
-    """
+def end_with_parent(number: int) -> None:
+    """Have the kernel send a signal to this process when its parent dies, where the system can."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number, 0, 0, 0)
     if os.getppid() != parent:  # it died just before
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def _share_cores(local_world_size: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
-from train_utils.data import leave_signals_to_the_script
+from train_utils.data import follow_the_script
 from train_utils.errors import UserError
 from train_utils.files import write_text
 from train_utils.image_io import PathLike, printable, read_image, read_label_file, read_mask
@@ -327,7 +327,7 @@ def _count(paths: Sequence[PathLike], reader: LabelReader, workers: int) -> Mask
         num_workers=min(workers, len(paths)),
         # As they are: of tensors, each would keep a file descriptor.
         collate_fn=_as_it_is,
-        worker_init_fn=leave_signals_to_the_script,
+        worker_init_fn=follow_the_script,
         generator=torch.Generator(),  # by default the global one would be drawn from
     )
     problems = []

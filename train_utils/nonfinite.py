@@ -31,20 +31,20 @@ def spoilt_if_nonfinite(loss: Tensor) -> Tensor:
 
 
 def nonfinite_gradients(models: Iterable[nn.Module]) -> Tensor:
-    """Whether any gradient of the networks holds NaN or infinity: a bool on their device."""
+    """How many parameters' gradients hold NaN or infinity, on their device."""
     gradients = [p.grad for model in models for p in model.parameters() if p.grad is not None]
     if not gradients:
-        return torch.tensor(False)
+        return torch.tensor(0)
     largest = torch._foreach_norm(gradients, math.inf)
-    return torch.stack([value.float() for value in largest]).isfinite().logical_not().any()
+    return torch.stack([value.float() for value in largest]).isfinite().logical_not().sum()
 
 
 class NonfiniteGuard:
     """Stops, or skips a step, when a loss or gradient of any process is not finite.
 
     The host looks before every update where that costs nothing (CPUs) and where it must (skip). For
-    `stop` on a GPU it looks when the losses are read anyway, at most a line later: no checkpoint is
-    written meanwhile, and the weights in memory end with the run.
+    `stop` on a GPU it looks when the losses are read anyway, at the next line or checkpoint: what
+    the weights in memory have become by then ends with the run, and is not saved.
     scaled: fp16's GradScaler deals with infinite gradients by itself; only the losses count then.
     """
 
@@ -61,7 +61,10 @@ class NonfiniteGuard:
         """Remember batch norm's statistics, which a bad forward pass spoils before it is known."""
         if self.mode == "skip":
             buffers = [buffer for model in self.models.values() for buffer in model.buffers()]
-            self._buffers = [buffer.clone() for buffer in buffers]
+            if not self._buffers:
+                self._buffers = [torch.empty_like(buffer) for buffer in buffers]
+            for kept, buffer in zip(self._buffers, buffers, strict=True):
+                kept.copy_(buffer)
 
     def _restore_buffers(self) -> None:
         buffers = [buffer for model in self.models.values() for buffer in model.buffers()]
@@ -74,25 +77,30 @@ class NonfiniteGuard:
             bad = not all(math.isfinite(loss) for loss in losses.values())
             return sum_over_ranks([bad])[0] > 0
         if self.scaled:
-            return False  # the loop refuses losses that are not finite when it reads them
-        flag = nonfinite_gradients(self.models.values())
+            flag = torch.stack([loss.isfinite() for loss in losses.values()]).logical_not().any()
+        else:
+            flag = nonfinite_gradients(self.models.values())
         if self.looks_at_once:
             return bool(flag)
         self._noted.append((step, flag, losses))
         return False
 
-    def act(self, where: str, losses: dict[str, Tensor], names: list[str], bad_here: bool) -> None:
+    def act(self, where: str, losses: dict[str, Tensor], names: list[str], bad_here: int) -> None:
         """Say what happened; raise UserError unless the step is to be skipped. On all processes.
 
-        bad_here: whether this process's own gradients are not finite, where that is known.
+        bad_here: how many gradients this process's own images spoil, 0 where that is not known.
         """
         terms = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
         listed = ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
         reports = all_gather((terms, bad_here, listed))
-        # A bad loss on one rank makes bad gradients elsewhere where batch norm is synchronised.
+        # Where batch norm is synchronised, what is bad on one rank spoils gradients on all, but
+        # neither the losses nor the gradients behind the last batch norm.
+        most = max(bad for _, bad, _ in reports)
         culprits = [(rank, term, names) for rank, (term, _, names) in enumerate(reports) if term]
         culprits = culprits or [
-            (rank, "the gradient", names) for rank, (_, bad, names) in enumerate(reports) if bad
+            (rank, "the gradient", names)
+            for rank, (_, bad, names) in enumerate(reports)
+            if bad and bad == most
         ]
         accounts = [
             f"{term} on rank {rank}" + (f" ({names})" if names else "")
@@ -116,7 +124,9 @@ class NonfiniteGuard:
         noted, self._noted = self._noted, []
         if not noted:
             return
-        flags = torch.stack([flag for _, flag, _ in noted]).tolist()
+        flags = torch.stack([flag.float() for _, flag, _ in noted]).tolist()
+        if self.scaled:  # losses are each process's own
+            flags = sum_over_ranks(flags)
         for bad, (step, _, losses) in zip(flags, noted, strict=True):
             if bad:
-                self.act(where(step), losses, names(step), bad_here=False)
+                self.act(where(step), losses, names(step), bad_here=0)

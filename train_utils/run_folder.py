@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train_utils.checkpoint import CheckpointWriter, remove_temporaries
+from train_utils.checkpoint import CheckpointWriter, load_training_state, remove_temporaries
 from train_utils.config import dump_yaml
 from train_utils.distributed_utils import (
     broadcast_object,
@@ -57,17 +57,28 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
             )
         mkdir(path)
         _lock(path)
-        if resume and not another and resume.name != LAST:  # going back to an earlier checkpoint
-            going_back = path / f".{LAST}.back.tmp"
-            shutil.copyfile(resume, going_back)
-            going_back.replace(path / LAST)
         if resume and another:  # its records and best checkpoint go on in the new folder
             for name in ("metrics.jsonl", "results.txt", BEST):
                 if (resume.parent / name).exists():
                     shutil.copyfile(resume.parent / name, path / name)
+        if resume and resume.name != LAST:
+            _go_back(path, resume)
         return str(path)
 
     return Path(call_on_main(prepare))
+
+
+def _go_back(path: Path, earlier: Path) -> None:
+    """Make an earlier checkpoint the last one of a run folder, and forget a best one from later."""
+    temporary = path / f".{LAST}.back.tmp"
+    shutil.copyfile(earlier, temporary)
+    temporary.replace(path / LAST)
+    best = path / BEST
+    if best.exists() and earlier.resolve() != best.resolve():
+        position = load_training_state(earlier)["next_epoch"]
+        if load_training_state(best)["next_epoch"] > position:
+            get_logger().info(f"removing {best}, from the epochs that are trained again")
+            best.unlink()
 
 
 def _new_folder(parent: Path) -> Path:

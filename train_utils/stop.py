@@ -94,10 +94,10 @@ def agree_to_stop(stop: Supervisor) -> None:
 
 def exit_stopped(stop: Supervisor, run: RunFolder, state: TrainingState) -> NoReturn:
     """End a stopped run: say where it stands and how to continue, and exit as the signal would."""
-    run.wait_saved()
-    sum_over_ranks([0])  # rank 0 has saved: a rank that left earlier would have it terminated
     reason = stop.requested or "SIGTERM"  # another rank's
+    run.wait_saved()
     run.status("stopped", reason=reason, epoch=state.epoch, step=state.step)
+    sum_over_ranks([0])  # rank 0 has saved: a rank that left earlier would have it terminated
     get_logger().info(
         f"stopped by {reason} at epoch {state.epoch}, step {state.step}; saved in {run.path}. "
         f"Continue with --resume {run.path}"

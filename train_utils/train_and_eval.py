@@ -36,7 +36,7 @@ from train_utils.nonfinite import (
     spoilt_if_nonfinite,
 )
 from train_utils.normalize import normalize_images
-from train_utils.watch import mark, waiting
+from train_utils.watch import LOADING, mark, waiting
 
 Models = Mapping[str, nn.Module]
 Batch = tuple[Any, ...]
@@ -65,12 +65,17 @@ class StepOptions:
 
 
 class Progress(NamedTuple):
-    """Where a training loop stands: `step` steps of the epoch are done; `stop` on all ranks."""
+    """Where a training loop stands: `step` steps of the epoch are done; `stop` on all ranks.
+
+    `settle()` reads all values from the device, and raises UserError if any is not finite: to be
+    called, on all ranks, before the state is saved.
+    """
 
     epoch: int
     step: int
     logger: MetricLogger
     stop: bool
+    settle: Callable[[], None]
 
 
 def pixel_counts(batch: Batch) -> dict[str, float]:
@@ -140,13 +145,17 @@ def train_one_epoch(
     def names(step: int) -> list[str]:
         return sample_names(data_loader, step)
 
+    def settle() -> None:
+        logger.flush()
+        guard.review(where, names)
+        check_finite(logger.read, epoch)
+
     for step, parts in enumerate(
         logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", start_step), start_step
     ):
         faults.reach("step")
         if logger.is_read:
-            guard.review(where, names)
-            check_finite(logger.read, epoch)
+            settle()
         mark(where(step))
         seed = None
         if options.seed is not None:
@@ -157,7 +166,7 @@ def train_one_epoch(
         losses = take_step.backward(parts, counts, seed)
         skipped = guard.found(step, losses)
         if skipped:
-            guard.act(where(step), losses, names(step), take_step.own_gradients_bad())
+            guard.act(where(step), losses, names(step), take_step.own_bad_gradients())
         else:
             guard.went_well()
         take_step.update(skipped)
@@ -165,14 +174,13 @@ def train_one_epoch(
         rates |= {"skipped": float(skipped)} if options.on_nonfinite == "skip" else {}
         logger.update(images, **({} if skipped else losses), **rates)
         if after_step:
-            after_step(Progress(epoch, step + 1, logger, stop))
+            after_step(Progress(epoch, step + 1, logger, stop, settle))
         if stop:
             break
-    meters = logger.meters
-    guard.review(where, names)
-    check_finite(meters, epoch)
-    mean_loss = next(iter(mean_losses(logger).values()), float("nan"))
-    return mean_loss, meters["lr"].value
+    settle()
+    losses_by_name = mean_losses(logger)
+    losses_by_name.pop("skipped", None)
+    return next(iter(losses_by_name.values()), float("nan")), logger.read["lr"].value
 
 
 def mean_losses(logger: MetricLogger) -> dict[str, float]:
@@ -208,17 +216,19 @@ class _Windows:
     def __iter__(self) -> Iterator[list[Batch]]:
         window, step = [], self.start_step
         self._mark(step)
-        for batch in batches(self.loader):
+        for number, batch in enumerate(batches(self.loader), 1):
             window.append(batch)
             if len(window) == self.size:
                 yield window
                 window, step = [], step + 1
+            if number < len(self.loader):  # type: ignore[arg-type]
                 self._mark(step)
         if window:
             yield window
 
     def _mark(self, step: int) -> None:
-        place = f"loading the images of epoch {self.epoch}, step {step + 1}"
+        what = LOADING if getattr(self.loader, "num_workers", 0) else "loading"
+        place = f"{what}: images of epoch {self.epoch}, step {step + 1}"
         mark(place, lambda: ", ".join(sample_names(self.loader, step)))
 
 
@@ -277,11 +287,11 @@ class _Step:
             self._refuse_unused_parameters()
         return losses
 
-    def own_gradients_bad(self) -> bool:
-        """Whether this process's own part of the last step makes gradients that are not finite."""
+    def own_bad_gradients(self) -> int:
+        """How many gradients are not finite in this process's own part of the last step."""
         self._forget_gradients()
         self._all_parts(synchronise=False)
-        bad = bool(nonfinite_gradients(self.models.values()))
+        bad = int(nonfinite_gradients(self.models.values()))
         self._forget_gradients()
         return bad
 
@@ -445,16 +455,19 @@ def evaluate(
 
     for metric in metrics:
         metric.state = metric.state.to(device)  # or each image's would wait to come to the host
+    mark("evaluating")
     with evaluation_mode(models.values()):
         chunks = _Tee(_chunks(data_loader, device), keep)
         kept: list[Tensor] = []
+        done = 0
         for scored in in_order(score, chunks, device):
             for output, states in scored:
                 if len(kept) < keep:
                     kept.append(output.cpu())
                 for metric, state in zip(metrics, states, strict=True):
                     metric.merge(state)
-            mark(f"evaluating, {metrics[0].count} images done")
+            done += len(scored)
+            mark(f"evaluating, {done} images done")
             if stop_requested and stop_requested():
                 break
     if stop_requested and sum_over_ranks([stop_requested()])[0]:

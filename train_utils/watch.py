@@ -13,12 +13,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from train_utils.log import get_logger
 
+LOADING = "waiting for the loader's workers"  # what a place begins with where it is so
+SAVING = "saving a checkpoint"
+_FINISHED = "finished"
 _TICK = 1.0  # seconds between two looks; a request to stop reaches all processes as fast
+_SUSPENDED = 5.0  # seconds between two looks that only a suspended process lets pass
 _LOST = 10  # ticks without a sign after which a process is taken for stopped or gone
 _STOP_KEY = "watch/stop"
 
@@ -80,7 +84,8 @@ class Watch:
 
     patience: seconds after which a process that does not move, while others wait for it, is taken
     for hanging: all processes then end, naming it, through `give_up(reason)`; it is named in a
-    warning after a quarter of that. A single process ends too if it hangs at `loading`. 0: never.
+    warning after a quarter of that. One that is `SAVING` is named only: disks may be slow. A single
+    process ends too if it waits so long at `LOADING`. 0: never (in a debugger, say).
     store: shared by all processes, None for a single one.
     """
 
@@ -109,31 +114,41 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        mark(_FINISHED)
         self._ended.set()
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        while not self._ended.wait(_TICK):
-            try:
+        last = time.monotonic()
+        with suppress(RuntimeError):  # the store goes with torchrun, which ends this process too
+            while not self._ended.wait(_TICK):
+                _forget_suspension(time.monotonic() - last)
+                last = time.monotonic()
                 self._look()
-            except RuntimeError:  # the store went with its launcher, which ends this process too
-                return
+            self._report()
 
-    def _look(self) -> None:
-        self._looks += 1
+    def _report(self) -> Report:
         mine = self._own_report()
         if self.store is not None:
             self.store.set(f"watch/{self.rank}", json.dumps(mine))
+        return mine
+
+    def _look(self) -> None:
+        self._looks += 1
+        mine = self._report()
+        if self.store is not None:
             self._pass_on_stop()
         if not self.patience or self._ended.is_set():
             return
         if self.store is None:
-            hangs = not mine.waits and mine.place.startswith("loading")
+            hangs = mine.place.startswith(LOADING)
             late, longest = ([mine] if hangs else []), mine.seconds
         else:
             late, longest = self._late(mine)
         if late and longest > self.patience / 4:
             self._name(late, longest)
+        elif not late:
+            self._named = []
 
     def _own_report(self) -> Report:
         doing = _doing
@@ -149,14 +164,18 @@ class Watch:
 
     def _late(self, mine: Report) -> tuple[list[Report], float]:
         """The processes that others wait for, and how long these have been waiting."""
-        if mine.seconds <= self.patience / 8:
-            return [], 0.0  # this process moves: leave looking to those that do not
-        reports = [mine, *(self._read(rank) for rank in range(self.world_size) if rank != mine[0])]
+        # Two look, and those who may be late themselves: more would only load the store.
+        looks = self.rank < 2 or not mine.waits
+        if not looks or mine.seconds <= self.patience / 8:
+            return [], 0.0
+        others = (rank for rank in range(self.world_size) if rank != self.rank)
+        reports = [mine, *map(self._read, others)]
         waiting_for = [report.seconds for report in reports if report.waits]
         # Processes that move are late, but do not hang; if all wait, the network may be to blame.
+        reports = [report for report in reports if report.place != _FINISHED]
         stuck = [r for r in reports if r.seconds > self.patience / 8 or r.quiet >= _LOST]
         late = [r for r in stuck if not r.waits or r.quiet >= _LOST]
-        if len(waiting_for) == self.world_size == len(stuck):
+        if len(waiting_for) == len(reports) == len(stuck):
             late = stuck
         return late, max(waiting_for, default=0.0)
 
@@ -170,8 +189,11 @@ class Watch:
 
     def _name(self, late: list[Report], longest: float) -> None:
         names = "; ".join(str(report) for report in late)
-        hanging = all(r.seconds > self.patience / 2 or r.quiet >= _LOST for r in late)
-        if longest > self.patience and hanging:
+        hangs = [
+            report.quiet >= _LOST or (report.seconds > self.patience / 2 and report.place != SAVING)
+            for report in late
+        ]
+        if longest > self.patience and all(hangs):
             if any(report.rank == self.rank for report in late):
                 _print_main_stack(f"rank {self.rank} hangs here:")
             self.give_up(
@@ -184,6 +206,13 @@ class Watch:
         if who != self._named and speaker == self.rank:
             self._named = who
             get_logger().warning(f"waiting for {longest:.0f} s: {names}")
+
+
+def _forget_suspension(since_last_look: float) -> None:
+    """Do not count time that this process spent stopped (Ctrl-Z, a paused container or job)."""
+    global _doing
+    if since_last_look > _SUSPENDED:
+        _doing = _doing._replace(since=_doing.since + since_last_look)
 
 
 def _print_main_stack(header: str) -> None:
