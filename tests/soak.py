@@ -30,6 +30,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 from test_survival import OPTIONS, assert_same_run  # noqa: E402
 
 LONGER = ["--epochs", "6", "--set", "data.train_size=47", "--set", "data.val_size=9"]
+_PATIENCE = 12  # starts without a step: most are killed while they import
 TARGETS = ("rank 0", "rank 1", "all ranks", "torchrun", "everything", "loader worker")
 
 
@@ -70,35 +71,58 @@ def victims(target: str, launcher: int) -> Sequence[int]:
     }[target]
 
 
-def finished(folder: Path) -> bool:
+def status(folder: Path) -> dict:
+    """What a run's status.json says; nothing where there is none yet."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / "status.json").read_text())["state"] == "finished"
-    return False
+        return json.loads((folder / "status.json").read_text())
+    return {}
+
+
+def position(folder: Path) -> tuple[int, int]:
+    """The epoch and step of the last save."""
+    saved = status(folder)
+    return saved.get("epoch", 0), saved.get("step", 0)
+
+
+def one_start(folder: Path, draw: random.Random, kills: Counter[str], end: float) -> None:
+    """Start the training once, and kill something as long as it runs; AssertionError if it fails
+    although nothing was killed.
+    """
+    process, struck = start(folder, workers=draw.choice((0, 1, 2))), 0
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=draw.uniform(0.5, 25))
+                continue
+            target = draw.choice(TARGETS)
+            for pid in victims(target, process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    kills[target] += 1
+                    struck += 1
+    finally:
+        ended = process.poll()
+        for pid in [*children(process.pid), process.pid] if ended is None else []:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert struck or not ended, f"a start ended with {ended} although nothing was killed"
 
 
 def disturbed_run(folder: Path, draw: random.Random, kills: Counter[str], end: float) -> bool:
-    """Train in `folder` to the end through random kills; False when the time is over."""
+    """Train in `folder` to the end through random kills; False when the time is over.
+
+    AssertionError if it makes no way: starts that hang or refuse would look like long ones.
+    """
     folder.mkdir()
-    while not finished(folder):
-        process = start(folder, workers=draw.choice((0, 1, 2)))
-        try:
-            while process.poll() is None:
-                if time.monotonic() > end:
-                    return False
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=draw.uniform(0.5, 25))
-                    continue
-                target = draw.choice(TARGETS)
-                for pid in victims(target, process.pid):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                        kills[target] += 1
-        finally:
-            left = [*children(process.pid), process.pid]
-            if process.poll() is None:
-                for pid in left:
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+    stuck, last = 0, (-1, -1)
+    while status(folder).get("state") != "finished":
+        if time.monotonic() > end:
+            return False
+        one_start(folder, draw, kills, end)
+        stuck = stuck + 1 if position(folder) <= last else 0
+        last = max(last, position(folder))
+        assert stuck < _PATIENCE, f"{stuck} starts have not come beyond epoch, step {last}"
     return True
 
 
@@ -117,11 +141,13 @@ def main() -> int:
     if start(folder / "undisturbed", workers=0).wait():
         print((folder / "output.txt").read_text())
         return 1
-    while disturbed_run(folder / "disturbed", draw, kills, end):
+    while True:
         try:
+            if not disturbed_run(folder / "disturbed", draw, kills, end):
+                break
             assert_same_run(folder / "undisturbed", folder / "disturbed")
         except AssertionError as error:
-            print(f"round {rounds}: NOT the undisturbed run: {error}. Kept in {folder}")
+            print(f"round {rounds + 1}: not as the undisturbed run: {error}. Kept in {folder}")
             return 1
         rounds += 1
         shutil.rmtree(folder / "disturbed")
