@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from datetime import timedelta
@@ -12,6 +14,7 @@ from conftest import REPO
 from distributed import on_ranks
 
 import train
+from train_utils import distributed_utils
 from train_utils.distributed_utils import (
     broadcast_tensors,
     call_on_main,
@@ -127,3 +130,15 @@ def test_a_port_in_use_is_refused_at_once(monkeypatch):
             monkeypatch.setitem(os.environ, name, value)
         with pytest.raises(UserError, match=rf"127.0.0.1:{port}: rank 0 of 2 could not join.*port"):
             init_distributed_mode(Namespace(device="cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_process_whose_torchrun_is_gone_already_does_not_wait_for_it(monkeypatch):
+    mine = os.getpid()  # python, which may be a launcher
+    monkeypatch.setattr(os, "getppid", lambda: mine)
+    distributed_utils._refuse_to_be_an_orphan()
+    with subprocess.Popen(["sleep", "60"]) as init:
+        monkeypatch.setattr(os, "getppid", lambda: init.pid)
+        with pytest.raises(UserError, match="torchrun: ended while this process was starting"):
+            distributed_utils._refuse_to_be_an_orphan()
+        init.kill()

@@ -8,7 +8,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -350,6 +350,7 @@ def init_distributed_mode(args: Namespace) -> None:
         # Its processes live in sessions of their own: a torchrun that is killed would leave them
         # training on, unseen, and in the way of the next start.
         end_with_parent(signal.SIGTERM)
+        _refuse_to_be_an_orphan()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     try:
@@ -411,6 +412,17 @@ def end_with_parent(number: int) -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, number, 0, 0, 0)
     if os.getppid() != parent:  # it died just before
         os.kill(os.getpid(), number)
+
+
+def _refuse_to_be_an_orphan() -> None:
+    """UserError if torchrun was killed before the kernel could be told to watch it.
+
+    The connection to its store would be tried again and again, for longer than its timeout says.
+    """
+    with suppress(OSError):
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        if b"torch" not in parent and b"python" not in parent:
+            raise UserError("torchrun: ended while this process was starting. Start it again.")
 
 
 def _share_cores(local_world_size: int) -> None:
