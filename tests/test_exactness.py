@@ -24,6 +24,8 @@ from train_utils.data import eval_loader
 from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.train_and_eval import evaluate
 
+pytestmark = pytest.mark.xdist_group("exactness")  # what the tests share is made once
+
 CPU = torch.device("cpu")
 BATCH_SIZES = (1, 2, 3, 4, 7, 8, 100)
 COUNTS = (7, 2)

@@ -15,6 +15,8 @@ from test_scripts import REPO, records, run, weights
 
 import arguments
 
+pytestmark = pytest.mark.xdist_group("launch")  # what the tests share is made once
+
 # Synchronised batch norm and SGD: training does not depend on the number of processes.
 OPTIONS = [
     *("--config", REPO / "configs" / "fcn.yaml", "--device", "cpu", "--print-freq", "1"),

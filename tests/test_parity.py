@@ -47,6 +47,8 @@ from train_utils.setup import place_models, wrap_models
 from train_utils.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 from train_utils.train_and_eval import StepOptions, to_device
 
+pytestmark = pytest.mark.xdist_group("parity")  # what the tests share is made once
+
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -21,7 +21,7 @@ TINY = [
     *("--epochs", "2", "-j", "0", "--print-freq", "1", "--eval-interval", "1"),
 ]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("scripts")]  # one fixture for all
 
 
 def command(script, *args, processes=0):

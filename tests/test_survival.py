@@ -30,6 +30,8 @@ from train_utils.errors import UserError
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.train_and_eval import StepOptions
 
+pytestmark = pytest.mark.xdist_group("survival")  # what the tests share is made once
+
 CPU = torch.device("cpu")
 # Nine steps in all, in two parts each, with everything that a checkpoint must carry over.
 OPTIONS = [
