@@ -27,7 +27,13 @@ from train_utils import evaluate, init_distributed_mode, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.checkpoint import split_states
 from train_utils.config import to_dict
-from train_utils.data import GlobalBatchSampler, SampleKey, eval_loader, train_loader
+from train_utils.data import (
+    GlobalBatchSampler,
+    SampleKey,
+    eval_loader,
+    loader_errors,
+    train_loader,
+)
 from train_utils.distributed_utils import broadcast_tensors, call_on_main, refuse_launcher
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
@@ -137,6 +143,7 @@ def main(args: argparse.Namespace) -> None:
     with (
         RunFolder(path, state.config, state.epoch, done) as run,
         Supervisor(run, cfg.train.hang_timeout) as supervisor,
+        loader_errors(),
     ):
         log.info(
             f"{args.world_size} process(es) on {device.type} in {amp_dtype or 'float32'}, "

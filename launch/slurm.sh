@@ -23,6 +23,9 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 run=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 
+# Since Slurm 22.05 srun does not take this over from sbatch by itself.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
 # How the last start ended: an error before this one has a status of its own must not queue again.
 before=$(cat "$run/status.json" 2>/dev/null)
 

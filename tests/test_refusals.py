@@ -480,3 +480,38 @@ def test_a_run_continued_elsewhere_takes_its_records_along():
     Path("c/last.pth").write_text("")
     with pytest.raises(UserError, match="holds a run already"):
         choose_run_folder("c", Path("a/last.pth"), "name")
+
+
+def test_a_run_without_its_last_checkpoint_is_not_started_over():
+    """`--resume auto` is what templates start with: it must lose nothing."""
+    state = {key: {} for key in ("optimizer", "lr_scheduler", "ema_steps", "best_scores", "meters")}
+    numbers = ("epoch", "next_epoch", "next_step", "num_samples", "global_batch", "world_size")
+    state |= {**dict.fromkeys(numbers, 1), "lr": 0.1, "model": {"x": torch.zeros(1)}, "args": {}}
+    Path("out").mkdir()
+    torch.save(state, "out/model_0003.pth")
+    message = refused(train, *TINY, "--output-dir", "out", "--resume", "auto")
+    assert "out/last.pth: is gone" in message and "--resume out/model_0003.pth" in message
+    Path("out/model_0003.pth").rename("out/model_best.pth")
+    assert "holds a run already" in refused(train, *TINY, "--output-dir", "out")
+
+
+def test_going_back_forgets_the_best_checkpoint_of_later(tmp_path):
+    state = {key: {} for key in ("optimizer", "lr_scheduler", "ema_steps", "best_scores", "meters")}
+    numbers = ("epoch", "next_step", "num_samples", "global_batch", "world_size")
+    state |= {**dict.fromkeys(numbers, 1), "lr": 0.1, "model": {"x": torch.zeros(1)}, "args": {}}
+    Path("out").mkdir()
+    for name, epoch in (("model_0003", 4), ("model_best", 6), ("last", 9)):
+        torch.save({**state, "next_epoch": epoch}, f"out/{name}.pth")
+    choose_run_folder(None, Path("out/model_0003.pth"), "name")
+    assert torch.load("out/last.pth", weights_only=True)["next_epoch"] == 4
+    assert not Path("out/model_best.pth").exists()
+
+
+def test_torchrun_inside_srun_shares_out_the_gpus_of_its_task(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "4")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "100000")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device("auto", 3, 4) == torch.device("cuda", 3)
+    assert cpu_cores(4) < 100000

@@ -258,7 +258,7 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
         state = load_file(path)
         _check_training_state(state, path)
     except UserError as error:
-        raise UserError(f"{error} {_offer_another(path)}") from error
+        raise UserError(f"{error} {offer_another(path)}") from error
     return state
 
 
@@ -288,7 +288,7 @@ def _check_training_state(state: Any, path: Path) -> None:
         )
 
 
-def _offer_another(refused: Path) -> str:
+def offer_another(refused: Path) -> str:
     """Name the newest file beside a refused one that training can continue from."""
     found = []
     for path in refused.parent.glob("*.pth"):

@@ -10,7 +10,7 @@ import random
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -256,10 +256,11 @@ def eval_loader(
     return _loader(keyed, workers, device, sampler=sampler, batch_size=batch_size)
 
 
-def batches(loader: Iterable) -> Iterator[Any]:
-    """A loader's batches; UserError where one of its worker processes was killed."""
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """UserError where a worker process of a loader was killed: torch interrupts what runs then."""
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if not re.match(r"DataLoader worker \(pid.*(killed|exited)", str(error)):
             raise

@@ -280,7 +280,8 @@ def _first_slurm_host() -> str:
 
 def cpu_cores(local_world_size: int = 1) -> int:
     """This process's share of the node's cores, at least 1."""
-    if per_task := os.environ.get("SLURM_CPUS_PER_TASK"):
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK")
+    if per_task and "LOCAL_RANK" not in os.environ:  # a task may be a torchrun of several processes
         return int(per_task)  # srun has bound the task to its own cores already
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -308,7 +309,8 @@ def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) ->
             f"--device {name}: torch sees no GPU. Use --device cpu, or install the GPU driver and "
             "a CUDA build of torch."
         )
-    if "SLURM_GPUS_PER_TASK" in os.environ:  # each task sees its own GPU only, as number 0
+    # Each task sees its own GPU only, as number 0; unless a task is a torchrun.
+    if "SLURM_GPUS_PER_TASK" in os.environ and "LOCAL_RANK" not in os.environ:
         local_rank, local_world_size = 0, 1
     if local_world_size > count:
         raise UserError(

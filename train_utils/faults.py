@@ -57,7 +57,12 @@ def parse(text: str) -> tuple[Fault, ...]:
     faults = []
     for item in filter(None, text.split(",")):
         match = _GRAMMAR.fullmatch(item)
-        if not match or match["place"] not in PLACES or match["action"] not in ACTIONS:
+        if (
+            not match
+            or match["place"] not in PLACES
+            or match["action"] not in ACTIONS
+            or (match["time"] and int(match["time"]) == 0)
+        ):
             raise UserError(
                 f"PIXTRAIN_FAULT={item}: not PLACE:ACTION[@N][:rank=R][:start=N] with a place of "
                 f"{', '.join(PLACES)} and an action of {', '.join(ACTIONS)}. Mend it or unset it."

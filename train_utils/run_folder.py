@@ -16,10 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train_utils.checkpoint import CheckpointWriter, load_training_state, remove_temporaries
+from train_utils.checkpoint import (
+    CheckpointWriter,
+    load_training_state,
+    offer_another,
+    remove_temporaries,
+)
 from train_utils.config import dump_yaml
 from train_utils.distributed_utils import (
-    broadcast_object,
     call_on_main,
     get_rank,
     is_main_process,
@@ -50,7 +54,7 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
         else:
             path = resume.parent if resume else _new_folder(Path("runs", config_name))
         another = not resume or path.resolve() != resume.parent.resolve()
-        if another and (path / LAST).exists():
+        if another and any((path / name).exists() for name in (LAST, BEST)):
             raise UserError(
                 f"{path}: holds a run already. Continue it with --resume auto, or choose another "
                 "--output-dir."
@@ -142,13 +146,31 @@ def find_resume(request: str | None, output_dir: str | None, config_name: str) -
         if not path.is_file():
             raise UserError(f"--resume {request}: no checkpoint at {path}. Try --resume auto.")
         return path
-    folder = Path(output_dir) if output_dir else Path("runs", config_name)
-    found = list(folder.glob(LAST if output_dir else f"*/{LAST}"))
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    newest = broadcast_object(newest and str(newest))
-    if newest is None:
-        get_logger().info(f"--resume auto: no {LAST} in {folder} yet, starting a new run")
+    newest = call_on_main(lambda: _newest_run(output_dir, config_name))
     return newest and Path(newest)
+
+
+def _newest_run(output_dir: str | None, config_name: str) -> str | None:
+    """The last checkpoint of the run that `--resume auto` means, if there is one."""
+    folder = Path(output_dir) if output_dir else Path("runs", config_name)
+    runs = [folder] if output_dir else sorted(folder.glob("*/"), key=_last_change, reverse=True)
+    for run in runs:
+        if (run / LAST).exists():
+            return str(run / LAST)
+        if any(run.glob("model_*.pth")):
+            raise UserError(
+                f"{run / LAST}: is gone, and a new start would lose the other checkpoints of this "
+                f"run. {offer_another(run / LAST)}"
+            )
+        if not output_dir:
+            get_logger().info(f"--resume auto: passing over {run}, which has no {LAST}")
+    get_logger().info(f"--resume auto: no {LAST} in {folder} yet, starting a new run")
+    return None
+
+
+def _last_change(run: Path) -> float:
+    files = (path for path in (run, run / LAST, run / "status.json") if path.exists())
+    return max(path.stat().st_mtime for path in files)
 
 
 def restarted_run(request: str | None, output_dir: str | None, config_name: str) -> Path | None:
@@ -228,7 +250,7 @@ class RunFolder:
         ):
             file = self.path / name
             if file.exists():
-                lines = file.read_text(encoding="utf-8").splitlines()
+                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
                 write_text(file, "".join(f"{line}\n" for line in lines if epoch_of(line) < epoch))
 
     @property
@@ -396,7 +418,8 @@ def _epoch_of_json(line: str) -> float:
 
 def _epoch_of_result(line: str) -> float:
     head, _, rest = line.partition(" ")
-    return int(rest.split()[0]) if head == "epoch:" and rest else float("inf")
+    number = rest.partition(" ")[0]
+    return int(number) if head == "epoch:" and number.isdecimal() else float("inf")
 
 
 def resize_for_sheet(image: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from train_utils.data import loader_errors
 from train_utils.distributed_utils import (
     cpu_cores,
     is_dist_avail_and_initialized,
@@ -93,7 +94,8 @@ def clean_errors() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with loader_errors():
+            yield
     except UserError as error:
         _exit_with(plain_message(error))
     except RuntimeError as error:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from train_utils.distributed_utils import (
+    all_gather,
     get_rank,
     get_world_size,
     shared_store,
@@ -94,7 +95,7 @@ def agree_to_stop(stop: Supervisor) -> None:
 
 def exit_stopped(stop: Supervisor, run: RunFolder, state: TrainingState) -> NoReturn:
     """End a stopped run: say where it stands and how to continue, and exit as the signal would."""
-    reason = stop.requested or "SIGTERM"  # another rank's
+    reason = next(name for name in all_gather(stop.requested) if name)  # perhaps another rank's
     run.wait_saved()
     run.status("stopped", reason=reason, epoch=state.epoch, step=state.step)
     sum_over_ranks([0])  # rank 0 has saved: a rank that left earlier would have it terminated

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from train_utils import faults
-from train_utils.data import batches, sample_names, stable_seed
+from train_utils.data import sample_names, stable_seed
 from train_utils.distributed_utils import (
     broadcast_buffers,
     get_rank,
@@ -216,7 +216,7 @@ class _Windows:
     def __iter__(self) -> Iterator[list[Batch]]:
         window, step = [], self.start_step
         self._mark(step)
-        for number, batch in enumerate(batches(self.loader), 1):
+        for number, batch in enumerate(self.loader, 1):
             window.append(batch)
             if len(window) == self.size:
                 yield window
@@ -501,7 +501,7 @@ def _chunks(loader: Iterable, device: torch.device) -> Iterator[tuple[Tensor, li
     """Regroup a loader's batches of any size into chunks of equally sized images."""
     images: list[Tensor] = []
     targets: list[Tensor] = []
-    for batch_images, batch_targets in batches(loader):
+    for batch_images, batch_targets in loader:
         for image, target in zip(batch_images, batch_targets, strict=True):
             full = images and len(images) == chunk_size(device, images[0])
             if images and (full or image.shape != images[0].shape):
