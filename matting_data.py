@@ -28,7 +28,7 @@ from my_dataset import (
     require_masks,
     split_pairs,
 )
-from train_utils.data import collate
+from train_utils.data import behind_subsets, collate
 from train_utils.errors import UserError
 from train_utils.image_io import (
     MAX_PIXELS,
@@ -213,7 +213,7 @@ def composition_pairs(
 def check_matting_files(dataset: Dataset) -> None:
     """`check_pairs`, and the same for trimaps, which are read whole, and for backgrounds."""
     check_pairs(dataset)
-    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    whole, _ = behind_subsets(dataset)
     if isinstance(whole, CompositionDataset):
         sizes = [image_size(path) for path in {path for path, _ in pairs_of(dataset)}]
         widest, highest = (max(sides) for sides in zip(*sizes, strict=True))

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 
 import shapes
-from train_utils.data import collate
+from train_utils.data import behind_subsets, collate
 from train_utils.distributed_utils import call_on_main
 from train_utils.errors import UserError
 from train_utils.image_io import (
@@ -316,7 +316,7 @@ def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
 
 def _readers(dataset: Dataset) -> dict[Path, Callable[[Path], object]]:
     """Every file behind a dataset, with what reads it there."""
-    whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
+    whole, _ = behind_subsets(dataset)
     readers: dict[Path, Callable[[Path], object]] = {}
     for first, target in pairs_of(dataset):
         readers |= {first: whole.read_first, target: whole.read_target}
@@ -331,8 +331,7 @@ def leave_out(dataset: Dataset, files: Collection[Path]) -> Dataset:
     if not files:
         return dataset
     gone = set(files)
-    whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
-    indices = dataset.indices if isinstance(dataset, Subset) else range(len(whole))
+    whole, indices = behind_subsets(dataset)
     kept = [index for index in indices if gone.isdisjoint(whole.pairs[index])]
     backgrounds = [path for path in getattr(whole, "backgrounds", []) if path not in gone]
     if not kept or (hasattr(whole, "backgrounds") and not backgrounds):
@@ -352,9 +351,7 @@ def fingerprint(dataset: Dataset) -> str:
     Where the files lie does not matter: a run may continue after its data have moved, but not with
     other data, which would change its samples unnoticed.
     """
-    whole, indices = dataset, range(len(dataset))  # type: ignore[arg-type]
-    if isinstance(dataset, Subset):
-        whole, indices = dataset.dataset, dataset.indices
+    whole, indices = behind_subsets(dataset)
     stems = getattr(whole, "stems", None)
     names = [stems[index] if stems else whole.name(index) for index in indices]
     names += getattr(whole, "ingredients", [])

@@ -192,9 +192,9 @@ def fit(
     models = wrap_models(state.models, device, cfg.train.compile)
     midway, early_stop = False, cfg.train.early_stop
 
-    def save(*options: Any) -> None:
+    def save(best: bool = False, numbered: int | None = None) -> None:
         mark(SAVING)
-        run.save(state.capture(), *options)
+        run.save(state.capture(), best, numbered, cfg.train.keep, cfg.train.keep_every)
         run.status("running", epoch=state.epoch, step=state.step)
 
     def after_step(progress: Progress) -> None:
@@ -259,8 +259,7 @@ def fit(
         kept = evaluated or (cfg.train.keep_every and (epoch + 1) % cfg.train.keep_every == 0)
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         run.log_epoch(record)
-        numbered = epoch if kept else None
-        save(best, numbered, cfg.train.keep, cfg.train.keep_every)
+        save(best, numbered=epoch if kept else None)
         agree_to_stop(stop)
         if stop.agreed and epoch + 1 < epochs:
             break

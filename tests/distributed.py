@@ -4,11 +4,22 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+def children(process: int) -> list[int]:
+    """The child processes of a process, in the order of their numbers; none of one that is gone."""
+    with suppress(OSError):
+        tasks = Path(f"/proc/{process}/task").iterdir()
+        found = [pid for task in tasks for pid in (task / "children").read_text().split()]
+        return sorted(map(int, found))
+    return []
 
 
 def free_port() -> int:

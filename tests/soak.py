@@ -27,6 +27,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
+from distributed import children  # noqa: E402
 from test_survival import OPTIONS, assert_same_run  # noqa: E402
 
 LONGER = ["--epochs", "6", "--set", "data.train_size=47", "--set", "data.val_size=9"]
@@ -46,15 +47,6 @@ def start(folder: Path, workers: int) -> subprocess.Popen:
             stderr=output,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-
-
-def children(process: int) -> list[int]:
-    """The child processes of a process, in the order in which they were started."""
-    with suppress(OSError):
-        tasks = Path(f"/proc/{process}/task").iterdir()
-        found = [pid for task in tasks for pid in (task / "children").read_text().split()]
-        return sorted(map(int, found))
-    return []
 
 
 def victims(target: str, launcher: int) -> Sequence[int]:

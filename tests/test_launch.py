@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-from distributed import free_port
+from distributed import children, free_port
 from test_scripts import REPO, records, run, weights
 
 import arguments
@@ -46,26 +45,32 @@ def shims(tmp_path):
     return add
 
 
-def wait_for_step(folder, step, processes):
-    """Until a run's status says that so many steps of the first epoch are done."""
+def wait_until(condition, what, processes):
+    """Until a condition holds, while all processes run."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and all(p.poll() is None for p in processes):
         time.sleep(0.05)
-        if (folder / "status.json").exists():
-            status = json.loads((folder / "status.json").read_text())
-            if status["step"] >= step and status.get("epoch") == 0:
-                return
-    raise AssertionError(f"step {step} was not reached")
+        if condition():
+            return
+    raise AssertionError(f"waited in vain for {what}")
+
+
+def wait_for_step(folder, step, processes):
+    """Until a run's status says that so many steps of the first epoch are done."""
+
+    def reached():
+        if not (folder / "status.json").exists():
+            return False
+        status = json.loads((folder / "status.json").read_text())
+        return status["step"] >= step and status.get("epoch") == 0
+
+    wait_until(reached, f"step {step}", processes)
 
 
 def wait_for_lines(folder, text, count, processes):
     """Until a run's log holds a text so many times."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
-        time.sleep(0.05)
-        if (folder / "log.txt").read_text().count(text) >= count:
-            return
-    raise AssertionError(f"{text!r} was not logged {count} times")
+    log = folder / "log.txt"
+    wait_until(lambda: log.read_text().count(text) >= count, f"{count} × {text!r}", processes)
 
 
 def assert_nearly_same_run(one, other):
@@ -114,8 +119,7 @@ def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims
         agents.append(subprocess.Popen(script, cwd=tmp_path, env=env, stdout=log, stderr=log))
 
     def lose_the_last_one():
-        task = Path(f"/proc/{agents[-1].pid}/task/{agents[-1].pid}/children")
-        for process in [*map(int, task.read_text().split()), agents[-1].pid]:
+        for process in [*children(agents[-1].pid), agents[-1].pid]:
             os.kill(process, signal.SIGKILL)
 
     try:

@@ -299,6 +299,14 @@ def test_a_recipe_beside_a_checkpoint_and_for_a_bare_state_dict():
     assert "brings its own settings" in message
 
 
+def training_state(**changes):
+    """The least that a run could continue from."""
+    dicts = ("optimizer", "lr_scheduler", "ema_steps", "best_scores", "meters", "args")
+    numbers = ("epoch", "next_epoch", "next_step", "num_samples", "global_batch", "world_size")
+    state = {**{key: {} for key in dicts}, **dict.fromkeys(numbers, 1), "lr": 0.1}
+    return {**state, "model": {"x": torch.zeros(1)}, **changes}
+
+
 def tiny_checkpoint(path, **values):
     """A file that says what a checkpoint of ours says of its task, without a training."""
     args = {"task": "segmentation", **values}
@@ -312,11 +320,7 @@ def test_weights_of_another_task():
 
 
 def test_resuming_with_the_recipe_of_another_task():
-    dicts = ("optimizer", "lr_scheduler", "ema_steps", "best_scores", "meters")
-    numbers = ("epoch", "next_epoch", "next_step", "num_samples", "global_batch", "world_size")
-    state = {**{key: {} for key in dicts}, **dict.fromkeys(numbers, 1), "lr": 0.1}
-    state |= {"model": {"x": torch.zeros(1)}, "args": {"task": "matting"}}
-    torch.save(state, "last.pth")
+    torch.save(training_state(args={"task": "matting"}), "last.pth")
     recipe = str(REPO / "configs" / "unet.yaml")
     message = refused(train, "--config", recipe, "--resume", "last.pth")
     assert "last.pth: is a run of matting" in message and "unet.yaml is for segmentation" in message
@@ -484,11 +488,8 @@ def test_a_run_continued_elsewhere_takes_its_records_along():
 
 def test_a_run_without_its_last_checkpoint_is_not_started_over():
     """`--resume auto` is what templates start with: it must lose nothing."""
-    state = {key: {} for key in ("optimizer", "lr_scheduler", "ema_steps", "best_scores", "meters")}
-    numbers = ("epoch", "next_epoch", "next_step", "num_samples", "global_batch", "world_size")
-    state |= {**dict.fromkeys(numbers, 1), "lr": 0.1, "model": {"x": torch.zeros(1)}, "args": {}}
     Path("out").mkdir()
-    torch.save(state, "out/model_0003.pth")
+    torch.save(training_state(), "out/model_0003.pth")
     message = refused(train, *TINY, "--output-dir", "out", "--resume", "auto")
     assert "out/last.pth: is gone" in message and "--resume out/model_0003.pth" in message
     Path("out/model_0003.pth").rename("out/model_best.pth")
@@ -496,12 +497,9 @@ def test_a_run_without_its_last_checkpoint_is_not_started_over():
 
 
 def test_going_back_forgets_the_best_checkpoint_of_later(tmp_path):
-    state = {key: {} for key in ("optimizer", "lr_scheduler", "ema_steps", "best_scores", "meters")}
-    numbers = ("epoch", "next_step", "num_samples", "global_batch", "world_size")
-    state |= {**dict.fromkeys(numbers, 1), "lr": 0.1, "model": {"x": torch.zeros(1)}, "args": {}}
     Path("out").mkdir()
     for name, epoch in (("model_0003", 4), ("model_best", 6), ("last", 9)):
-        torch.save({**state, "next_epoch": epoch}, f"out/{name}.pth")
+        torch.save(training_state(next_epoch=epoch), f"out/{name}.pth")
     choose_run_folder(None, Path("out/model_0003.pth"), "name")
     assert torch.load("out/last.pth", weights_only=True)["next_epoch"] == 4
     assert not Path("out/model_best.pth").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import free_port
+from distributed import children, free_port
 from PIL import Image
 
 from train_utils.data import GlobalBatchSampler
@@ -313,16 +313,16 @@ def test_processes_end_when_torchrun_is_killed(tmp_path):
             break
     else:
         pytest.fail("no step was taken")
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    assert len(children) == 2
+    processes = children(launcher.pid)
+    assert len(processes) == 2
     launcher.kill()
     rest = launcher.stdout.read()  # ends when both have ended
     launcher.wait()
     assert "Continue with --resume run" in rest
     deadline = time.monotonic() + 30
-    while any(map(_runs, children)) and time.monotonic() < deadline:
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert [child for child in children if _runs(child)] == []
+    assert [process for process in processes if _runs(process)] == []
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", "SIGTERM")
     state = weights(tmp_path / "run")

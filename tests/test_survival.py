@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import on_ranks
+from distributed import children, on_ranks
 from test_contract import assert_equal
 from test_scripts import REPO, command, records, run, weights
 from torch import nn
@@ -176,8 +176,7 @@ def _wait_for_status(folder, launcher, step):
 
 
 def _other_rank(launcher, main):
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    (other,) = set(map(int, children)) - {main}
+    (other,) = set(children(launcher)) - {main}
     return other
 
 

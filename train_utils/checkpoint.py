@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from train_utils import faults
-from train_utils.errors import UserError
+from train_utils.errors import UserError, shortened
 
 FORMAT = 1
 # What training continues from, and what not every run or older version has saved.
@@ -398,8 +398,7 @@ def whole(models: dict[str, nn.Module]) -> nn.Module:
 def _listed(what: str, items: list[str], limit: int = 8) -> str:
     if not items:
         return ""
-    more = f" … and {len(items) - limit} more" if len(items) > limit else ""
-    return f"{len(items)} {what}: {', '.join(items[:limit])}{more}"
+    return f"{len(items)} {what}: {shortened(items, limit)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -200,12 +200,17 @@ def sample_names(loader: Any, step: int) -> list[str]:
     sampler, keyed = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
     if not isinstance(sampler, GlobalBatchSampler) or not isinstance(keyed, KeyedDataset):
         return []
-    dataset: Any = keyed.dataset
-    indices = sampler.share(step)
-    while isinstance(dataset, Subset):
-        dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
-    name = getattr(dataset, "name", lambda index: f"sample {index}")
-    return [name(index) for index in indices]
+    whole, indices = behind_subsets(keyed.dataset)
+    name = getattr(whole, "name", lambda index: f"sample {index}")
+    return [name(indices[index]) for index in sampler.share(step)]
+
+
+def behind_subsets(dataset: Dataset) -> tuple[Any, Sequence[int]]:
+    """The dataset of which `Subset`s may hold a part, and the indices of that part in it."""
+    if not isinstance(dataset, Subset):
+        return dataset, range(len(dataset))  # type: ignore[arg-type]
+    whole, indices = behind_subsets(dataset.dataset)
+    return whole, [indices[index] for index in dataset.indices]
 
 
 class ShardSampler(Sampler[SampleKey]):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train_utils.distributed_utils import all_gather, sum_over_ranks
-from train_utils.errors import UserError
+from train_utils.errors import UserError, shortened
 from train_utils.log import get_logger
 
 HOW_TO_TAME = (
@@ -20,7 +20,6 @@ HOW_TO_TAME = (
     "images. The last checkpoint is from before."
 )
 _MAX_IN_A_ROW = 10  # skipped steps, after which the weights themselves must be the cause
-_MAX_NAMES = 8
 
 OnNonfinite = Literal["stop", "skip"]
 
@@ -55,35 +54,40 @@ class NonfiniteGuard:
         self.looks_at_once = mode == "skip" or device.type == "cpu"
         self.in_a_row = 0
         self._noted: list[tuple[int, Tensor, dict[str, Tensor]]] = []
-        self._buffers: list[Tensor] = []
+        self._kept_buffers: list[Tensor] = []
 
     def keep_buffers(self) -> None:
         """Remember batch norm's statistics, which a bad forward pass spoils before it is known."""
         if self.mode == "skip":
-            buffers = [buffer for model in self.models.values() for buffer in model.buffers()]
-            if not self._buffers:
-                self._buffers = [torch.empty_like(buffer) for buffer in buffers]
-            for kept, buffer in zip(self._buffers, buffers, strict=True):
+            buffers = self._live_buffers()
+            if not self._kept_buffers:
+                self._kept_buffers = [torch.empty_like(buffer) for buffer in buffers]
+            for kept, buffer in zip(self._kept_buffers, buffers, strict=True):
                 kept.copy_(buffer)
 
     def _restore_buffers(self) -> None:
-        buffers = [buffer for model in self.models.values() for buffer in model.buffers()]
-        for buffer, kept in zip(buffers, self._buffers, strict=True):
+        for kept, buffer in zip(self._kept_buffers, self._live_buffers(), strict=True):
             buffer.copy_(kept)
+
+    def _live_buffers(self) -> list[Tensor]:
+        return [buffer for model in self.models.values() for buffer in model.buffers()]
 
     def found(self, step: int, losses: dict[str, Tensor]) -> bool:
         """Whether the update must not happen, on all processes alike."""
-        if self.scaled and self.looks_at_once:
-            bad = not all(math.isfinite(loss) for loss in losses.values())
-            return sum_over_ranks([bad])[0] > 0
         if self.scaled:
             flag = torch.stack([loss.isfinite() for loss in losses.values()]).logical_not().any()
         else:
             flag = nonfinite_gradients(self.models.values())
-        if self.looks_at_once:
-            return bool(flag)
-        self._noted.append((step, flag, losses))
-        return False
+        if not self.looks_at_once:
+            self._noted.append((step, flag, losses))
+            return False
+        bad = any(self._agreed([bool(flag)]))
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        return bad
+
+    def _agreed(self, flags: list[float]) -> list[float]:
+        """Flags as all processes see them: gradients are alike already, losses are their own."""
+        return sum_over_ranks(flags) if self.scaled else flags
 
     def act(self, where: str, losses: dict[str, Tensor], names: list[str], bad_here: int) -> None:
         """Say what happened; raise UserError unless the step is to be skipped. On all processes.
@@ -91,8 +95,7 @@ class NonfiniteGuard:
         bad_here: how many gradients this process's own images spoil, 0 where that is not known.
         """
         terms = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
-        listed = ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
-        reports = all_gather((terms, bad_here, listed))
+        reports = all_gather((terms, bad_here, shortened(names)))
         # Where batch norm is synchronised, what is bad on one rank spoils gradients on all, but
         # neither the losses nor the gradients behind the last batch norm.
         most = max(bad for _, bad, _ in reports)
@@ -107,7 +110,6 @@ class NonfiniteGuard:
             for rank, term, names in culprits
         ]
         text = f"{where}: {'; '.join(accounts) or 'the gradient'} became NaN or infinite"
-        self.in_a_row += 1
         if self.mode == "stop":
             raise UserError(f"{text}. {HOW_TO_TAME}")
         if self.in_a_row >= _MAX_IN_A_ROW:
@@ -115,18 +117,12 @@ class NonfiniteGuard:
         self._restore_buffers()
         get_logger().info(f"{text}: the step is skipped")
 
-    def went_well(self) -> None:
-        """An update happened: forget those skipped before it."""
-        self.in_a_row = 0
-
     def review(self, where: Callable[[int], str], names: Callable[[int], list[str]]) -> None:
         """Look at the steps noted since the last review; UserError naming the first bad one."""
         noted, self._noted = self._noted, []
         if not noted:
             return
-        flags = torch.stack([flag.float() for _, flag, _ in noted]).tolist()
-        if self.scaled:  # losses are each process's own
-            flags = sum_over_ranks(flags)
+        flags = self._agreed(torch.stack([flag.float() for _, flag, _ in noted]).tolist())
         for bad, (step, _, losses) in zip(flags, noted, strict=True):
             if bad:
                 self.act(where(step), losses, names(step), bad_here=0)

@@ -23,7 +23,7 @@ from train_utils.distributed_utils import (
     unwrap,
 )
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError, is_out_of_memory
+from train_utils.errors import UserError, is_out_of_memory, shortened
 from train_utils.inference import chunk_size, evaluation_mode, forward_chunk, in_order
 from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
@@ -137,7 +137,6 @@ def train_one_epoch(
     guard = NonfiniteGuard(options.on_nonfinite, device, take_step.scaled, models)
     windows = _Windows(data_loader, options.accumulate, epoch, start_step)
     total = start_step + len(windows)
-    first_step = epoch * total + start_step
 
     def where(step: int) -> str:
         return f"epoch {epoch}, step {step + 1} of {total}"
@@ -159,7 +158,7 @@ def train_one_epoch(
         mark(where(step))
         seed = None
         if options.seed is not None:
-            seed = stable_seed(options.seed, first_step + step - start_step, get_rank())
+            seed = stable_seed(options.seed, epoch * total + step, get_rank())
         counts, images, stop = _agree(parts, loss_counts, stop_requested())
         rates = _learning_rates(optimizers)
         guard.keep_buffers()
@@ -167,8 +166,6 @@ def train_one_epoch(
         skipped = guard.found(step, losses)
         if skipped:
             guard.act(where(step), losses, names(step), take_step.own_bad_gradients())
-        else:
-            guard.went_well()
         take_step.update(skipped)
         logger.images += images
         rates |= {"skipped": float(skipped)} if options.on_nonfinite == "skip" else {}
@@ -214,14 +211,14 @@ class _Windows:
         return -(-len(self.loader) // self.size)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        window, step = [], self.start_step
+        window, step, batches = [], self.start_step, len(self.loader)  # type: ignore[arg-type]
         self._mark(step)
         for number, batch in enumerate(self.loader, 1):
             window.append(batch)
             if len(window) == self.size:
                 yield window
                 window, step = [], step + 1
-            if number < len(self.loader):  # type: ignore[arg-type]
+            if number < batches:
                 self._mark(step)
         if window:
             yield window
@@ -347,13 +344,13 @@ class _Step:
             self.scalers[name].scale(loss).backward()
 
     def _clip(self, name: str) -> None:
-        parameters, options = self.models[name].parameters(), self.options
+        model, options = self.models[name], self.options
         if options.clip_value or options.clip_norm:
             self.scalers[name].unscale_(self.optimizers[name])
         if options.clip_value:
-            nn.utils.clip_grad_value_(parameters, options.clip_value)
+            nn.utils.clip_grad_value_(model.parameters(), options.clip_value)
         if options.clip_norm:
-            nn.utils.clip_grad_norm_(self.models[name].parameters(), options.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
 
     def _refuse_unused_parameters(self) -> None:
         """Data-parallel networks need all gradients; torch's own error names no parameter."""
@@ -366,9 +363,8 @@ class _Step:
             if parameter.requires_grad and parameter.grad is None
         ]
         if unused:
-            more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
             raise UserError(
-                f"{', '.join(unused[:8])}{more}: no loss depends on these parameters, which "
+                f"{shortened(unused)}: no loss depends on these parameters, which "
                 "several processes cannot train. Use them in a loss, or freeze them by "
                 "requires_grad_(False)."
             )

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from train_utils.checkpoint import FORMAT, check_fits, join_states, split_states, whole
+from train_utils.checkpoint import FORMAT, check_fits, join_states, whole
 from train_utils.config import diff
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError
+from train_utils.errors import UserError, shortened
 from train_utils.log import get_logger
 from train_utils.nonfinite import HOW_TO_TAME
 from train_utils.schedule import apply_schedule, scale_learning_rate
@@ -151,9 +151,9 @@ class TrainingState:
             check_fits(whole(averages), state["ema"], f"{source}, moving average")
         saved = self._check_trainers(state, source)
 
-        split_states(self.models, state["model"], source)
+        whole(self.models).load_state_dict(state["model"])
         if averages:
-            split_states(averages, state["ema"], source)
+            whole(averages).load_state_dict(state["ema"])
         for name, ema in self.ema.items():
             ema.steps = state["ema_steps"].get(name, 0)
         for trainer, content in saved:
@@ -195,10 +195,9 @@ class TrainingState:
                 pairs.append((trainer, content))
                 misfits += [f"{key} of {name}: {text}" for text in found]
         if misfits:
-            more = f" … and {len(misfits) - 4} more" if len(misfits) > 4 else ""
             raise UserError(
                 f"{source}: its training state does not fit (file ≠ run): "
-                f"{'; '.join(misfits[:4])}{more}. Resume from another checkpoint, or start a new "
+                f"{shortened(misfits, 4, '; ')}. Resume from another checkpoint, or start a new "
                 "run from its weights with --weights."
             )
         return pairs

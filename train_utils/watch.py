@@ -128,7 +128,12 @@ class Watch:
             self._report()
 
     def _report(self) -> Report:
-        mine = self._own_report()
+        doing = _doing
+        seconds = time.monotonic() - doing.since
+        details = doing.details() if seconds > self.patience / 8 else ""
+        mine = Report(
+            self.rank, self.where, doing.place, doing.waits, seconds, details, self._looks
+        )
         if self.store is not None:
             self.store.set(f"watch/{self.rank}", json.dumps(mine))
         return mine
@@ -149,13 +154,6 @@ class Watch:
             self._name(late, longest)
         elif not late:
             self._named = []
-
-    def _own_report(self) -> Report:
-        doing = _doing
-        seconds = time.monotonic() - doing.since
-        details = doing.details() if seconds > self.patience / 8 else ""
-        where = self.where
-        return Report(self.rank, where, doing.place, doing.waits, seconds, details, self._looks)
 
     def _pass_on_stop(self) -> None:
         if self.stop_requested() and not self.stop_anywhere:
