@@ -1,10 +1,12 @@
 """Layers that several networks are built of."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class ConvBNReLU(nn.Sequential):
@@ -28,7 +30,40 @@ def resize(x: Tensor, size: torch.Size) -> Tensor:
     """Resize bilinearly, corners not aligned, if the size differs."""
     if x.shape[-2:] == size:
         return x
+    if x.requires_grad and torch.is_grad_enabled() and _has_slow_gradient(x, size):
+        return _Doubling.apply(x)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class _Doubling(torch.autograd.Function):
+    """Bilinear resizing to twice the size, with a gradient that is several times as fast on CPUs.
+
+    A pixel spreads over the 4×4 pixels around its place by (1, 3, 3, 1)/4 in each direction, so
+    the gradient is a convolution of stride 2 with those weights. Outermost pixels also stand for
+    what lies beyond the border, hence the replicated gradient there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        channels = gradient.shape[1]
+        line = torch.tensor([0.25, 0.75, 0.75, 0.25], dtype=gradient.dtype)
+        kernel = torch.outer(line, line).expand(channels, 1, 4, 4)
+        padded = F.pad(gradient, (1, 1, 1, 1), mode="replicate")
+        return F.conv2d(padded, kernel, stride=2, groups=channels)
+
+
+def _has_slow_gradient(x: Tensor, size: torch.Size) -> bool:
+    """Whether a resizing is a doubling on a CPU in a dtype that oneDNN convolves.
+
+    torch's own gradient leaves channels-last there and comes back, at a tenth of a training step.
+    """
+    doubles = size == (2 * x.shape[-2], 2 * x.shape[-1])
+    return doubles and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def join(below: Tensor, skip: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+"""Layers that networks share: the gradient of resizing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.layers import resize
+
+LAST = torch.channels_last
+
+
+def gradients(shape, size, dtype):
+    """(ours, torch's in fp64) for the same random input and gradient of the result."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=LAST).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y = resize(x, torch.Size(size))
+    gradient = torch.randn(y.shape).to(dtype)
+    y.backward(gradient)
+    F.interpolate(exact, size=size, mode="bilinear").backward(gradient.double())
+    return x.grad, exact.grad
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 3, 5, 7), (1, 1, 9, 4), (2, 16, 12, 12)])
+def test_gradient_of_doubling(shape):
+    doubled = (2 * shape[2], 2 * shape[3])
+    ours, exact = gradients(shape, doubled, torch.float32)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=2e-6)
+    assert ours.is_contiguous(memory_format=LAST)
+    ours, exact = gradients(shape, doubled, torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-7, atol=2**-6)
+
+
+def test_gradient_of_doubling_by_hand():
+    # A single row (a, b): each becomes four pixels wide, and a also fills what lies left of it.
+    x = torch.zeros(1, 1, 1, 2, requires_grad=True)
+    gradient = torch.tensor([[[[1.0, 10.0, 100.0, 1000.0]] * 2]])
+    resize(x, torch.Size((2, 4))).backward(gradient)
+    a, b = 1 + 7.5 + 25, 2.5 + 75 + 1000
+    assert x.grad.flatten().tolist() == [2 * a, 2 * b]
+
+
+def test_only_fast_doubling_has_its_own_gradient():
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    assert "Doubling" in resize(x, torch.Size((8, 8))).grad_fn.name()
+    for other, size in ((x, (8, 7)), (x, (9, 8)), (x.double(), (8, 8))):
+        y = resize(other, torch.Size(size))
+        assert "Upsample" in y.grad_fn.name()
+        torch.testing.assert_close(y, F.interpolate(other, size=size, mode="bilinear"))
+    with torch.no_grad():
+        assert resize(x, torch.Size((8, 8))).grad_fn is None
+
+
+def test_an_empty_batch_has_a_gradient():
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    resize(x, torch.Size((8, 8))).sum().backward()
+    assert x.grad.shape == x.shape
