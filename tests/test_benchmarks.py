@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import checkpoint_cost
+from benchmarks import checkpoint_cost, common, training_step
 
 
 @pytest.mark.slow
@@ -30,3 +31,49 @@ def test_what_a_save_costs_by_hand():
     row = checkpoint_cost.summarise(blocks, 3_000_000, epoch_steps=10)["async"]
     assert (row["step_s"], row["file_mb"], row["lost_s"]) == (3.0, 3.0, 2.5)
     assert row["share"] == 2.5 / 20
+
+
+def test_ways_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    ways = {name: lambda name=name: calls.append(name) for name in ("plain", "ours")}
+    times = common.take_turns(ways, rounds=3, warmup=1)
+    assert calls == ["plain", "ours", "ours", "plain"] * 2  # each goes first equally often
+    assert [len(each) for each in times.values()] == [3, 3]
+    assert common.ratio({"plain": [3.0, 9.0, 8.0], "ours": [2.0, 1.0, 9.0]}, "ours") == 4
+
+
+def test_flops_are_those_of_the_convolution():
+    conv = torch.nn.Conv2d(2, 3, 3, padding=1)
+    assert common.flops(lambda: conv(torch.zeros(1, 2, 5, 7))) == 2 * 3 * 2 * 9 * 5 * 7
+
+
+def test_table_and_json_hold_the_rows(tmp_path, capsys):
+    args = common.make_parser("what").parse_args(
+        ["--json", str(tmp_path / "f.json"), "--device=cpu"]
+    )
+    rows = [{"work": "a", "plain ms": 12345.6}, {"work": "bb", "ours ms": 0.012345}]
+    common.report(args, rows, {"copy": 12.0})
+    *_, header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split() == ["work", "plain", "ms", "ours", "ms"]
+    assert (first.split(), second.split()) == (["a", "12346", "–"], ["bb", "–", "0.01235"])
+    result = json.loads(target.read_text())
+    assert result["rows"] == rows and result["ceilings"] == {"copy": 12.0}
+    assert result["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_training_step(tmp_path):
+    target = tmp_path / "step.json"
+    tiny = ["--size", "64", "--batches", "2", "--rounds", "1", "--device", "cpu", "--amp", "off"]
+    training_step.main([*tiny, "--systems", "u2net_lite", "--memory", "--json", str(target)])
+    (row,) = json.loads(target.read_text())["rows"]
+    assert row["plain ms"] > 0 and row["ours ms"] > 0 and 0 < row["share"] < 1
+    assert row["× plain"] == pytest.approx(row["plain ms"] / row["ours ms"])
+    assert 10 < row["ours MB"] < 1000
+
+
+def test_the_plain_step_has_the_loss_of_ours():
+    args = training_step.parse_args(["--size", "64", "--device", "cpu", "--amp", "off"])
+    for system in ("u2net_lite", "fcn", "matting"):  # pix2pix drops out at random
+        ways = training_step.make_ways(args, system, batch_size=2)  # the same weights and batch
+        assert ways["ours"]() == pytest.approx(ways["plain"](), rel=1e-4), system

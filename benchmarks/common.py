@@ -1,0 +1,188 @@
+"""What all benchmarks share: taking turns, ceilings of the machine, the table and the JSON file.
+
+Every benchmark runs *plain*, the usual way, and *ours* alternately in one run, so that whatever
+else the machine does meets both; it reports medians, and ratios of medians.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torchvision
+from torch.nn.functional import conv2d
+from torch.utils.flop_counter import FlopCounterMode
+
+from train_utils.distributed_utils import cpu_cores
+
+Rows = Sequence[Mapping[str, Any]]
+
+# Channels and side of 3×3 convolutions with equal FLOPs, as U-shaped networks have them.
+_CONVS = ((64, 144), (128, 72), (256, 36), (512, 18))
+_COPY_BYTES = 2**28
+
+
+def make_parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks take."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measured turns of each way")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    return parser
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for what is queued on a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Wall time of `work()`, until the device is done with it."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds of every way in every round, by name; the ways take turns, in alternating order.
+
+    `warmup` rounds go before and are not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-warmup, rounds):
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            taken = seconds(ways[name], device)
+            if number >= 0:
+                times[name].append(taken)
+    return times
+
+
+def flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations (a multiply–add counts as two) of convolutions and products."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def conv_ceiling(device: torch.device | str, dtype: torch.dtype, batch: int = 4) -> float:
+    """GFLOP/s of the fastest of some 3×3 convolutions, forward, channels-last: what is in reach."""
+    best = 0.0
+    for channels, side in _CONVS:
+        layout = {"device": device, "dtype": dtype}
+        images = torch.randn(batch, channels, side, side, **layout)
+        weight = torch.randn(channels, channels, 3, 3, **layout)
+        images, weight = (x.to(memory_format=torch.channels_last) for x in (images, weight))
+        work = 2 * batch * side**2 * channels**2 * 9
+        with torch.inference_mode():
+            times = take_turns(
+                {"conv": lambda x=images, w=weight: conv2d(x, w, padding=1)}, 5, device
+            )
+        best = max(best, work / min(times["conv"]) / 1e9)
+    return best
+
+
+def copy_ceiling(device: torch.device | str) -> float:
+    """GB/s, read and written, of copying a large tensor on the device."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = take_turns({"copy": lambda: target.copy_(source)}, 5, device)
+    return 2 * _COPY_BYTES / min(times["copy"]) / 1e9
+
+
+def ceilings(device: torch.device | str, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
+    """The machine's conv ceilings by dtype in GFLOP/s, and its copy bandwidth in GB/s."""
+    found = {f"conv {str(dtype)[6:]}": conv_ceiling(device, dtype) for dtype in dtypes}
+    return {**found, "copy": copy_ceiling(device)}
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What figures depend on, for whoever reads them."""
+    gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "cores": cpu_cores(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def resident_mb(kind: str = "VmRSS") -> float:
+    """This process's memory in MB: VmRSS, or VmHWM for its peak; nan where Linux does not tell.
+
+    getrusage's peak would not do: a process that was just started inherits that of its parent.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
+    return int(found[0]) / 2**10 if found else math.nan
+
+
+def ratio(times: Mapping[str, Sequence[float]], name: str, base: str = "plain") -> float:
+    """How many times as fast as the base a way is, by medians."""
+    return median(times[base]) / median(times[name])
+
+
+def table(rows: Rows) -> str:
+    """Rows as text, a column per key; numbers with four significant digits."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_shown(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def report(
+    args: argparse.Namespace, rows: Rows, found_ceilings: Mapping[str, float] | None = None
+) -> None:
+    """Print machine, ceilings and table; write all of it to `--json`, if given."""
+    about = {**machine(getattr(args, "device", "cpu")), "load": round(os.getloadavg()[0], 2)}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if found_ceilings:
+        units = {key: "GB/s" if key == "copy" else "GFLOP/s" for key in found_ceilings}
+        shown = (f"{key} {value:.0f} {units[key]}" for key, value in found_ceilings.items())
+        print("ceilings: " + ", ".join(shown))
+    print(table(rows), flush=True)
+    if args.json:
+        settings = {key: str(value) for key, value in vars(args).items() if key != "json"}
+        result = {"machine": about, "settings": settings, "ceilings": dict(found_ceilings or {})}
+        args.json.write_text(json.dumps({**result, "rows": list(rows)}, indent=1) + "\n")

@@ -1,0 +1,200 @@
+"""What a training step costs: the usual way and ours, for every system, in one run.
+
+    python -m benchmarks.training_step
+    python -m benchmarks.training_step --systems u2net_full --batches 1 4 8 --json step.json
+    python -m benchmarks.training_step --systems u2net_lite --size 64 --memory
+
+plain is `benchmarks/plain.py`; "plain amp" the same under bf16 autocast, on devices with bf16
+units; ours is `train_one_epoch` with the recipe's own settings. All see the same batches, which
+wait in the host's memory, and take turns of --steps steps. Figures are medians per step. The share
+is that of the FLOPs (counted by torch) per second in the fastest 3×3 convolution of the same dtype,
+measured in the same run. --memory adds each way's peak, beyond what the imports take, in MB: of the
+GPU's allocator, or of a process of its own (two of its steps).
+"""
+
+import argparse
+import logging
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+import tasks
+from benchmarks import common, plain
+from train_utils import train_one_epoch
+from train_utils.amp import choose_amp_dtype, make_scaler
+from train_utils.config import load_yaml, merge
+from train_utils.data import GlobalBatchSampler, train_loader
+from train_utils.log import get_logger
+from train_utils.metric_logger import MetricLogger, peak_memory_mb
+from train_utils.setup import place_models, seed_everything, wrap_models
+from train_utils.train_and_eval import StepOptions
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class System(NamedTuple):
+    """A published recipe and the batch sizes to try, the side of its images from the recipe."""
+
+    recipe: str
+    batches: tuple[int, ...]
+    values: Mapping[str, Any] = {}
+
+
+_CE = {"loss": {"terms": ["ce"]}}
+_UNET = {"data": {"class_names": None}, "model": {"weights": None}, **_CE}
+SYSTEMS = {
+    "u2net_full": System("u2net_full", (1, 4)),
+    "u2net_lite": System("u2net_lite", (1, 4, 16)),
+    "fcn": System(
+        "fcn_bag", (4,), {**_UNET, "data": {"class_names": None, "mask_values": "index"}}
+    ),
+    "unet_vgg16": System("unet_voc", (1, 2), _UNET),
+    "matting": System("matting_composed", (1, 4), {"model": {"weights": None}}),
+    "pix2pix": System("pix2pix_facades", (1, 4)),
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.make_parser(__doc__, rounds=5)
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--batches", nargs="+", type=int, help="default: each system's own")
+    parser.add_argument("--size", type=int, help="side of the images (default: the recipe's)")
+    parser.add_argument("--steps", type=int, default=1, help="steps per turn")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
+    parser.add_argument("--compile", action="store_true", help="ours under torch.compile")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    return parser.parse_args(argv)
+
+
+def make_ways(args: argparse.Namespace, system: str, batch_size: int) -> dict[str, Callable]:
+    """Functions by the name of the way, each of which trains for `--steps` steps.
+
+    All start from the same weights; each returns its last (ours: mean) loss.
+    """
+    device = torch.device(args.device)
+    task, cfg = _configured(args, system, batch_size)
+    seed_everything(cfg.train.seed, deterministic=False)
+    sampler = GlobalBatchSampler(args.steps * batch_size, batch_size)
+    train_set, _ = task.build_datasets(cfg)
+    batches = list(train_loader(train_set, sampler, workers=0, device=device))
+
+    ways = {"plain": _plain(task, cfg, batches, device, nullcontext)}
+    if dtype := choose_amp_dtype("auto", device):
+        ways["plain amp"] = _plain(
+            task, cfg, batches, device, partial(torch.autocast, device.type, dtype)
+        )
+    return {**ways, "ours": _ours(task, cfg, batches, device)}
+
+
+def _configured(args: argparse.Namespace, system: str, batch_size: int) -> tuple[Any, Any]:
+    recipe, _, values = SYSTEMS[system]
+    data: dict[str, Any] = {"name": "shapes", "train_size": args.steps * batch_size}
+    if args.size:
+        data["image_size"] = args.size
+        data |= {"load_size": args.size} if system == "pix2pix" else {}
+        data |= {"crop_sizes": [args.size]} if system == "matting" else {}
+    train = {"amp": args.amp, "compile": args.compile, "batch_size": batch_size}
+    merged = merge(load_yaml(CONFIGS / f"{recipe}.yaml"), values, {"data": data, "train": train})
+    return tasks.read_config(merged, "benchmark", {})
+
+
+def _plain(
+    task: Any, cfg: Any, batches: list, device: torch.device, precision: Callable
+) -> Callable[[], float]:
+    torch.manual_seed(cfg.train.seed)
+    models = {name: model.to(device) for name, model in task.build_models(cfg).items()}
+    optimizers = plain.optimizers(models, cfg)
+    hosted = [plain.host_batch(cfg.task, batch) for batch in batches]
+
+    def train() -> float:
+        for batch in hosted:
+            loss = plain.STEPS[cfg.task](models, optimizers, batch, device, precision)
+        return loss
+
+    return train
+
+
+def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], float]:
+    torch.manual_seed(cfg.train.seed)
+    networks = place_models(task.build_models(cfg), device, sync_bn=False)
+    optimizers, schedulers = task.build_optimizers(cfg, networks, steps_per_epoch=1000)
+    models = wrap_models(networks, device, cfg.train.compile)
+    dtype = choose_amp_dtype(cfg.train.amp, device)
+    scalers = {name: make_scaler(dtype, device) for name in optimizers}
+    options = StepOptions(dtype, clip_value=cfg.train.clip_value, seed=cfg.train.seed)
+
+    def train() -> float:
+        mean_loss, _ = train_one_epoch(
+            models,
+            optimizers,
+            batches,
+            device,
+            0,
+            schedulers,
+            scaler=scalers,
+            train_step=task.train_step(cfg),
+            loss_counts=task.loss_counts(cfg),
+            options=options,
+            logger=MetricLogger(reduce=True),
+        )
+        return mean_loss
+
+    return train
+
+
+def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: dict) -> dict:
+    """A row of the table: milliseconds per step, ratios, share of the ceiling, maybe memory."""
+    device = torch.device(args.device)
+    ways = make_ways(args, system, batch_size)
+    work = common.flops(ways["plain"]) / args.steps
+    times = common.take_turns(ways, args.rounds, device, warmup=1)
+    row: dict[str, Any] = {"system": system, "batch": batch_size}
+    row["GFLOP/img"] = work / batch_size / 1e9
+    row |= {f"{name} ms": median(each) / args.steps * 1e3 for name, each in times.items()}
+    row |= {"ours img/s": batch_size * 1e3 / row["ours ms"]}
+    row |= {f"× {name}": common.ratio(times, "ours", name) for name in ways if name != "ours"}
+    dtype = choose_amp_dtype(args.amp, device) or torch.float32
+    row["share"] = work / row["ours ms"] / 1e6 / ceilings[f"conv {str(dtype)[6:]}"]
+    if args.memory:
+        row |= {f"{name} MB": _peak(args, system, batch_size, name) for name in ways}
+    return row
+
+
+def _peak(args: argparse.Namespace, system: str, batch_size: int, way: str) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (args, system, batch_size, way))
+
+
+def _peak_here(args: argparse.Namespace, system: str, batch_size: int, way: str) -> float:
+    """Peak MB of two turns of one way, in a process that has done nothing else."""
+    get_logger().setLevel(logging.WARNING)
+    gpu = torch.device(args.device).type == "cuda"
+    before = 0.0 if gpu else common.resident_mb("VmRSS")
+    work = make_ways(args, system, batch_size)[way]
+    work()
+    work()
+    return peak_memory_mb() if gpu else common.resident_mb("VmHWM") - before
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    get_logger().setLevel(logging.WARNING)
+    device = torch.device(args.device)
+    dtypes = dict.fromkeys([torch.float32, choose_amp_dtype(args.amp, device) or torch.float32])
+    ceilings = common.ceilings(device, list(dtypes))
+    rows = [
+        measure(args, system, batch_size, ceilings)
+        for system in args.systems
+        for batch_size in args.batches or SYSTEMS[system].batches
+    ]
+    common.report(args, rows, ceilings)
+
+
+if __name__ == "__main__":
+    main()
