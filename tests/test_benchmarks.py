@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import checkpoint_cost, common, training_step
+from benchmarks import checkpoint_cost, common, evaluation, training_step
+from train_utils.metrics import all_scores
 
 
 @pytest.mark.slow
@@ -48,9 +49,8 @@ def test_flops_are_those_of_the_convolution():
 
 
 def test_table_and_json_hold_the_rows(tmp_path, capsys):
-    args = common.make_parser("what").parse_args(
-        ["--json", str(tmp_path / "f.json"), "--device=cpu"]
-    )
+    target = tmp_path / "figures.json"
+    args = common.make_parser("what").parse_args(["--json", str(target), "--device", "cpu"])
     rows = [{"work": "a", "plain ms": 12345.6}, {"work": "bb", "ours ms": 0.012345}]
     common.report(args, rows, {"copy": 12.0})
     *_, header, first, second = capsys.readouterr().out.splitlines()
@@ -77,3 +77,25 @@ def test_the_plain_step_has_the_loss_of_ours():
     for system in ("u2net_lite", "fcn", "matting"):  # pix2pix drops out at random
         ways = training_step.make_ways(args, system, batch_size=2)  # the same weights and batch
         assert ways["ours"]() == pytest.approx(ways["plain"](), rel=1e-4), system
+
+
+@pytest.mark.slow
+def test_evaluation(tmp_path):
+    target = tmp_path / "evaluation.json"
+    tiny = ["--size", "40", "--images", "2", "--rounds", "1", "--device", "cpu"]
+    models = ["--models", "u2net_lite", "unet"]
+    evaluation.main([*tiny, *models, "--json", str(target)])
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["model"] for row in rows] == ["u2net_lite", "unet"]
+    assert all(row["plain img/s"] > 0 < row["ours img/s"] for row in rows)
+    assert all(row["× plain"] == row["ours img/s"] / row["plain img/s"] for row in rows)
+
+
+@pytest.mark.parametrize("system", ["u2net_lite", "fcn"])
+def test_both_ways_of_evaluation_score_alike(system):
+    args = evaluation.parse_args(["--size", "40", "--images", "2", "--device", "cpu", "--amp=off"])
+    ways = evaluation.make_ways(args, system)
+    scores = all_scores(ways["ours"]())
+    names = ("MAE", "maxF1") if "MAE" in scores else ("mIoU",)
+    expected = [scores[name] for name in names]
+    assert ways["plain"]() == pytest.approx(expected, abs=1e-3)
