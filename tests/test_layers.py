@@ -1,9 +1,13 @@
-"""Layers that networks share: the gradient of resizing."""
+"""Layers that networks share: the gradient of resizing, and the layout of memory."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from src import DeepMatting, UNetGenerator, fcn, u2net_lite, unet, unet_resnet50, unet_vgg16
 from src.layers import resize
 
 LAST = torch.channels_last
@@ -56,3 +60,36 @@ def test_an_empty_batch_has_a_gradient():
     x = torch.zeros(0, 3, 4, 4, requires_grad=True)
     resize(x, torch.Size((8, 8))).sum().backward()
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("network", "channels"),
+    [
+        (u2net_lite, 3),
+        (partial(unet, 4, 8), 3),
+        (partial(unet_vgg16, 4, 8, batch_norm=True), 3),
+        (partial(unet_resnet50, 4), 3),
+        (partial(fcn, 4, 8, batch_norm=True), 3),
+        (partial(DeepMatting, 8), 4),
+        (partial(UNetGenerator, channels=8, levels=5), 3),
+    ],
+    ids=["u2net", "unet", "unet_vgg16", "unet_resnet50", "fcn", "matting", "pix2pix"],
+)
+def test_networks_stay_channels_last(network, channels):
+    """One layer that answers in NCHW would have every later one convert its input."""
+    model = network().to(memory_format=LAST).train()
+    elsewhere = []
+
+    def check(name, inputs, output):
+        # NCHW with one channel or of one pixel is channels-last, too.
+        tensors = [*inputs, output]
+        elsewhere.extend(name for x in tensors if not x.is_contiguous(memory_format=LAST))
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            layer.register_forward_hook(lambda _, i, o, name=name: check(name, i, o))
+    output = model(torch.randn(2, channels, 64, 64).contiguous(memory_format=LAST))
+    sum(y.square().mean() for y in (output if isinstance(output, list) else [output])).backward()
+    assert elsewhere == []
+    gradients = [p.grad for p in model.parameters() if p.ndim == 4]
+    assert gradients and all(grad.is_contiguous(memory_format=LAST) for grad in gradients)
