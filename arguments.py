@@ -32,6 +32,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--val-images", dest="data.val_images", metavar="DIR", help="default: a held-out share")
     add("--val-masks", dest="data.val_masks", metavar="DIR")
     add("--direction", dest="data.direction", choices=["AtoB", "BtoA"], help="of pix2pix")
+    add(
+        "--cache",
+        dest="data.cache",
+        choices=["none", "ram", "disk"],
+        help="keep decoded samples for later epochs (default none)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
     add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")

@@ -152,6 +152,8 @@ class TrimapReader:
     A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both.
     """
 
+    channels = 2
+
     def __init__(self, alphas: str | PathLike[str], trimaps: str | PathLike[str]) -> None:
         self.alphas, self.trimaps = Path(alphas), Path(trimaps)
         self.files = files_by_stem(self.trimaps)
@@ -159,6 +161,10 @@ class TrimapReader:
     def __call__(self, alpha: Path) -> Tensor:
         parts = read_pair((alpha, self.files[self._stem(alpha)]), read_mask, read_trimap)
         return torch.cat([part.as_subclass(Tensor) for part in parts])
+
+    def also_reads(self, alpha: Path) -> tuple[Path]:
+        """The trimap's file."""
+        return (self.files[self._stem(alpha)],)
 
     def require(self, pairs: Sequence[Pair], folder: str | PathLike[str]) -> None:
         """Raise a UserError that lists the images of `folder` without a trimap, if any."""

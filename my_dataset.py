@@ -10,12 +10,15 @@ What one task alone needs lies in `segmentation_data`, `matting_data` and `trans
 
 import difflib
 import hashlib
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
@@ -25,14 +28,17 @@ from train_utils.data import behind_subsets, collate
 from train_utils.distributed_utils import call_on_main
 from train_utils.errors import UserError
 from train_utils.image_io import (
+    DraftReader,
     image_size,
     is_damaged,
     list_images,
     printable,
     read_image,
+    read_image_and_mask,
     read_mask,
 )
 from train_utils.log import get_logger
+from train_utils.sample_cache import SampleCache, open_cache
 
 JointTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Pair = tuple[Path, Path]
@@ -51,14 +57,44 @@ _SHAPES_TARGETS = {
 }
 
 
+class PathPairs(Sequence[Pair]):
+    """Pairs of paths in two arrays, made anew whenever one is asked for.
+
+    Looking at an object writes to it, its reference count, so that a list of paths is copied page
+    by page into every loader process: the more epochs, the more memory. Arrays stay shared.
+    """
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        names = [os.fsencode(path) for pair in pairs for path in pair]
+        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self._bounds = np.cumsum([0, *map(len, names)])
+
+    def __len__(self) -> int:
+        return len(self._bounds) // 2
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        first, second, end = self._bounds[2 * range(len(self))[index] :][:3]
+        names = self._names[first:second], self._names[second:end]
+        return tuple(Path(os.fsdecode(name.tobytes())) for name in names)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class PairDataset(Dataset):
     """Given (image, target) files; `stems` name the pairs independently of where they lie.
 
-    `read_target` makes a tensor of the target's path: `read_mask`, `read_image` or a task's own.
+    `read_first` and `read_target` make tensors of the paths: `read_image`, `read_mask`, a
+    `DraftReader` or a task's own. Transforms may come in two parts, `prepare` and `augment`, which
+    alone is random, and say by `prepared_sizes` and `preparation` what the first gives and depends
+    on (see `SaliencyTrain`): a cache (see `cached`) then keeps what is prepared, else what is read.
     """
 
     collate_fn = staticmethod(collate)
-    read_first = staticmethod(read_image)
 
     def __init__(
         self,
@@ -66,16 +102,58 @@ class PairDataset(Dataset):
         stems: Sequence[str],
         transforms: JointTransform | None = None,
         read_target: Callable[[Path], Tensor] = read_mask,
+        read_first: Callable[[Path], Tensor] = read_image,
     ) -> None:
-        self.pairs, self.stems = list(pairs), list(stems)
-        self.transforms, self.read_target = transforms, read_target
+        self.pairs, self.stems = PathPairs(pairs), list(stems)
+        self.transforms, self.read_target, self.read_first = transforms, read_target, read_first
+        self.cache: SampleCache | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, target = read_pair(self.pairs[index], self.read_first, self.read_target)
-        return _transformed(image, target, self.transforms)
+        if self.cache:
+            first, target = self.cache.get(index, self._prepared)
+        else:
+            first, target = self._prepared(index)
+        if hasattr(self.transforms, "prepare"):
+            return self.transforms.augment(first, target)
+        kind = tv_tensors.Image if self._coloured_target() else tv_tensors.Mask
+        return _transformed(tv_tensors.Image(first), kind(target), self.transforms)
+
+    def _prepared(self, index: int) -> tuple[Tensor, Tensor]:
+        pair = self._read(index)
+        return self.transforms.prepare(*pair) if hasattr(self.transforms, "prepare") else pair
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+        return read_pair(self.pairs[index], self.read_first, self.read_target)
+
+    def _coloured_target(self) -> bool:
+        return self.read_target is read_image or isinstance(self.read_target, DraftReader)
+
+    def prepared_shapes(self, index: int) -> list[tuple[int, int, int]]:
+        """(channels, height, width) of both parts that a cache keeps, by the files' headers."""
+        if hasattr(self.transforms, "prepare"):
+            sizes = self.transforms.prepared_sizes(*self._sizes(index, as_read=False)[0])
+        else:
+            sizes = self._sizes(index, as_read=True)
+        target_channels = 3 if self._coloured_target() else 1
+        channels = 3, getattr(self.read_target, "channels", target_channels)
+        return [(c, *size) for c, size in zip(channels, sizes, strict=True)]
+
+    def _sizes(self, index: int, as_read: bool) -> list[tuple[int, int]]:
+        """(height, width) of both files; `as_read`: the first as a `DraftReader` reads it."""
+        pair = self.pairs[index]
+        sizes = [image_size(path) for path in pair]
+        _require_one_size(pair, *sizes)
+        if as_read and isinstance(self.read_first, DraftReader):
+            sizes[0] = image_size(pair[0], self.read_first.at_least)
+        return [(height, width) for width, height in sizes]
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """All files that an item is made of."""
+        also_reads = getattr(self.read_target, "also_reads", lambda path: ())
+        return *self.pairs[index], *also_reads(self.pairs[index][1])
 
     def name(self, index: int) -> str:
         """The path of the image."""
@@ -96,13 +174,14 @@ class PairFolderDataset(PairDataset):
         masks: str | PathLike[str],
         transforms: JointTransform | None = None,
         read_target: Callable[[Path], Tensor] = read_mask,
+        read_first: Callable[[Path], Tensor] = read_image,
     ) -> None:
         images, masks = Path(images), Path(masks)
         image_files, mask_files = files_by_stem(images, leave_out=masks), files_by_stem(masks)
         require_masks(image_files, mask_files, images, masks)
         stems = list(image_files)
         pairs = [(image_files[stem], mask_files[stem]) for stem in stems]
-        super().__init__(pairs, stems, transforms, read_target)
+        super().__init__(pairs, stems, transforms, read_target, read_first)
         self.unmatched_masks = len(mask_files) - len(image_files)
 
 
@@ -118,12 +197,13 @@ class DUTSDataset(PairFolderDataset):
         root: str | PathLike[str],
         train: bool = True,
         transforms: JointTransform | None = None,
+        read_first: Callable[[Path], Tensor] = read_image,
     ) -> None:
         part = "DUTS-TR" if train else "DUTS-TE"
         images, masks = (Path(root, part, f"{part}-{kind}") for kind in ("Image", "Mask"))
         if not (images.is_dir() and masks.is_dir()):
             raise UserError(_layout_error(Path(root), part))
-        super().__init__(images, masks, transforms)
+        super().__init__(images, masks, transforms, read_first=read_first)
 
 
 class ShapesDataset(Dataset):
@@ -200,18 +280,25 @@ def folder_pairs(
     transforms: JointTransform | None = None,
     read_target: Callable[[Path], Tensor] = read_mask,
     all_pairs: bool = False,
+    read_first: Callable[[Path], Tensor] = read_image,
 ) -> Dataset:
     """Training or validation pairs of the folders that `data` (a `FolderData`) names.
 
     Without validation folders of its own, `val_fraction` of the pairs is held out; `all_pairs`
     gives them all.
     """
+    how = transforms, read_target, read_first
     if data.val_images and not train:
-        return PairFolderDataset(data.val_images, data.val_masks, transforms, read_target)
-    pairs = PairFolderDataset(data.images, data.masks, transforms, read_target)
+        return PairFolderDataset(data.val_images, data.val_masks, *how)
+    pairs = PairFolderDataset(data.images, data.masks, *how)
     if all_pairs or data.val_images:
         return pairs
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])
+
+
+def image_reader(data: Any, side: int) -> Callable[[Path], Tensor]:
+    """What reads images that are resized to at most `side` pixels, see `FolderData.draft`."""
+    return DraftReader(2 * side) if data.draft else read_image
 
 
 def split_pairs(
@@ -286,17 +373,63 @@ def pairs_of(dataset: Dataset) -> Sequence[Pair]:
 
 
 def readable(data: Any, *datasets: Dataset) -> list[Dataset]:
-    """Datasets whose files have all been decoded, if `data` (a `FolderData`) asks for it.
+    """Datasets, `cached`, whose files have all been decoded if `data` (a `FolderData`) says so.
 
     Rank 0 reads every file as the datasets do. With `data.skip_unreadable`, the pairs that have a
     damaged file are left out on all ranks, listed in the log, and replaced by nothing. To be called
     on every rank. Raises one UserError that lists the files which cannot be read and are not left
     out, and UserErrors if nothing is left.
     """
-    if not (data.verify or data.skip_unreadable):
-        return list(datasets)
-    damaged = call_on_main(lambda: _find_damaged(datasets, data.skip_unreadable))
-    return [leave_out(dataset, damaged) for dataset in datasets]
+    damaged: list[Path] = []
+    if data.verify or data.skip_unreadable:
+        damaged = call_on_main(lambda: _find_damaged(datasets, data.skip_unreadable))
+    return [cached(data, leave_out(dataset, damaged)) for dataset in datasets]
+
+
+def cached(data: Any, dataset: Dataset) -> Dataset:
+    """The dataset, which keeps its decoded items in a pack where `data` (a `FolderData`) says so.
+
+    No item is another one by that. Raises UserError for files that do not fit together, and where
+    there is no room for the pack.
+    """
+    whole, indices = behind_subsets(dataset)
+    if data.cache == "none":
+        return dataset
+    if not isinstance(whole, PairDataset):
+        get_logger().info("data.cache: not for data that are drawn or composed; nothing is cached")
+        return dataset
+
+    def shapes() -> list[list[tuple[int, int, int]]]:
+        found: dict[int, list] = {}
+
+        def note(index: int) -> None:
+            found[index] = whole.prepared_shapes(index)
+
+        refuse_faulty(indices, note)
+        return [found[index] for index in indices]
+
+    transforms = whole.transforms
+    readers = [_described(reader) for reader in (whole.read_first, whole.read_target)]
+    if hasattr(transforms, "prepare"):
+        readers.append(transforms.preparation())
+    folders = {path.parent for path in whole.pairs[0]}
+    family = [type(whole), type(transforms), *sorted(map(str, folders))]
+    whole.cache = open_cache(
+        data.cache,
+        data.cache_dir,
+        indices,
+        [whole.files(index) for index in indices],
+        description=" | ".join([type(whole).__name__, *readers]),
+        family=" | ".join(map(str, family)),
+        shapes=shapes,
+    )
+    return dataset
+
+
+def _described(reader: Callable) -> str:
+    return (
+        repr(reader) if is_dataclass(reader) else getattr(reader, "__name__", type(reader).__name__)
+    )
 
 
 def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
@@ -366,9 +499,13 @@ def name_hash(text: str) -> bytes:
 def read_pair(
     pair: Pair, read_first: Callable[[Path], Tensor], read_target: Callable[[Path], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Both files of a pair, [C, H, W] each. Raises UserError if their sizes differ."""
-    image, target = read_first(pair[0]), read_target(pair[1])
-    _require_one_size(pair, *((x.shape[-1], x.shape[-2]) for x in (image, target)))
+    """Both files of a pair, [C, H, W] each. Raises UserError if the files' sizes differ."""
+    if read_first is read_image and read_target is read_mask:
+        image, target = read_image_and_mask(*pair)
+    else:
+        image, target = read_first(pair[0]), read_target(pair[1])
+    if image.shape[-2:] != target.shape[-2:]:
+        _require_one_size(pair, *map(image_size, pair))  # either may be read at a reduced size
     return image, target
 
 

@@ -4,8 +4,9 @@ Pixels stay 8-bit until they are on the device, where `normalize_images` makes n
 them. All randomness is drawn from torch's default generator; a transform keeps no state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -65,12 +66,34 @@ class SaliencyTrain:
         self.image_size, self.crop_size, self.hflip = image_size, crop_size, hflip
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        both = predict_input(image, self.image_size), _resize_mask(mask, self.image_size)
-        # Every call draws the same three numbers, whatever their values lead to.
-        offsets = torch.randint(self.image_size - self.crop_size + 1, (2,)).tolist()
-        flip = torch.rand(()).item() < self.hflip
-        both = tuple(F.crop(x, *offsets, self.crop_size, self.crop_size) for x in both)
-        return tuple(F.horizontal_flip(x) for x in both) if flip else both
+        return self.augment(*self.prepare(image, mask))
+
+    def prepare(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in `image_size` × `image_size`.
+
+        The mask is resized as its image is, bilinearly with antialiasing: it is a quantity, not a
+        label. Along edges it becomes grey, the share of the new pixel that is salient, which is the
+        very value that cross-entropy teaches. torchvision resizes a `Mask` by nearest neighbour,
+        which suits labels but shifts edges and breaks thin parts.
+        """
+        image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)
+        if (both := _beside(image, mask)) is None:
+            return predict_input(image, self.image_size), predict_input(mask, self.image_size)
+        both = predict_input(both, self.image_size)
+        return both[:3], both[3:]
+
+    def augment(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The random part, of what `prepare` gives."""
+        image, mask = _crop_and_flip((image, mask), self.image_size, self.crop_size, self.hflip)
+        return tv_tensors.Image(image), tv_tensors.Mask(mask)
+
+    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(height, width) of what `prepare` makes of an image and a mask of height × width."""
+        return [(self.image_size, self.image_size)] * 2
+
+    def preparation(self) -> str:
+        """What else the result of `prepare` depends on."""
+        return f"resize to {self.image_size}"
 
 
 class SaliencyEval:
@@ -82,16 +105,58 @@ class SaliencyEval:
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return predict_input(image, self.image_size), mask
 
+    prepare = __call__
 
-def _resize_mask(mask: Tensor, image_size: int) -> tv_tensors.Mask:
-    """Resize a saliency mask as its image is resized: bilinear with antialiasing.
+    def augment(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is random."""
+        return tv_tensors.Image(image), tv_tensors.Mask(mask)
 
-    A saliency mask is a quantity, not a label: along edges it becomes grey, the share of the new
-    pixel that is salient, which is the very value that cross-entropy teaches. torchvision resizes a
-    `Mask` by nearest neighbour, which suits labels but shifts edges and breaks thin parts.
-    """
-    grey = mask.as_subclass(torch.Tensor)
-    return tv_tensors.Mask(F.resize(grey, [image_size, image_size], antialias=True))
+    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(height, width) of what `prepare` makes of an image and a mask of height × width."""
+        return [(self.image_size, self.image_size), (height, width)]
+
+    def preparation(self) -> str:
+        """What else the result of `prepare` depends on."""
+        return f"resize image to {self.image_size}"
+
+
+def _crop_and_flip(
+    planes: Sequence[Tensor], side: int, crop: int, hflip: float
+) -> Iterator[Tensor]:
+    """The same random window of [C, side, side] planes, mirrored with probability `hflip`."""
+    # Every call draws the same three numbers, whatever their values lead to.
+    top, left = torch.randint(side - crop + 1, (2,)).tolist()
+    flip = torch.rand(()).item() < hflip
+    for plane in planes:
+        window = plane[:, top : top + crop, left : left + crop]
+        if plane.stride(-1) > len(plane):  # beside another
+            yield _by_pixels(window, flip)
+        else:
+            yield window.flip(-1) if flip else window
+
+
+def _beside(image: Tensor, mask: Tensor) -> Tensor | None:
+    """Image and mask as one tensor [4, H, W], without a copy; None unless they lie that way."""
+    height, width = image.shape[-2:]
+    strides = (1, 4 * width, 4)
+    if (
+        len(image) != 3
+        or mask.shape != (1, height, width)
+        or not image.stride() == mask.stride() == strides
+        or mask.data_ptr() != image.data_ptr() + 3
+        or mask.untyped_storage().data_ptr() != image.untyped_storage().data_ptr()
+    ):
+        return None
+    return image.as_strided((4, height, width), strides)
+
+
+def _by_pixels(window: Tensor, flip: bool) -> Tensor:
+    """A copy of [C, H, W], mirrored by `flip`, whose memory holds C values per pixel, not more."""
+    source = window.numpy()[..., :: -1 if flip else 1]
+    pixels = np.empty((*source.shape[1:], len(source)), source.dtype)
+    for channel, plane in enumerate(source):  # far quicker than a few bytes at a time
+        pixels[..., channel] = plane
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # --- image translation --------------------------------------------------------------------------
@@ -121,12 +186,26 @@ class TranslationTrain:
         self.direction = direction
 
     def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        both = [predict_input(x, self.load_size) for x in _directed(a, b, self.direction)]
-        # Every call draws the same three numbers, whatever their values lead to.
-        offsets = torch.randint(self.load_size - self.image_size + 1, (2,)).tolist()
-        flip = torch.rand(()).item() < self.hflip
-        source, target = (F.crop(x, *offsets, self.image_size, self.image_size) for x in both)
-        return (F.horizontal_flip(source), F.horizontal_flip(target)) if flip else (source, target)
+        return self.augment(*self.prepare(a, b))
+
+    def prepare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(source, target), both `load_size` × `load_size`."""
+        source, target = _directed(a, b, self.direction)
+        return tuple(predict_input(x.as_subclass(Tensor), self.load_size) for x in (source, target))
+
+    def augment(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The random part, of what `prepare` gives."""
+        both = _crop_and_flip((source, target), self.load_size, self.image_size, self.hflip)
+        source, target = map(tv_tensors.Image, both)
+        return source, target
+
+    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(height, width) of what `prepare` makes of images of height × width."""
+        return [(self.load_size, self.load_size)] * 2
+
+    def preparation(self) -> str:
+        """What else the result of `prepare` depends on."""
+        return f"{self.direction}, resize to {self.load_size}"
 
 
 class TranslationEval:
@@ -138,6 +217,20 @@ class TranslationEval:
     def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         source, target = _directed(a, b, self.direction)
         return predict_input(source, self.image_size), target
+
+    prepare = __call__
+
+    def augment(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is random."""
+        return tv_tensors.Image(source), tv_tensors.Image(target)
+
+    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(height, width) of what `prepare` makes of images of height × width."""
+        return [(self.image_size, self.image_size), (height, width)]
+
+    def preparation(self) -> str:
+        """What else the result of `prepare` depends on."""
+        return f"{self.direction}, resize source to {self.image_size}"
 
 
 def _directed(a: Tensor, b: Tensor, direction: str) -> tuple[Tensor, Tensor]:
@@ -249,11 +342,14 @@ class MattingTrain:
         return pair if background is None else (*pair, *colours)
 
     def _square(self, plane: Tensor, row: int, column: int, side: int, flip: bool) -> Tensor:
-        rows, columns = (
-            _mirrored(torch.arange(side) + centre - side // 2, length)
-            for centre, length in zip((row, column), plane.shape[-2:], strict=True)
-        )
-        plane = plane[:, rows][:, :, columns]
+        pixels = plane.permute(1, 2, 0)
+        for dim, centre in enumerate((row, column)):
+            start, length = centre - side // 2, pixels.shape[dim]
+            if 0 <= start <= length - side:
+                pixels = pixels.narrow(dim, start, side)
+            else:
+                pixels = pixels.index_select(dim, _mirrored(torch.arange(side) + start, length))
+        plane = pixels.contiguous().permute(2, 0, 1)
         plane = F.resize(plane, [self.image_size, self.image_size], antialias=True)
         return plane.flip(-1) if flip else plane
 
@@ -346,15 +442,18 @@ def letterbox_box(height: int, width: int, size: int) -> tuple[int, int, int, in
     return (size - h) // 2, (size - w) // 2, h, w
 
 
-def segmentation_input(image: Tensor, size: int, fit: str) -> Tensor:
+def segmentation_input(
+    image: Tensor, size: int, fit: str, sides: Sequence[int] | None = None
+) -> Tensor:
     """An image, uint8 [3, H, W], as the square that the network sees, [3, size, size].
 
-    Bilinear with antialiasing. Evaluation and prediction both prepare their images by this
-    function.
+    Bilinear with antialiasing. `sides`: height and width of the file, if the image was decoded at a
+    reduced size. Evaluation and prediction both prepare their images by this function.
     """
     if fit == "stretch":
         return predict_input(image, size)
-    top, left, h, w = letterbox_box(*image.shape[-2:], size)
+    height, width = sides or image.shape[-2:]
+    top, left, h, w = letterbox_box(height, width, size)
     return _pad_to_square(F.resize(image, [h, w], antialias=True), top, left, size, _GREY)
 
 
@@ -378,7 +477,7 @@ class SegmentationEval:
         self.size, self.fit = size, fit
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return segmentation_input(image, self.size, self.fit), mask
+        return segmentation_input(image, self.size, self.fit, mask.shape[-2:]), mask
 
 
 class SegmentationTrain:
@@ -416,7 +515,7 @@ class SegmentationTrain:
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         # Every call draws the same nine numbers, whatever their values lead to.
         *place, flip, hue, saturation, value = torch.rand(9).tolist()
-        top, left, h, w = self._box(image.shape[-2], image.shape[-1], *place)
+        top, left, h, w = self._box(mask.shape[-2], mask.shape[-1], *place)
         picture = F.resize(image.as_subclass(Tensor), [h, w], antialias=True)
         # Not as a tv_tensors.Mask, which torchvision resizes by a "nearest" that lies half a pixel
         # off the image.
@@ -466,8 +565,9 @@ def _jitter_hsv(image: Tensor, turn: float, saturation: float, value: float) -> 
 
     The hexcone model of Smith, "Color Gamut Transform Pairs", SIGGRAPH 1978.
     """
-    red, green, blue = rgb = image.float()
-    highest, lowest = rgb.amax(0), rgb.amin(0)
+    red, green, blue = image.contiguous().float()  # one channel after the other
+    highest = torch.maximum(torch.maximum(red, green), blue)
+    lowest = torch.minimum(torch.minimum(red, green), blue)
     chroma = highest - lowest
     # In sixths of a turn: 0 red, 2 green, 4 blue. Integers differ by 1 at least, if they differ.
     hue = torch.where(highest == green, blue - red + 2 * chroma, red - green + 4 * chroma)

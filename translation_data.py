@@ -4,6 +4,7 @@ An item is (A, B): two `tv_tensors.Image`, uint8 [3, H, W], of one size; then `t
 applied. Which of the two is the network's input is the transform's business.
 """
 
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from my_dataset import (
 from train_utils.errors import UserError
 from train_utils.image_io import image_size, list_images, printable, read_image
 
+Readers = tuple[Callable[[Path], Tensor], Callable[[Path], Tensor]]
+
 
 class SideBySideDataset(PairDataset):
     """Pairs in files of double width, image A on the left and image B on the right.
@@ -40,9 +43,14 @@ class SideBySideDataset(PairDataset):
         pairs = [(file, file) for file in files.values()]
         super().__init__(pairs, list(files), transforms, read_image)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        halves = read_halves(self.pairs[index][0])
-        return self.transforms(*halves) if self.transforms else halves
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+        return read_halves(self.pairs[index][0])
+
+    def _sizes(self, index: int, as_read: bool) -> list[tuple[int, int]]:
+        path = self.pairs[index][0]
+        width, height = image_size(path)
+        _require_even(path, width)
+        return [(height, width // 2)] * 2
 
 
 def read_halves(path: str | PathLike[str]) -> tuple[tv_tensors.Image, tv_tensors.Image]:
@@ -58,7 +66,11 @@ def read_halves(path: str | PathLike[str]) -> tuple[tv_tensors.Image, tv_tensors
 
 
 def translation_pairs(
-    data: Any, train: bool, transforms: JointTransform | None = None, all_pairs: bool = False
+    data: Any,
+    train: bool,
+    transforms: JointTransform | None = None,
+    all_pairs: bool = False,
+    readers: Readers = (read_image, read_image),
 ) -> Dataset:
     """Training or validation pairs (A, B) of the folders that `data` (a `FolderData`) names.
 
@@ -66,13 +78,14 @@ def translation_pairs(
     `train/`, and `val/` or `test/` (or in no part at all), or one of the layouts of two folders:
     `A/train B/train`, `train/A train/B`, `trainA trainB`, or `A B` without parts. Without a
     validation part, `val_fraction` of the pairs is held out; `all_pairs` gives them all.
+    `readers` are A's and B's; side-by-side files are read by `read_image` only.
     Raises UserError if nothing of this is there, or if an image of A or B has no partner.
     """
     val_folders = _translation_folders(data, "val") or _translation_folders(data, "test")
     if val_folders and not train:
-        return _translation_dataset(*val_folders, transforms)
+        return _translation_dataset(*val_folders, transforms, readers)
     folders = _translation_folders(data, "train") or _whole_folders(data)
-    pairs = _translation_dataset(*folders, transforms)
+    pairs = _translation_dataset(*folders, transforms, readers)
     if val_folders or all_pairs:
         return pairs
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])
@@ -98,11 +111,18 @@ def _require_even(path: str | PathLike[str], width: int) -> None:
         )
 
 
-def _translation_dataset(a: Path, b: Path | None, transforms: JointTransform | None) -> PairDataset:
+def _translation_dataset(
+    a: Path, b: Path | None, transforms: JointTransform | None, readers: Readers
+) -> PairDataset:
     """The pairs of two folders, or of one folder of side-by-side files if `b` is None."""
     if b is None:
+        if readers != (read_image, read_image):
+            raise UserError(
+                f"data.draft: {printable(a)} holds A|B side by side, and targets are read at their "
+                "own size. Set it to false, or keep A and B in two folders."
+            )
         return SideBySideDataset(a, transforms)
-    pairs = PairFolderDataset(a, b, transforms, read_image)
+    pairs = PairFolderDataset(a, b, transforms, readers[1], readers[0])
     if pairs.unmatched_masks:  # more often a lost partner than meant
         require_masks(files_by_stem(b), files_by_stem(a, leave_out=b), b, a)
     return pairs

@@ -28,6 +28,13 @@ class FolderData:
     val_fraction: float = 0.1
     verify: bool = False  # decode every file before the first step, not only its header …
     skip_unreadable: bool = False  # … and train without the pairs that have a damaged file
+    # Keep decoded samples for the epochs and runs to come, in memory that all processes of a
+    # machine share or in a file; no sample changes. Files that change during a run are not noticed.
+    cache: Literal["none", "ram", "disk"] = "none"
+    cache_dir: str | None = None  # of disk; null: pixtrain/samples in the user's cache folder
+    # Have the decoder scale large JPEGs down, by 2, 4 or 8: to no less than twice the side that
+    # they are resized to. Faster, nearly the same pixels; prediction does it, too. Targets stay.
+    draft: bool = False
     train_size: int = 400  # embedded scenes
     val_size: int = 80
     seed: int = 0  # of the embedded scenes and of the split
@@ -51,6 +58,11 @@ class FolderData:
 
     def _layout_of_root(self) -> str:
         return self.layout if self.root else "shapes"
+
+    @property
+    def at_least(self) -> int | None:
+        """For `read_image`, in validation and prediction."""
+        return 2 * self.image_size if self.draft else None
 
 
 @dataclass
@@ -104,6 +116,8 @@ class TrainConfig:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 where it is fast
     sync_bn: bool = False  # batch-norm statistics over all processes
     compile: bool = False  # torch.compile: pays on GPUs only
+    bucket_mb: int | None = None  # MiB of gradients summed at a time; null: 1, then 25
+    compress_gradients: Literal["none", "bf16", "fp16"] = "none"  # rounded for the sum
     deterministic: bool = False  # refuse nondeterministic kernels where torch can
     seed: int = 0
     print_freq: int = 10  # steps per line
@@ -131,6 +145,7 @@ class TrainConfig:
         for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         _require(self.workers is None or self.workers >= 0, "workers", "must not be negative")
+        _require(self.bucket_mb is None or self.bucket_mb >= 1, "bucket_mb", "must be at least 1")
         _require(self.ema is None or 0 < self.ema < 1, "ema", "must lie between 0 and 1")
         for name in ("clip_norm", "clip_value"):
             clip = getattr(self, name)
@@ -142,6 +157,7 @@ class EvalConfig:
     """Evaluation, in training and in validation.py."""
 
     batch_size: int = 8  # images read at a time; changes no result
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision, also of predict.py
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", "must be at least 1")

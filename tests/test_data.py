@@ -14,7 +14,8 @@ from train_utils.data import (
     ShardSampler,
     collate,
     eval_loader,
-    keyed_rng,
+    generators_kept,
+    seed_generators,
     stable_seed,
     train_loader,
 )
@@ -53,14 +54,14 @@ def test_stable_seed_is_stable_and_sensitive_to_every_part():
     assert len(seeds) == 55 * 50
 
 
-def test_keyed_rng_restores_all_generators():
+def test_all_generators_are_seeded_and_restored():
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    with keyed_rng(5):
-        first = torch.rand(2), random.random(), np.random.rand()
-    with keyed_rng(5):
-        second = torch.rand(2), random.random(), np.random.rand()
-    assert torch.equal(first[0], second[0])
-    assert first[1:] == second[1:]
+    draws = []
+    with generators_kept():
+        for _ in range(2):
+            seed_generators(5)
+            draws.append((torch.rand(()).item(), random.random(), np.random.rand()))
+    assert draws[0] == draws[1]
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2][1])
@@ -161,3 +162,22 @@ def test_keyed_dataset_marks_stand_ins():
     dataset = KeyedDataset(Noise(2), seed=0)
     batch = collate([dataset[SampleKey(0, 1, real=False)]])
     assert [len(part) for part in batch] == [0, 0]
+
+
+def test_a_batch_of_images_lies_pixel_by_pixel_as_they_do():
+    images = [torch.arange(24).view(2, 4, 3).permute(2, 0, 1) + number for number in range(2)]
+    (batch,) = collate([(image,) for image in images])
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, torch.stack(images))
+    (masks,) = collate([(image[:1],) for image in images])
+    assert masks.is_contiguous()
+    assert torch.equal(masks, torch.stack(images)[:, :1])
+
+
+def test_a_batch_draws_as_its_samples_do_alone():
+    dataset, keys = KeyedDataset(Noise(3), seed=1), [SampleKey(2, index) for index in (2, 0)]
+    before = np.random.get_state()[1]
+    batch = dataset.__getitems__(keys)
+    assert np.array_equal(before, np.random.get_state()[1])
+    for key, (draws, _) in zip(keys, batch, strict=True):
+        assert torch.equal(draws, dataset[key][0])

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from train_utils import image_io
 from train_utils.errors import UserError
@@ -29,6 +30,7 @@ from train_utils.image_io import (
     printable,
     read_foreground,
     read_image,
+    read_image_and_mask,
     read_label_file,
     read_mask,
     read_trimap,
@@ -810,10 +812,10 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     save_image(grey([[1, 2]]), path)
     before = path.read_bytes()
 
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left.*Make room"):
         save_image(grey([[3, 4]]), path)
     assert path.read_bytes() == before
@@ -856,3 +858,59 @@ def test_real_grey_photographs_are_grey_everywhere(shared_data):
         red, green, blue = read_image(path)
         assert torch.equal(red, green)
         assert torch.equal(red, blue)
+
+
+# --- image and mask at once, and JPEGs at a reduced size -----------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "RGB", "I;16"])
+def test_an_image_and_its_mask_are_read_as_each_by_itself(tmp_path, mode):
+    generator = np.random.default_rng(0)
+    if mode == "I;16":
+        mask = Image.fromarray(generator.integers(0, 2**16, (9, 13)).astype(np.uint16))
+    else:
+        pixels = generator.integers(0, 256, (9, 13, 4)).astype(np.uint8)
+        mask = Image.fromarray(pixels).convert(mode)
+    mask.save(tmp_path / "mask.png")
+    for name in ("mask.png", "image.jpg"):
+        if name == "image.jpg":
+            Image.effect_noise((13, 9), 90).convert("RGB").save(tmp_path / name)
+        image, target = read_image_and_mask(tmp_path / name, tmp_path / "mask.png")
+        assert isinstance(image, tv_tensors.Image) and isinstance(target, tv_tensors.Mask)
+        assert torch.equal(image, read_image(tmp_path / name))
+        assert torch.equal(target, read_mask(tmp_path / "mask.png"))
+        assert image.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+
+
+def test_an_image_and_a_mask_of_another_size_lie_apart(tmp_path):
+    Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "image.png")
+    Image.new("L", (4, 5), 7).save(tmp_path / "mask.png")
+    image, mask = read_image_and_mask(tmp_path / "image.png", tmp_path / "mask.png")
+    assert (image.shape, mask.shape) == ((3, 4, 5), (1, 5, 4))
+    assert image[:, 0, 0].tolist() == [1, 2, 3] and mask.unique().tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("at_least", "size"),
+    [(None, (203, 101)), (102, (203, 101)), (51, (203, 101)), (50, (102, 51)), (12, (26, 13))],
+)
+def test_a_jpeg_is_decoded_at_a_reduced_size(tmp_path, at_least, size):
+    # 101 is twice 50 and eight times 12; sides are rounded up: ⌈203/2⌉ = 102, ⌈101/8⌉ = 13.
+    picture = Image.linear_gradient("L").resize((203, 101)).convert("RGB")
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.jpg", at_least)
+    assert image.shape[:0:-1] == size == image_size(tmp_path / "a.jpg", at_least)
+    whole = read_image(tmp_path / "a.jpg")
+    small, smaller = (F.resize(x, [6, 6], antialias=True).int() for x in (whole, image))
+    stretched = size[1] * round(101 / size[1]) / 101 - 1
+    assert (small - smaller).abs().max() <= 2 + 255 * stretched
+    assert torch.equal(read_image(tmp_path / "a.png", at_least), read_image(tmp_path / "a.png"))
+
+
+def test_a_turned_jpeg_is_reduced_and_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.jpg", exif=exif)
+    assert image_size(tmp_path / "a.jpg", 16) == (16, 32)
+    assert read_image(tmp_path / "a.jpg", 16).shape == (3, 32, 16)

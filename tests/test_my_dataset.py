@@ -1,8 +1,10 @@
 """Pairing, splitting and checking of real files, and the embedded scenes."""
 
 import os
+import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +18,15 @@ import shapes
 from my_dataset import (
     DUTSDataset,
     PairFolderDataset,
+    PathPairs,
     ShapesDataset,
     check_pairs,
     fingerprint,
+    image_reader,
     split_pairs,
 )
 from train_utils.errors import UserError
+from train_utils.image_io import read_image
 
 
 def write(path: Path, size: tuple[int, int] = (4, 3), mode: str = "L", value=0) -> Path:
@@ -249,7 +254,7 @@ def test_split_goes_by_names_alone(tmp_path):
     dataset = PairFolderDataset(*make_pairs(tmp_path / "here", stems))
     moved = PairFolderDataset(*make_pairs(tmp_path / "there", stems))
     moved.stems.reverse()
-    moved.pairs.reverse()
+    moved.pairs = moved.pairs[::-1]
     for old, new in zip(split_pairs(dataset, 0.3, 7), split_pairs(moved, 0.3, 7), strict=True):
         assert names(dataset, old) == names(moved, new)
     # A new pair takes at most one place in the held-out set.
@@ -452,3 +457,30 @@ def test_a_fingerprint_knows_names_and_order_but_not_places(tmp_path):
     assert len({*parts, fingerprint(first)}) == 4
     scenes = [ShapesDataset(32, 0, 3), ShapesDataset(32, 1, 3), ShapesDataset(32, 0, 3, first=1)]
     assert len({fingerprint(dataset) for dataset in scenes}) == 3
+
+
+def test_pairs_of_paths_are_a_sequence(tmp_path):
+    paths = [(Path(f"a/{n}ü.jpg"), Path(os.fsdecode(b"b/\xff%d.png" % n))) for n in range(5)]
+    pairs = PathPairs(paths)
+    assert (len(pairs), pairs[0], pairs[-1]) == (5, paths[0], paths[4])
+    assert list(pairs) == paths == pairs
+    assert pairs[1:4:2] == paths[1:4:2]
+    assert pickle.loads(pickle.dumps(pairs)) == paths
+    assert len(PathPairs([])) == 0 and list(PathPairs([])) == []
+    with pytest.raises(IndexError):
+        pairs[5]
+
+
+def test_draft_reads_large_jpegs_small_and_masks_whole(tmp_path):
+    for name, size in (("images", (100, 60)), ("masks", (100, 60))):
+        (tmp_path / name).mkdir()
+        Image.new("L", size, 9).save(tmp_path / name / "a.jpg")
+    folders = tmp_path / "images", tmp_path / "masks"
+    dataset = PairFolderDataset(*folders, read_first=image_reader(SimpleNamespace(draft=True), 15))
+    image, mask = dataset[0]
+    assert (image.shape, mask.shape) == ((3, 30, 50), (1, 60, 100))
+    check_pairs(dataset)
+    Image.new("L", (50, 30), 9).save(tmp_path / "masks" / "a.jpg")  # the size as decoded
+    with pytest.raises(UserError, match="100×60 pixels, but"):
+        check_pairs(dataset)
+    assert image_reader(SimpleNamespace(draft=False), 15) is read_image

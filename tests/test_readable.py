@@ -23,9 +23,9 @@ from my_dataset import (
 from train_utils.errors import UserError
 from translation_data import SideBySideDataset
 
-NOTHING = SimpleNamespace(verify=False, skip_unreadable=False)
-VERIFY = SimpleNamespace(verify=True, skip_unreadable=False)
-SKIP = SimpleNamespace(verify=False, skip_unreadable=True)  # implies the scan
+NOTHING = SimpleNamespace(verify=False, skip_unreadable=False, cache="none")
+VERIFY = SimpleNamespace(verify=True, skip_unreadable=False, cache="none")
+SKIP = SimpleNamespace(verify=False, skip_unreadable=True, cache="none")  # implies the scan
 
 
 def write_noise(path: Path, mode: str = "L", size: tuple[int, int] = (40, 30)) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from my_dataset import DUTSDataset
 from train_utils.errors import UserError
@@ -12,8 +13,11 @@ from transforms import (
     IMAGENET_STD,
     SaliencyEval,
     SaliencyTrain,
+    SegmentationEval,
+    SegmentationTrain,
     normalize_images,
     predict_input,
+    segmentation_input,
 )
 
 
@@ -185,3 +189,35 @@ def test_real_photographs(shared_data):
         assert image.float().std() > 5
         grey = ((mask > 0) & (mask < 255)).float().mean()
         assert 0 < grey < 0.2  # soft edges, and nothing but edges
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("sides", [(60, 90), (400, 267), (7, 301), (50, 50), (1, 1)])
+def test_training_samples_are_those_of_one_step_after_the_other(sides, beside):
+    """Resize, crop and flip of each by itself, by torchvision; `beside`: as files are read."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (*sides, 4), dtype=torch.uint8, generator=generator)
+    both = pixels.permute(2, 0, 1)
+    image, mask = both[:3], both[3:]
+    apart = pixels[..., :3].contiguous().permute(2, 0, 1), mask.contiguous()
+    before = pixels.clone()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        sample = SaliencyTrain(50, 41)(*((image, mask) if beside else apart))
+        torch.manual_seed(seed)
+        top, left = torch.randint(10, (2,)).tolist()
+        flip = torch.rand(()) < 0.5
+        for part, plane in zip(sample, apart, strict=True):
+            expected = F.crop(F.resize(plane, [50, 50], antialias=True), top, left, 41, 41)
+            assert torch.equal(part, F.horizontal_flip(expected) if flip else expected)
+    assert torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+def test_an_image_decoded_at_a_reduced_size_is_placed_as_the_whole_one(fit):
+    mask = torch.zeros(1, 1001, 1500, dtype=torch.uint8)
+    half = torch.full((3, 501, 750), 7, dtype=torch.uint8)
+    whole = segmentation_input(torch.full((3, 1001, 1500), 7, dtype=torch.uint8), 1000, fit)
+    assert torch.equal(SegmentationEval(1000, fit)(half, mask)[0], whole)
+    train = SegmentationTrain(1000, fit, (1, 1), 0, 0, (0, 0, 0))
+    assert torch.equal(train(half, mask)[0], whole)

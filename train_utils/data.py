@@ -33,19 +33,22 @@ def stable_seed(*key: int) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
-@contextmanager
-def keyed_rng(seed: int) -> Iterator[None]:
-    """Run a block under random generators seeded by `seed`, and put their old states back after.
+def seed_generators(seed: int) -> None:
+    """Seed torch's CPU generator, `random`, and numpy's global generator where numpy is loaded.
 
-    Covers torch's CPU generator, `random`, and numpy's global generator where numpy is loaded, so
-    that augmentations a user adds with any of them are keyed as well.
+    So augmentations that a user adds with any of them are keyed as well.
     """
-    numpy = sys.modules.get("numpy")
-    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    if numpy:
+    if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the generators that `seed_generators` seeds back, after a block, as they were before."""
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     try:
         yield
     finally:
@@ -81,9 +84,17 @@ class KeyedDataset(Dataset):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: SampleKey) -> Any:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list:
+        """A batch's samples; loaders prefer it, and numpy's state takes long to get and to set."""
+        with generators_kept():
+            return [self._keyed(key) for key in keys]
+
+    def _keyed(self, key: SampleKey) -> Any:
         faults.reach("load")
-        with keyed_rng(stable_seed(self.seed, key.epoch, key.index)):
-            item = self.dataset[key.index]
+        seed_generators(stable_seed(self.seed, key.epoch, key.index))
+        item = self.dataset[key.index]
         return item if key.real else _StandIn(item)
 
 
@@ -102,9 +113,13 @@ def collate(items: Sequence[Any]) -> tuple:
 def _stack(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
     # as_subclass: a batch needs no tv_tensor wrapper, which would slow every later operation
     plain = [tensor.as_subclass(torch.Tensor) for tensor in tensors]
-    if all(tensor.shape == plain[0].shape for tensor in plain):
-        return torch.stack(plain)
-    return plain
+    if any(tensor.shape != plain[0].shape for tensor in plain):
+        return plain
+    if plain[0].dim() == 3 and plain[0].stride(0) == 1 < plain[0].shape[0]:
+        # Pixel by pixel in memory, as networks want their images: a batch of the same kind, which
+        # takes no more than copying rows.
+        return torch.stack([tensor.permute(1, 2, 0) for tensor in plain]).permute(0, 3, 1, 2)
+    return torch.stack(plain)
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):

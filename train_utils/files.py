@@ -1,9 +1,20 @@
-"""Small text files that are there whole or not at all."""
+"""Small text files that are there whole or not at all, and where the user's cache is."""
 
 import contextlib
 import os
 import threading
 from pathlib import Path
+
+
+def user_cache(name: str) -> Path | None:
+    """The folder `name` among what we keep for this user; None for users without a home.
+
+    Below $XDG_CACHE_HOME or ~/.cache.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pixtrain", name)
+    except RuntimeError:
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

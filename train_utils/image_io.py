@@ -33,15 +33,17 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import wraps
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
@@ -64,6 +66,7 @@ _LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
 _LOSSY_TIFF_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 _WHITE, _BLACK = 255, 0
 _SOFTWARE = "pixtrain"
+_COMPRESSION = 1  # zlib's: a third of the default's time, for photographs 5 % larger, maps a third
 
 _REPLACE = "Replace the file by an intact copy, or remove it."
 _MAKE_SMALLER = "Scale it down or cut it into tiles."
@@ -83,15 +86,18 @@ _TRANSPOSE = {
 
 PathLike = str | os.PathLike[str]
 Pixels = TypeVar("Pixels")
+Options = ParamSpec("Options")
 
 
-def _within_memory(read: Callable[[PathLike], Pixels]) -> Callable[[PathLike], Pixels]:
+def _within_memory(
+    read: Callable[Concatenate[PathLike, Options], Pixels],
+) -> Callable[Concatenate[PathLike, Options], Pixels]:
     """A reader whose MemoryError is a UserError."""
 
     @wraps(read)
-    def reader(path: PathLike) -> Pixels:
+    def reader(path: PathLike, *args: Options.args, **kwargs: Options.kwargs) -> Pixels:
         try:
-            return read(path)
+            return read(path, *args, **kwargs)
         except MemoryError as error:
             raise _explained(path, error) from error
 
@@ -99,19 +105,29 @@ def _within_memory(read: Callable[[PathLike], Pixels]) -> Callable[[PathLike], P
 
 
 @_within_memory
-def read_image(path: PathLike) -> tv_tensors.Image:
+def read_image(path: PathLike, at_least: int | None = None) -> tv_tensors.Image:
     """Read a file as RGB, uint8 [3, H, W], by the rules of this module's table.
 
     The memory is laid out pixel by pixel (channels last), which resizing is fastest on.
+
+    at_least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, at the smallest of these at which
+    neither side is below so many pixels. The decoder scales in the frequency domain and rounds
+    sides up, so what lies at the far edges can be up to a pixel off: resized further, the image is
+    nearly, not exactly, that of the whole file.
     Raises UserError for a file that cannot be read as asked.
     """
-    image, _ = _decode(path)
-    if _is_wide(image):
-        image = Image.fromarray(_to_8_bits(_wide_values(path, image, _WHITE)))
-    if image.has_transparency_data:
-        image = _composite(image, _WHITE)
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(_rgb(path, at_least))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+@dataclass(frozen=True)
+class DraftReader:
+    """`read_image` with `at_least` given."""
+
+    at_least: int
+
+    def __call__(self, path: PathLike) -> tv_tensors.Image:
+        return read_image(path, self.at_least)
 
 
 @_within_memory
@@ -133,6 +149,38 @@ def read_mask(path: PathLike) -> tv_tensors.Mask:
 
     Raises UserError for a file that cannot be read as asked.
     """
+    return tv_tensors.Mask(torch.from_numpy(_grey(path))[None])
+
+
+@_within_memory
+def read_image_and_mask(
+    image: PathLike, mask: PathLike
+) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """`read_image` and `read_mask` of two files.
+
+    If they are of one size, both are views of one memory, uint8 [H, W, 4]: a mask that lies beside
+    its image is resized along with it at no further cost.
+    """
+    picture, grey = _rgb(image), _grey(mask)
+    beside = picture.size == grey.shape[::-1]
+    if beside:
+        picture.putalpha(Image.fromarray(grey))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    target = pixels[3:] if beside else torch.from_numpy(grey)[None]
+    return tv_tensors.Image(pixels[:3]), tv_tensors.Mask(target)
+
+
+def _rgb(path: PathLike, at_least: int | None = None) -> Image.Image:
+    image, _ = _decode(path, at_least)
+    if _is_wide(image):
+        image = Image.fromarray(_to_8_bits(_wide_values(path, image, _WHITE)))
+    if image.has_transparency_data:
+        image = _composite(image, _WHITE)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(path: PathLike) -> np.ndarray:
+    """The grey levels of `read_mask`, uint8 [H, W]."""
     image, lossless = _decode(path)
     if _is_wide(image):
         grey = _wide_values(path, image, _BLACK)
@@ -143,15 +191,13 @@ def read_mask(path: PathLike) -> tv_tensors.Mask:
             image = _composite(image, _BLACK)
         if image.mode not in ("1", "L"):
             image = image.convert("RGB")  # first: from LAB there is no direct way to luminance
-        grey = np.array(image.convert("L"))
+        grey = np.array(image if image.mode == "L" else image.convert("L"))
 
     # Many tools write the truth values 0 and 1. Read as grey levels they are 0 and 1/255: a network
     # would learn, without any error, to answer black. In a lossy file a 1 can be noise on black.
     if lossless and grey.max() == 1:
-        grey = grey.astype(np.uint8) * 255
-    elif grey.dtype == np.uint16:
-        grey = _to_8_bits(grey)
-    return tv_tensors.Mask(torch.from_numpy(grey)[None])
+        return grey.astype(np.uint8) * 255
+    return _to_8_bits(grey) if grey.dtype == np.uint16 else grey
 
 
 @_within_memory
@@ -180,12 +226,13 @@ def read_trimap(path: PathLike) -> tv_tensors.Mask:
     return tv_tensors.Mask(torch.from_numpy(trimap)[None])
 
 
-def image_size(path: PathLike) -> tuple[int, int]:
+def image_size(path: PathLike, at_least: int | None = None) -> tuple[int, int]:
     """The upright (width, height) that `read_image` will give, from the header only.
 
     Raises UserError where the header already shows that the file cannot be read.
     """
     with _opened(path) as image:
+        _scale_down(image, at_least)
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -230,9 +277,10 @@ def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
 def save_image(image: Image.Image, path: PathLike) -> None:
     """Write a PNG (lossless) so that `path` holds either its old content or all of the new.
 
-    Missing parent folders are made. The file says in a text field that it comes from here, which
-    `saved_here` reads. Raises UserError if the file system refuses, and ValueError if `path` does
-    not end in `.png`.
+    Not so after a power failure, which waiting for the disk would guard against: pictures can be
+    made again, and the waiting costs more than all the rest. Missing parent folders are made. The
+    file says in a text field that it comes from here, which `saved_here` reads. Raises UserError if
+    the file system refuses, and ValueError if `path` does not end in `.png`.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -240,15 +288,13 @@ def save_image(image: Image.Image, path: PathLike) -> None:
     encoded = BytesIO()
     note = PngInfo()
     note.add_text("Software", _SOFTWARE)
-    image.save(encoded, format="PNG", pnginfo=note)
+    image.save(encoded, format="PNG", pnginfo=note, compress_level=_COMPRESSION)
     # Not named after `path`: the suffix could make a long name too long for the file system.
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             file.write(encoded.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise UserError(
@@ -343,7 +389,7 @@ def _opened(path: PathLike) -> Iterator[Image.Image]:
     """Open a file and check its header; whatever Pillow raises within the block is a UserError."""
     try:
         _require_file(path)
-        with Path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
+        with _as_path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
             _check_header(path, image)
             yield image
     except UserError:
@@ -352,15 +398,27 @@ def _opened(path: PathLike) -> Iterator[Image.Image]:
         raise _explained(path, error) from error
 
 
-def _decode(path: PathLike) -> tuple[Image.Image, bool]:
-    """The first frame, loaded and upright in the file's own mode, and whether it is lossless."""
+def _decode(path: PathLike, at_least: int | None = None) -> tuple[Image.Image, bool]:
+    """The first frame, loaded and upright in the file's own mode, and whether it is lossless.
+
+    at_least: see `read_image`.
+    """
     with _opened(path) as image:
         if image.format != "PNG":
+            _scale_down(image, at_least)
             return _load(path, image)
         # Loading skips the checksums of PNG's pixel data, and then most flipped bits go unnoticed.
+        file = image.fp  # type: ignore[attr-defined]
         image.verify()
-    with _opened(path) as image:  # a verified image cannot be used further
-        return _load(path, image)
+        file.seek(0)
+        with Image.open(file, formats=_FORMATS) as image:  # a verified one cannot be used further
+            return _load(path, image)
+
+
+def _scale_down(image: Image.Image, at_least: int | None) -> None:
+    """Have a JPEG that is not loaded yet decoded at a reduced size, see `read_image`."""
+    if at_least and isinstance(image, JpegImageFile):
+        image.draft(None, (at_least, at_least))
 
 
 def _load(path: PathLike, image: Image.Image) -> tuple[Image.Image, bool]:
@@ -414,9 +472,13 @@ def _orientation(image: Image.Image) -> int:
     return tag if tag in _TRANSPOSE else 1
 
 
+def _as_path(path: PathLike) -> Path:
+    return path if isinstance(path, Path) else Path(path)  # which parses a Path anew
+
+
 def _require_file(path: PathLike) -> None:
     """Raise a UserError for a pipe or a device, which might keep its reader waiting for ever."""
-    mode = Path(path).stat().st_mode
+    mode = _as_path(path).stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
 

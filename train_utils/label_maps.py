@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 
 from train_utils.data import follow_the_script
 from train_utils.errors import UserError
-from train_utils.files import write_text
+from train_utils.files import user_cache, write_text
 from train_utils.image_io import PathLike, printable, read_image, read_label_file, read_mask
 from train_utils.losses import IGNORE
 
@@ -398,12 +398,9 @@ def _cache_file(
     paths: Sequence[PathLike], reader: LabelReader, cache_dir: PathLike | None
 ) -> Path | None:
     """Where the counts of these files belong; None where there is no place for them."""
+    cache_dir = cache_dir or user_cache("mask_scans")
     if cache_dir is None:
-        try:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        except RuntimeError:  # no home
-            return None
-        cache_dir = Path(base, "pixtrain", "mask_scans")
+        return None
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([_CACHE_FORMAT, asdict(reader)]).encode())
     for path in paths:
