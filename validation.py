@@ -24,6 +24,7 @@ from torch import Tensor
 import tasks
 from my_dataset import PairFolderDataset, check_pairs, readable
 from train_utils import evaluate, init_distributed_mode
+from train_utils.amp import choose_amp_dtype
 from train_utils.config import merge, parse_assignments
 from train_utils.data import eval_loader
 from train_utils.distributed_utils import call_on_main, is_main_process, shutdown_distributed
@@ -39,7 +40,7 @@ from train_utils.metrics import (
     all_scores,
 )
 from train_utils.run_folder import newest_best_checkpoint
-from train_utils.setup import clean_errors, place_models, worker_count
+from train_utils.setup import clean_errors, keep_freed_memory, place_models, worker_count
 
 
 def main(args: argparse.Namespace) -> None:
@@ -83,8 +84,10 @@ def write_json(path: Path, scores: dict[str, Any]) -> None:
 def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     """Scores of a network on its task's validation data."""
     device = torch.device(args.device)
+    keep_freed_memory(device)
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, overrides_of(args), args.config)
+    amp_dtype = choose_amp_dtype(cfg.eval.amp, device, "eval.amp")
     if args.post_norm and not hasattr(cfg.eval, "post_norm"):
         raise UserError(f"--post-norm: is for saliency maps, and {weights} is of another task.")
     if args.post_norm:
@@ -100,7 +103,8 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     metrics = task.make_metrics(cfg)
     if args.toolbox:
         metrics += task.make_toolbox_metrics()
-    evaluate(models, loader, device, metrics=metrics, predict=task.predict(cfg))
+    predict = task.predict(cfg)
+    evaluate(models, loader, device, metrics=metrics, predict=predict, amp_dtype=amp_dtype)
     return report(metrics)
 
 

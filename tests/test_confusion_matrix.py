@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train_utils.confusion_matrix import ConfusionMatrix
+from train_utils.confusion_matrix import ConfusionMatrix, most_likely
 from train_utils.losses import IGNORE, dice_loss, pixel_cross_entropy
 
 NAMES = ["ground", "cat", "dog"]
@@ -166,3 +166,9 @@ def test_a_huge_loss_is_capped():
 def test_logits_of_another_class_count_are_refused():
     with pytest.raises(ValueError, match="2 channels of logits for 3 classes"):
         metric().update(torch.zeros(1, 2, 2, 2), labels([[0, 1], [1, 1]])[None])
+
+
+def test_the_largest_of_planes_is_argmax():
+    logits = torch.randint(4, (5, 6, 7)).float()  # with many that are equal
+    assert torch.equal(most_likely(logits), logits.argmax(0).to(torch.uint8))
+    assert torch.equal(most_likely(iter(logits[:1])), torch.zeros(6, 7, dtype=torch.uint8))

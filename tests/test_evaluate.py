@@ -1,17 +1,29 @@
 """Evaluation: the same bits however the samples are shared out over threads and batches."""
 
+import copy
+
 import pytest
 import torch
+from test_folding import with_random_statistics
+from test_parity import narrow_u2net
 from torch import nn
 
+import src
+import tasks
+import train
+import validation
 from my_dataset import ShapesDataset
 from src import u2net_lite
 from train_utils import evaluate
 from train_utils.data import eval_loader
-from train_utils.inference import chunk_size, forward_chunk, in_order
+from train_utils.folding import folded
+from train_utils.inference import chunk_size, forward_chunk, in_order, prepare
+from train_utils.train_and_eval import _chunks, predict_samples
 from transforms import SaliencyEval
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")  # as a name only: no test here needs one
+BF16 = torch.bfloat16
 
 
 @pytest.fixture
@@ -22,9 +34,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def states(model, dataset, batch_size):
+def states(model, dataset, batch_size, amp_dtype=None):
     loader = eval_loader(dataset, batch_size, 0, CPU)
-    return [metric.state.tolist() for metric in evaluate(model, loader, CPU)]
+    metrics = evaluate(model, loader, CPU, amp_dtype=amp_dtype)
+    return [metric.state.tolist() for metric in metrics]
 
 
 def test_threads_and_batch_sizes_change_no_bit(threads):
@@ -75,13 +88,148 @@ def test_jobs_come_back_in_order_and_errors_are_raised(threads):
     assert torch.get_num_threads() == 3
 
 
+def scene_of(side, number):
+    """An image and a mask whose every pixel is `number`."""
+    shapes = (3, side, side), (1, 4, 4)
+    return tuple(torch.full(shape, number, dtype=torch.uint8) for shape in shapes)
+
+
+def numbers_of(sides):
+    """Which images share a chunk; checks that they are of one size, and in their places."""
+    batches = []
+    for start in range(0, len(sides), 3):
+        scenes = [scene_of(side, start + i) for i, side in enumerate(sides[start : start + 3])]
+        batches.append(list(zip(*scenes, strict=True)))
+    chunks = list(_chunks(batches, GPU))
+    for chunk in chunks:
+        assert len({image.shape for _, image, _ in chunk}) == 1
+        assert all(image.amax() == mask.amax() == number for number, image, mask in chunk)
+    return [[number for number, *_ in chunk] for chunk in chunks]
+
+
+def test_images_of_several_sizes_wait_for_others_of_theirs():
+    even, odd = list(range(0, 20, 2)), list(range(1, 20, 2))
+    assert numbers_of([8, 9] * 10) == [even[:8], odd[:8], even[8:], odd[8:]]
+    # 33 that wait are one too many: those of the size that came first go on.
+    assert numbers_of([8, 9, 8, *range(10, 40), 9]) == [
+        [0, 2],
+        [1, 33],
+        *([n] for n in range(3, 33)),
+    ]
+    assert numbers_of([1024, 8, 1024]) == [[0], [2], [1]]  # large ones wait for nobody
+    assert numbers_of([]) == []
+
+
+def test_samples_are_kept_in_order_though_chunks_overtake_each_other(monkeypatch):
+    for module in ("train_and_eval", "inference"):
+        monkeypatch.setattr(f"train_utils.{module}.chunk_size", lambda device, image: 3)
+    scenes = [scene_of(side, number) for number, side in enumerate((8, 9, 9, 8, 9, 8, 8))]
+    loader, kept = [list(zip(*scenes, strict=True))], []
+
+    def predict(models, images):
+        assert len(images) == 3  # the last one is padded
+        return images[:, :1].float() / 255
+
+    metrics = evaluate(nn.Identity(), loader, CPU, predict=predict, keep=4, samples=kept)
+    assert [metric.count for metric in metrics] == [7, 7]
+    for number, sample in enumerate(kept):
+        assert torch.equal(sample.image, scenes[number][0])
+        assert torch.equal(sample.target, scenes[number][1])
+        assert torch.equal(sample.prediction, scenes[number][0][:1].float() / 255)
+    assert len(kept) == 4
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        narrow_u2net,
+        lambda: src.fcn(3, 4, batch_norm=True),
+        lambda: src.deep_matting(4),
+        lambda: src.UNetGenerator(channels=4, levels=4),
+    ],
+)
+def test_networks_prepared_for_bf16_give_what_autocast_gives(build):
+    """Though their weights are cast once, and some layers leave autocast."""
+    torch.manual_seed(0)
+    model = with_random_statistics(build())
+    channels = next(model.parameters()).shape[1]
+    images = torch.rand(2, channels, 40, 36).to(memory_format=torch.channels_last)
+    usual = folded(model).to(memory_format=torch.channels_last)
+    prepared = prepare({"model": model}, CPU, BF16)["model"]
+    with torch.inference_mode():
+        with torch.autocast("cpu", BF16):
+            expected = usual(images)
+        (found,) = in_order(prepared, [images], CPU)  # on a thread outside of autocast
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, usual(images))
+        assert torch.equal(prepare({"model": model}, CPU, None)["model"](images), usual(images))
+
+
+def test_bf16_depends_on_threads_and_batches_as_little(threads):
+    torch.manual_seed(0)
+    model = with_random_statistics(narrow_u2net())
+    dataset = ShapesDataset(48, 0, 5, transforms=SaliencyEval(40))
+    threads(1)
+    expected = states(model, dataset, 1, BF16)
+    assert expected != states(model, dataset, 1)
+    threads(2)
+    assert states(model, dataset, 3, BF16) == expected
+
+
+def test_every_evaluation_takes_the_present_weights():
+    torch.manual_seed(0)
+    model = with_random_statistics(narrow_u2net()).train()
+    dataset = ShapesDataset(48, 0, 2, transforms=SaliencyEval(40))
+    before = states(model, dataset, 1)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.encoder["1"].conv_in.bn.bias += 1
+    assert states(model, dataset, 1) != before
+    model.load_state_dict(state)
+    assert states(model, dataset, 1) == before
+
+
+def test_the_scripts_evaluate_in_the_precision_asked_for(monkeypatch):
+    asked = []
+    for script in (train, validation):
+        monkeypatch.setattr(
+            script, "evaluate", lambda *a, amp_dtype, **kw: asked.append(amp_dtype) or kw["metrics"]
+        )
+    model = {"model": narrow_u2net()}
+    for mode in ("bf16", "off"):
+        data = {"val_size": 1, "image_size": 40}
+        config = {"task": "saliency", "eval": {"amp": mode}, "data": data}
+        task, cfg = tasks.read_config(config, "test", {})
+        train.score(task, cfg, model, [], CPU)
+        monkeypatch.setattr(tasks, "load_models", lambda *a, loaded=(task, cfg, model): loaded)
+        args = validation.parse_args(["--weights", "any.pth", "-j0", "--device", "cpu"])
+        args.rank, args.world_size, args.local_world_size = 0, 1, 1
+        validation.score_weights(args)
+    assert asked == [BF16, BF16, None, None]
+
+
+def test_pictures_show_what_was_scored():
+    torch.manual_seed(0)
+    model = {"model": with_random_statistics(narrow_u2net())}
+    task, _ = tasks.read_config({"task": "saliency"}, "test", {})
+    predict = task.predict(task.Config())
+    dataset = ShapesDataset(48, 0, 2, transforms=SaliencyEval(40))
+    for amp_dtype in (None, BF16):
+        kept = []
+        loader = eval_loader(dataset, 2, 0, CPU)
+        evaluate(model, loader, CPU, predict=predict, keep=2, samples=kept, amp_dtype=amp_dtype)
+        drawn = predict_samples(model, list(dataset), CPU, predict, amp_dtype)
+        for scored, shown in zip(kept, drawn, strict=True):
+            assert torch.equal(scored.prediction, shown.prediction)
+
+
 def test_gpu_chunks_depend_on_the_size_of_the_images_only():
-    gpu = torch.device("cuda")
     for side, expected in ((64, 8), (362, 8), (512, 4), (1024, 1), (3000, 1)):
-        assert chunk_size(gpu, torch.empty(4, side, side, device="meta")) == expected
+        assert chunk_size(GPU, torch.empty(4, side, side, device="meta")) == expected
     assert chunk_size(CPU, torch.empty(3, 8, 8)) == 1
     seen = []
     for image in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 1024, 1024)):
-        output = forward_chunk(lambda x: seen.append(len(x)) or x, image, gpu)
+        output = forward_chunk(lambda x: seen.append(len(x)) or x, image, GPU)
         assert len(output) == 1
     assert seen == [8, 1]  # one large image goes alone

@@ -402,3 +402,16 @@ def test_sheet_row_shows_classes_in_their_colours():
     assert tuple(truth[:, 5, 5].tolist()) == cfg.data.palette[2]
     assert tuple(truth[:, 0, 0].tolist()) == (224, 224, 192)
     assert tuple(predicted[:, 5, 47].tolist()) == cfg.data.palette[3]
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_classes_one_by_one_are_those_that_are_scored(fit, layout):
+    """Written maps take a class at a time, the metric all of them, to the same bits."""
+    cfg = build(segmentation.Config, {"data": {"fit": fit}}, "test")
+    logits = torch.randn(1, cfg.data.num_classes, 33, 33).to(memory_format=layout)[0]
+    (metric,) = segmentation.make_metrics(cfg)
+    whole = metric.finish(logits, (70, 120))
+    for number, plane in enumerate(whole):
+        assert torch.equal(metric.finish(logits[number : number + 1], (70, 120))[0], plane)
+    assert torch.equal(segmentation._class_map(cfg, logits, (70, 120)).long(), whole.argmax(0))

@@ -5,8 +5,8 @@ import torch
 from train_utils.errors import UserError
 
 
-def choose_amp_dtype(mode: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype for `auto`, `bf16`, `fp16` or `off`; None means fp32.
+def choose_amp_dtype(mode: str, device: torch.device, key: str = "train.amp") -> torch.dtype | None:
+    """Autocast dtype for `auto`, `bf16`, `fp16` or `off` (the value of `key`); None means fp32.
 
     `auto` picks bf16 where the hardware multiplies it natively, fp16 on older GPUs, and fp32 on
     CPUs without bf16 units, where emulated bf16 is several times slower than fp32.
@@ -18,7 +18,7 @@ def choose_amp_dtype(mode: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if mode == "fp16":
         if device.type == "cpu":
-            raise UserError("--amp fp16: CPUs have no fast fp16. Use --amp bf16 or --amp off.")
+            raise UserError(f"{key}=fp16: CPUs have no fast fp16. Use bf16 or off.")
         return torch.float16
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

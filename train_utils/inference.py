@@ -6,20 +6,61 @@ other images of a batch, and no core waits for another. On GPUs images of one si
 whose length depends on that size only, the last one padded.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from train_utils.folding import CONVS, folded, is_plain
+from train_utils.threads import Item, Result, in_threads
+
 GPU_CHUNK = 8
 _GPU_PIXELS = 2**20  # what a chunk of large images may hold: eight of 362 × 362, one of 1024 × 1024
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+def prepare(
+    models: Mapping[str, nn.Module], device: torch.device, amp_dtype: torch.dtype | None
+) -> dict[str, nn.Module]:
+    """Copies of networks, made for inference on `device` in `amp_dtype` (None: in fp32).
+
+    They are in evaluation mode, with batch norm folded, and channels-last. Each enters autocast by
+    itself whenever it is called, so that it may be called from any thread as it is.
+    """
+    prepared = {}
+    for name, model in models.items():
+        network = folded(model).to(device).to(memory_format=torch.channels_last)
+        if amp_dtype:
+            for layer in list(network.modules()):
+                if is_plain(layer, CONVS):
+                    _cast_once(layer, device.type, amp_dtype)
+            _enter_autocast(network, device.type, amp_dtype)
+        prepared[name] = network
+    return prepared
+
+
+def _enter_autocast(network: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    forward = network.forward
+
+    def in_autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, dtype):
+            return forward(*args, **kwargs)
+
+    network.forward = in_autocast  # type: ignore[method-assign]
+
+
+def _cast_once(conv: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    """Keep a convolution's weights in `dtype` too, which autocast would cast in every forward."""
+    in_full, in_low = conv.forward, copy.deepcopy(conv).to(dtype).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # Some layers leave autocast, where its results would have too few digits.
+        cast = torch.is_autocast_enabled(device_type)
+        cast = cast and torch.get_autocast_dtype(device_type) == dtype
+        return (in_low if cast else in_full)(*args, **kwargs)
+
+    conv.forward = forward  # type: ignore[method-assign]
 
 
 def chunk_size(device: torch.device, image: Tensor) -> int:
@@ -41,20 +82,7 @@ def in_order(
     if device.type != "cpu":
         yield from map(inference, items)
         return
-    threads = torch.get_num_threads()
-    # set_num_threads(1) in a worker thread may reach this one too, hence the restoring.
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    pending: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(inference, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    yield from in_threads(inference, items, torch.get_num_threads())
 
 
 def forward_chunk(
@@ -65,17 +93,3 @@ def forward_chunk(
     if n < size:
         images = torch.cat([images, images[-1:].expand(size - n, -1, -1, -1)])
     return forward(images)[:n]
-
-
-@contextmanager
-def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Switch networks to evaluation; every sub-module's own mode is put back afterwards."""
-    models = list(models)
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

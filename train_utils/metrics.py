@@ -127,23 +127,27 @@ class ExactMetric(ABC):
         return state[2:].double() / 2**self.fraction_bits / count
 
 
-def reduce_metrics(metrics: Iterable[ExactMetric]) -> None:
+def reduce_metrics(metrics: Iterable[ExactMetric], stop: bool = False) -> bool:
     """Sum the states of several metrics over all processes in one collective.
+
+    `stop` goes with them: returns whether it was true on any process.
 
     Every process must call it with the same metrics, also those that saw no image. Metrics that are
     reduced already are passed over; without a process group nothing happens.
     """
     pending = [metric for metric in metrics if not metric.reduced]
     if not pending or not (dist.is_available() and dist.is_initialized()):
-        return
+        return stop
     device = "cpu" if "cpu" in str(dist.get_backend_config()) else "cuda"
-    total = torch.cat([metric.state.to(device) for metric in pending])
+    states = [metric.state.to(device) for metric in pending]
+    total = torch.cat([*states, torch.tensor([int(stop)], device=device)])
     with waiting("adding up the scores"):
         dist.all_reduce(total)
-    parts = total.split([metric.state.numel() for metric in pending])
+    *parts, stops = total.split([*map(len, states), 1])
     for metric, part in zip(pending, parts, strict=True):
         metric.state = part.to(metric.state.device)
         metric.reduced = True
+    return bool(stops)
 
 
 def all_scores(metrics: Iterable[ExactMetric]) -> dict[str, float]:

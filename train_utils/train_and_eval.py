@@ -24,7 +24,7 @@ from train_utils.distributed_utils import (
 )
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError, is_out_of_memory, shortened
-from train_utils.inference import chunk_size, evaluation_mode, forward_chunk, in_order
+from train_utils.inference import GPU_CHUNK, chunk_size, forward_chunk, in_order, prepare
 from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
@@ -234,7 +234,7 @@ def _agree(
 ) -> tuple[dict[str, float], int, bool]:
     """Each loss's count, the number of images, and whether to stop, over all parts and ranks.
 
-    One collective of host numbers. The counts are then divided by the number of ranks, because
+    One sum of host numbers. The counts are then divided by the number of ranks, because
     DistributedDataParallel averages gradients: Σ loss / count on each rank gives
     Σ loss / Σ count over all of them.
     """
@@ -395,6 +395,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
 # -- evaluation -----------------------------------------------------------------------------------
 
 
+_MAX_WAITING = 4 * GPU_CHUNK  # images kept back in the hope of others of their size
+
+# Images of one size with their places in the loader's order and their targets.
+_Chunk = list[tuple[int, Tensor, Tensor]]
+
+
 class StoppedMidway(Exception):
     """An evaluation ended early, on all processes, because one of them was asked to stop."""
 
@@ -424,12 +430,14 @@ def evaluate(
     keep: int = 0,
     samples: list[Sample] | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    amp_dtype: torch.dtype | None = None,
 ) -> tuple[ExactMetric, ...]:
     """Score a network on a loader's samples; returns the metrics, (MAE, maxF1) unless given others.
 
-    Every rank passes the loader of its own share; each sample must be in one share only. The
-    metrics come back reduced over all ranks, with the same bits for any number of ranks, threads
-    and images per batch on CPUs. Up to `keep` samples of this rank are appended to `samples`.
+    What runs is a copy of the network made for inference, in `amp_dtype`; its own modes stay. Every
+    rank passes the loader of its own share; each sample must be in one share only. The metrics come
+    back reduced over all ranks, with the same bits for any number of ranks, threads and images per
+    batch on CPUs. The first `keep` samples of this rank are appended to `samples`.
     `stop_requested` is asked after every few images; raises StoppedMidway on all ranks once it has
     been true on any.
     """
@@ -438,41 +446,39 @@ def evaluate(
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
     for network in models.values():
         broadcast_buffers(network)
+    models = prepare(models, device, amp_dtype)
 
-    def score(chunk: tuple[Tensor, list[Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
-        images, targets = chunk
+    def score(chunk: _Chunk) -> tuple[list[list[Tensor]], dict[int, Sample]]:
         faults.reach("evaluate")
-        outputs = forward_chunk(lambda x: predict(models, x), images.to(device), device)
-        targets = [target.to(device, non_blocking=True) for target in targets]
-        return [
-            (output, [metric.sample_state(output, target) for metric in metrics])
-            for output, target in zip(outputs, targets, strict=True)
-        ]
+        # Stacked on the device: one by one, images in page-locked memory come without waiting.
+        images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
+        outputs = forward_chunk(lambda x: predict(models, x), images, device)
+        states, pictures = [], {}
+        for (number, image, target), output in zip(chunk, outputs, strict=True):
+            on_device = target.to(device, non_blocking=True)
+            states.append([metric.sample_state(output, on_device) for metric in metrics])
+            if number < keep:
+                pictures[number] = Sample(image, target, output.cpu())
+        return states, pictures
 
     for metric in metrics:
         metric.state = metric.state.to(device)  # or each image's would wait to come to the host
     mark("evaluating")
-    with evaluation_mode(models.values()):
-        chunks = _Tee(_chunks(data_loader, device), keep)
-        kept: list[Tensor] = []
-        done = 0
-        for scored in in_order(score, chunks, device):
-            for output, states in scored:
-                if len(kept) < keep:
-                    kept.append(output.cpu())
-                for metric, state in zip(metrics, states, strict=True):
-                    metric.merge(state)
-            done += len(scored)
-            mark(f"evaluating, {done} images done")
-            if stop_requested and stop_requested():
-                break
-    if stop_requested and sum_over_ranks([stop_requested()])[0]:
+    kept: dict[int, Sample] = {}
+    done = 0
+    for scored, pictures in in_order(score, _chunks(data_loader, device), device):
+        for states in scored:
+            for metric, state in zip(metrics, states, strict=True):
+                metric.merge(state)
+        kept |= pictures
+        done += len(scored)
+        mark(f"evaluating, {done} images done")
+        if stop_requested and stop_requested():
+            break
+    if reduce_metrics(metrics, stop=bool(stop_requested and stop_requested())):
         raise StoppedMidway
-    reduce_metrics(metrics)
     if samples is not None:
-        samples.extend(
-            Sample(*pair, output) for pair, output in zip(chunks.kept, kept, strict=True)
-        )
+        samples.extend(kept[number] for number in sorted(kept))
     return metrics
 
 
@@ -481,43 +487,31 @@ def predict_samples(
     items: Sequence[tuple[Tensor, Tensor]],
     device: torch.device,
     predict: Callable[[Models, Tensor], Tensor],
+    amp_dtype: torch.dtype | None = None,
 ) -> list[Sample]:
     """Predictions of a few (input, target) items, on this process alone: for pictures."""
+    models = prepare(models, device, amp_dtype)
 
     def one(item: tuple[Tensor, Tensor]) -> Sample:
         image, target = (tensor.as_subclass(Tensor) for tensor in item)
         output = forward_chunk(lambda x: predict(models, x), image[None].to(device), device)
         return Sample(image, target, output[0].cpu())
 
-    with evaluation_mode(models.values()):
-        return list(in_order(one, items, device))
+    return list(in_order(one, items, device))
 
 
-def _chunks(loader: Iterable, device: torch.device) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Regroup a loader's batches of any size into chunks of equally sized images."""
-    images: list[Tensor] = []
-    targets: list[Tensor] = []
-    for batch_images, batch_targets in loader:
-        for image, target in zip(batch_images, batch_targets, strict=True):
-            full = images and len(images) == chunk_size(device, images[0])
-            if images and (full or image.shape != images[0].shape):
-                yield torch.stack(images), targets
-                images, targets = [], []
-            images.append(image)
-            targets.append(target)
-    if images:
-        yield torch.stack(images), targets
+def _chunks(loader: Iterable, device: torch.device) -> Iterator[_Chunk]:
+    """Regroup a loader's batches of any size into chunks of equally sized images.
 
-
-class _Tee:
-    """Passes chunks on and keeps their first `keep` (image, target) pairs."""
-
-    def __init__(self, chunks: Iterable, keep: int) -> None:
-        self.chunks, self.keep = chunks, keep
-        self.kept: list[tuple[Tensor, Tensor]] = []
-
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        for images, targets in self.chunks:
-            space = self.keep - len(self.kept)
-            self.kept += list(zip(images[:space], targets[:space], strict=True)) if space else []
-            yield images, targets
+    A chunk comes as soon as it is full, so chunks of several sizes overtake each other; when more
+    than `_MAX_WAITING` images wait for others of their size, those go that wait the longest.
+    """
+    waiting: dict[torch.Size, _Chunk] = {}
+    images = ((image, target) for batch in loader for image, target in zip(*batch, strict=True))
+    for number, (image, target) in enumerate(images):
+        waiting.setdefault(image.shape, []).append((number, image, target))
+        if len(waiting[image.shape]) == chunk_size(device, image):
+            yield waiting.pop(image.shape)
+        elif sum(map(len, waiting.values())) > _MAX_WAITING:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
