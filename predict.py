@@ -1,8 +1,9 @@
-"""Predict on images: files, folders and patterns in, maps of the input's own size out.
+"""Predict on images and videos: files, folders, patterns in, maps of the input's own size out.
 
     python predict.py photo.jpg                             → predictions/photo.png
     python predict.py photos -o maps --cutout --overlay     a folder tree, mirrored below maps/
     python predict.py "photos/*.jpg" --weights runs/…/model_best.pth
+    python predict.py clip.mp4                              → predictions/clip/000001.png … (ffmpeg)
     python predict.py photo.jpg --weights u2netp.pth --set data.mean=[0,0,0] --set data.std=[1,1,1]
     python predict.py photo.jpg --trimap photo_trimap.png --cutout       matting
     python predict.py photos --trimap trimaps                            trimaps of the same names
@@ -16,13 +17,18 @@ indices) or the translated image.
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="IMG|DIR|GLOB")
+    add("inputs", nargs="+", metavar="IMG|VIDEO|DIR|GLOB")
     add("-o", "--output", default="predictions", metavar="DIR", help="default: predictions")
     add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
     add("--config", metavar="YAML", help="recipe of weights that bring none with them")
@@ -52,98 +58,235 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+_FRAME = "%06d"  # what the outputs of a video's frames are called
+
+
 class Job(NamedTuple):
-    """An input file and its outputs by kind: "map", and "cutout" and "overlay" where asked for."""
+    """An input file and its outputs by kind: "map", and "cutout" and "overlay" where asked for.
+
+    The outputs of a video are patterns (000001.png is %06d.png); each of its frames becomes a job
+    of its own, and so does an error in the middle of it.
+    """
 
     source: Path
     outputs: dict[str, Path]
     trimap: Path | None = None
+    frame: "Tensor | None" = None
+    error: str = ""
+
+
+@dataclass
+class Picture:
+    """An image on its way from file to files; once it has an error, all steps pass it over."""
+
+    job: Job
+    images: "dict[str, Tensor]" = field(default_factory=dict)  # itself, and its trimap, by name
+    network_input: "Tensor | None" = None
+    prediction: "Tensor | None" = None
+    warning: str = ""
+    error: str = ""
 
 
 def main(args: argparse.Namespace) -> int:
-    """Predict on every input; returns the number of files that failed."""
+    """Predict on every input; returns the number of files (of a video: frames) that failed."""
     import tasks
+    from train_utils.amp import choose_amp_dtype
     from train_utils.config import parse_assignments
     from train_utils.distributed_utils import resolve_device
     from train_utils.image_io import printable
-    from train_utils.inference import GPU_CHUNK, in_order
+    from train_utils.inference import prepare
     from train_utils.run_folder import newest_best_checkpoint
-    from train_utils.setup import place_models
+    from train_utils.setup import keep_freed_memory
 
     jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.trimap)
     device = resolve_device(args.device)
+    keep_freed_memory(device)
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
     check_flags(args, task.PREDICT_FLAGS, str(weights))
-    models = place_models(models, device, sync_bn=False)
-    print(f"{weights} → {len(jobs)} image(s)", flush=True)
+    models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
+    print(f"{weights} → {len(jobs)} file(s)", flush=True)
 
-    forward = task.predict(cfg)
-
-    def process(chunk: list[Job]) -> list[str | None]:
-        return predict_chunk(chunk, task, cfg, lambda x: forward(models, x), device, args.threshold)
-
-    failed = 0
-    chunks = list(_chunks(jobs, 1 if device.type == "cpu" else GPU_CHUNK))
-    for chunk, errors in zip(chunks, in_order(process, chunks, device), strict=True):
-        for job, error in zip(chunk, errors, strict=True):
-            if error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+    done = failed = 0
+    predictor = Predictor(task, cfg, models, device, args.threshold)
+    with closing(predictor.run(jobs)) as pictures:
+        for picture in pictures:
+            source = printable(picture.job.source)
+            if picture.warning:
+                print(f"warning: {source}: {picture.warning}", file=sys.stderr, flush=True)
+            if picture.error:
+                print(f"error: {picture.error}", file=sys.stderr, flush=True)
                 failed += 1
             else:
-                outputs = ", ".join(printable(path) for path in job.outputs.values())
-                print(f"{printable(job.source)} → {outputs}", flush=True)
-    print(f"{len(jobs) - failed} done, {failed} failed", flush=True)
+                outputs = ", ".join(printable(path) for path in picture.job.outputs.values())
+                print(f"{source} → {outputs}", flush=True)
+                done += 1
+    print(f"{done} done, {failed} failed", flush=True)
     return failed
 
 
-def predict_chunk(
-    chunk: list[Job],
-    task: Any,
-    cfg: Any,
-    forward: Any,
-    device: "torch.device",
-    threshold: float | None,
-) -> list[str | None]:
-    """Read, predict and write some images; returns each one's error, or None."""
-    from train_utils.errors import UserError
-    from train_utils.image_io import printable, save_image
+@dataclass
+class Predictor:
+    """A network with its task and settings, and the steps that take a job from file to files."""
 
-    errors: list[str | None] = [None] * len(chunk)
-    images, inputs = {}, {}
-    for i, job in enumerate(chunk):
-        try:
-            images[i] = read_inputs(job)
-            inputs[i] = task.network_input(cfg, **images[i])
-        except UserError as error:
-            errors[i] = str(error)
-    try:
-        predictions = forward_alike(forward, inputs, device)
-    except (RuntimeError, MemoryError) as error:  # too little memory, above all
-        return [f"{printable(job.source)}: {error}" for job in chunk]
-    for i, prediction in predictions.items():
-        outputs = chunk[i].outputs
-        try:
-            pictures = task.render(
-                cfg,
-                prediction=prediction,
-                kinds=list(outputs),
-                threshold=threshold,
-                **images[i],
+    task: Any
+    cfg: Any
+    models: "dict[str, torch.nn.Module]"
+    device: "torch.device"
+    threshold: float | None = None
+
+    def run(self, jobs: Iterable[Job]) -> Generator[Picture, None, None]:
+        """Read, predict and write; yields every job's outcome, in order, as it is done.
+
+        On CPUs each image goes through all steps on one thread, and as many are under way as there
+        are cores. Elsewhere the device computes, while threads read ahead and others write. However
+        many jobs there are, the images of a few only are in memory.
+        """
+        import torch
+
+        from train_utils.distributed_utils import cpu_cores
+        from train_utils.inference import GPU_CHUNK, in_order
+        from train_utils.threads import in_threads
+
+        with closing(frame_by_frame(jobs)) as singly:
+            if self.device.type == "cpu":
+                yield from in_order(self._all_steps, singly, self.device)
+                return
+            write = torch.inference_mode()(self.write)
+            with (
+                closing(in_threads(self.read, singly, cpu_cores())) as pictures,
+                closing(self._predicted(pictures, GPU_CHUNK)) as predicted,
+                closing(in_threads(write, predicted, cpu_cores())) as written,
+            ):
+                yield from written
+
+    def _all_steps(self, job: Job) -> Picture:
+        picture = self.read(job)
+        self.predict([picture])
+        return self.write(picture)
+
+    def _predicted(self, pictures: Iterator[Picture], size: int) -> Generator[Picture, None, None]:
+        import torch
+
+        while chunk := list(islice(pictures, size)):
+            with torch.inference_mode():
+                self.predict(chunk)
+            yield from chunk
+
+    def read(self, job: Job) -> Picture:
+        """Decode a job's files, and prepare what the network sees of them."""
+        from train_utils.errors import UserError
+
+        picture = Picture(job, error=job.error)
+        if not picture.error:
+            try:
+                at_least, sides = self.cfg.data.at_least, {}
+                images = picture.images = read_inputs(job, at_least)
+                if at_least:
+                    picture.images = at_own_size(job, images)
+                    sides["sides"] = picture.images["image"].shape[-2:]
+                picture.network_input = self.task.network_input(self.cfg, **images, **sides)
+            except UserError as error:
+                picture.error = str(error)
+        return picture
+
+    def predict(self, pictures: list[Picture]) -> None:
+        """Fill in predictions, inputs of one size together as far as evaluation would do it."""
+        import torch
+
+        from train_utils.image_io import printable
+        from train_utils.inference import chunk_size
+
+        sound = [picture for picture in pictures if not picture.error]
+        for shape in dict.fromkeys(picture.network_input.shape for picture in sound):
+            alike = [picture for picture in sound if picture.network_input.shape == shape]
+            size = chunk_size(self.device, alike[0].network_input)
+            for chunk in (alike[i : i + size] for i in range(0, len(alike), size)):
+                batch = torch.stack([picture.network_input for picture in chunk])
+                try:
+                    outputs, warning = self.forward(batch)
+                except (RuntimeError, MemoryError) as error:  # too little memory, above all
+                    for picture in chunk:
+                        picture.error = f"{printable(picture.job.source)}: {error}"
+                    continue
+                for picture, output in zip(chunk, outputs, strict=True):
+                    picture.prediction, picture.warning = output, warning
+
+    def forward(self, batch: "Tensor") -> "tuple[Tensor, str]":
+        """Predictions of a batch, and a warning if it took tiles for want of memory.
+
+        Tasks whose inputs can be cut have `eval.max_pixels`: it is halved until a tile fits.
+        """
+        from train_utils.errors import is_out_of_memory
+        from train_utils.inference import forward_chunk
+        from train_utils.tiles import MIN_PIXELS
+
+        cfg, warning = self.cfg, ""
+        while True:
+            forward = partial(self.task.predict(cfg), self.models)
+            try:
+                return forward_chunk(forward, batch.to(self.device), self.device), warning
+            except RuntimeError as error:
+                pixels = min(getattr(cfg.eval, "max_pixels", 0), batch.shape[-2] * batch.shape[-1])
+                if not is_out_of_memory(error) or pixels // 2 < MIN_PIXELS:
+                    raise
+            # Behind the except block, which keeps alive what the failed attempt has allocated.
+            cfg = replace(cfg, eval=replace(cfg.eval, max_pixels=pixels // 2))
+            warning = (
+                f"too little memory for {pixels:,} pixels at a time; predicted, with the same "
+                f"result, in tiles of {pixels // 2:,} (to begin with them: --set "
+                f"eval.max_pixels={pixels // 2})"
             )
-            for kind, path in outputs.items():
-                save_image(pictures[kind], path)
-        except (UserError, OSError, MemoryError, RuntimeError) as error:
-            errors[i] = f"{printable(chunk[i].source)}: {error}"
-    return errors
+
+    def write(self, picture: Picture) -> Picture:
+        """Render and save the outputs; returns what is left to be said, without any image."""
+        from train_utils.errors import UserError
+        from train_utils.image_io import printable, save_image
+
+        job, error = picture.job, picture.error
+        if not error:
+            try:
+                rendered = self.task.render(
+                    self.cfg,
+                    prediction=picture.prediction,
+                    kinds=list(job.outputs),
+                    threshold=self.threshold,
+                    **picture.images,
+                )
+                for kind, path in job.outputs.items():
+                    save_image(rendered[kind], path)
+            except (UserError, OSError, MemoryError, RuntimeError) as problem:
+                error = f"{printable(job.source)}: {problem}"
+        return Picture(job._replace(frame=None), warning=picture.warning, error=error)
 
 
-def read_inputs(job: Job) -> dict[str, "torch.Tensor"]:
-    """A job's image, and its trimap if there is one, by name."""
+def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
+    """All jobs in order, each video's replaced by those of its frames, and of its error if any."""
+    from train_utils.errors import UserError
+    from train_utils.video import is_video, read_frames
+
+    for job in jobs:
+        if not is_video(job.source):
+            yield job
+            continue
+        try:
+            with closing(read_frames(job.source)) as frames:
+                for number, frame in enumerate(frames, 1):
+                    outputs = {
+                        kind: path.with_name(path.name % number)
+                        for kind, path in job.outputs.items()
+                    }
+                    yield job._replace(outputs=outputs, frame=frame)
+        except UserError as error:
+            yield job._replace(error=str(error))
+
+
+def read_inputs(job: Job, at_least: int | None = None) -> "dict[str, Tensor]":
+    """A job's image (see `read_image`), and its trimap if there is one, by name."""
     from train_utils.errors import UserError
     from train_utils.image_io import printable, read_image, read_trimap
 
-    image = read_image(job.source)
+    image = read_image(job.source, at_least) if job.frame is None else job.frame
     if not job.trimap:
         return {"image": image}
     trimap = read_trimap(job.trimap)
@@ -155,20 +298,19 @@ def read_inputs(job: Job) -> dict[str, "torch.Tensor"]:
     return {"image": image, "trimap": trimap}
 
 
-def forward_alike(forward: Any, inputs: dict[int, Any], device: "torch.device") -> dict[int, Any]:
-    """Predictions by key, inputs of one size together as far as evaluation would do it."""
-    import torch
+def at_own_size(job: Job, images: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """What the outputs are made of, where `images` may have been scaled down by their decoder.
 
-    from train_utils.inference import chunk_size, forward_chunk
+    Of a map alone that is no pixel, only the size.
+    """
+    from train_utils.image_io import image_size
 
-    predictions = {}
-    for shape in dict.fromkeys(x.shape for x in inputs.values()):
-        alike = [key for key, x in inputs.items() if x.shape == shape]
-        size = chunk_size(device, inputs[alike[0]])
-        for keys in (alike[i : i + size] for i in range(0, len(alike), size)):
-            batch = torch.stack([inputs[key] for key in keys]).to(device)
-            predictions |= dict(zip(keys, forward_chunk(forward, batch, device), strict=True))
-    return predictions
+    if job.frame is not None or image_size(job.source)[::-1] == images["image"].shape[-2:]:
+        return images
+    if list(job.outputs) != ["map"]:
+        return read_inputs(job)
+    width, height = image_size(job.source)
+    return {"image": images["image"].new_zeros(1).expand(3, height, width)}
 
 
 def check_flags(args: argparse.Namespace, flags: dict[str, bool], weights: str) -> None:
@@ -196,11 +338,13 @@ def kinds_of(args: argparse.Namespace) -> list[str]:
 def plan(inputs: list[str], output: Path, kinds: list[str], trimap: str | None = None) -> list[Job]:
     """Every input file with its trimap and output paths, decided before anything is written.
 
-    Raises UserError when there is no input at all, when none has a trimap, and when an output would
-    overwrite an input, another output or a file that predict.py has not written.
+    Raises UserError when there is no input at all, when none has a trimap, when an output would
+    overwrite an input, another output or a file that predict.py has not written, and for a video
+    if there is no ffmpeg, or where it would need trimaps.
     """
     from train_utils.errors import UserError
     from train_utils.image_io import printable
+    from train_utils.video import is_video, require_ffmpeg
 
     first = next(folder for folder in (output, *output.parents) if folder.exists())
     if not first.is_dir():
@@ -213,6 +357,14 @@ def plan(inputs: list[str], output: Path, kinds: list[str], trimap: str | None =
         if source.resolve() in used:
             continue  # it lies among the images
         stem = output / relative.with_suffix("")
+        if is_video(source):
+            require_ffmpeg(source)
+            if trimap:
+                raise UserError(
+                    f"{printable(source)}: its frames need a trimap each. Extract them into a "
+                    "folder, and name that and a folder of trimaps."
+                )
+            stem /= _FRAME
         names = {
             kind: stem.with_name(stem.name + ("" if kind == "map" else f"_{kind}") + ".png")
             for kind in kinds
@@ -272,30 +424,48 @@ def find_trimaps(sources: list[tuple[Path, Path]], trimap: Path) -> dict[Path, P
 def _check_outputs(jobs: dict[Path, Job]) -> None:
     """Raise UserError if an output would overwrite what it must not; `jobs` by resolved source."""
     from train_utils.errors import UserError
-    from train_utils.image_io import printable, saved_here
+    from train_utils.image_io import printable
+    from train_utils.video import is_video
 
     inputs = jobs.keys() | {job.trimap.resolve() for job in jobs.values() if job.trimap}
+    # How many frames a video has is not known yet, so all of their folder is theirs.
+    videos = {
+        job.outputs["map"].resolve().parent: job.source
+        for job in jobs.values()
+        if is_video(job.source)
+    }
+    shared = videos.keys() & {path.parent for path in inputs}
     taken: dict[Path, Path] = {}
     for job in jobs.values():
         for path in job.outputs.values():
             target = path.resolve()
-            if target in inputs:
+            if target in inputs or target.parent in shared:
                 raise UserError(
                     f"{printable(path)}: the output of {printable(job.source)} would overwrite an "
                     "input. Choose another folder with -o."
                 )
-            if target in taken:
+            other = taken.get(target, videos.get(target.parent, job.source))
+            if other != job.source:
                 raise UserError(
-                    f"{printable(path)}: {printable(taken[target])} and {printable(job.source)} "
+                    f"{printable(path)}: {printable(other)} and {printable(job.source)} "
                     "would both be written there. Rename one, or predict them into different "
                     "folders with -o."
                 )
-            if path.exists() and not saved_here(path):
-                raise UserError(
-                    f"{printable(path)}: exists and was not written by predict.py. Choose another "
-                    "folder with -o, or move the file."
-                )
+            for file in path.parent.glob("*.png") if target.parent in videos else [path]:
+                _check_replaceable(file)
             taken[target] = job.source
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise UserError for an existing file with content that predict.py has not written."""
+    from train_utils.errors import UserError
+    from train_utils.image_io import printable, saved_here
+
+    if path.exists() and path.stat().st_size and not saved_here(path):
+        raise UserError(
+            f"{printable(path)}: exists and was not written by predict.py. Choose another folder "
+            "with -o, or move the file."
+        )
 
 
 def _sources(inputs: Iterable[str], output: Path) -> Iterator[tuple[Path, Path]]:
@@ -330,11 +500,6 @@ def _before_wildcard(parts: tuple[str, ...]) -> list[str]:
             break
         plain.append(part)
     return plain or ([os.curdir] if not parts or parts[0] != os.sep else [os.sep])
-
-
-def _chunks(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
 
 
 if __name__ == "__main__":

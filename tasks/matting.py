@@ -17,7 +17,8 @@ from matting_data import (
     composition_pairs,
     matting_pairs,
 )
-from src.deep_matting import DeepMatting
+from src.deep_matting import STRIDE, DeepMatting
+from tasks import settings
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig, PhotoData
 from train_utils.errors import UserError
 from train_utils.foreground import estimate_foreground
@@ -28,11 +29,17 @@ from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.pretrained import backbone_state
 from train_utils.schedule import make_optimizers
+from train_utils.tiles import MIN_PIXELS, limited
 from train_utils.train_and_eval import Backward, Batch, Models, Sample
 from transforms import MattingEval, MattingTrain, matting_input
 
 METRICS = {"loss": "min", "SAD": "min", "MSE": "min", "Grad": "min", "Conn": "min"}
 PREDICT_FLAGS = {"trimap": True, "cutout": False}
+
+# A cut changes alpha up to five strides away. Counted in pixels of each level: a 3×3 convolution
+# adds 1, a 5×5 one 2, pooling halves and rounds up, unpooling doubles: 2 → 3 → 5 → 6 → 6 before the
+# five poolings, 8 → 18 → 38 → 78 → 158 behind the decoder's convolutions, 160 in alpha.
+_TILE_MARGIN = 5 * STRIDE
 
 
 @dataclass
@@ -64,6 +71,8 @@ class DataConfig(PhotoData):
     def __post_init__(self) -> None:
         self._find_ready_images()
         super().__post_init__()
+        if self.draft:
+            raise ValueError("draft: is not for mattes, which are as large as their image.")
         self._check_sources()
         for name in ("per_foreground", "val_per_foreground", "max_radius"):
             if getattr(self, name) < 1:
@@ -143,6 +152,18 @@ class LossConfig:
 
 
 @dataclass
+class EvalConfig(settings.EvalConfig):
+    """Evaluation, and (max_pixels) predict.py; 1 kB of memory per pixel and image under way."""
+
+    max_pixels: int = 2**22  # of a whole input; larger ones go by tiles, with the same result
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_pixels < MIN_PIXELS:
+            raise ValueError(f"max_pixels: must be at least {MIN_PIXELS}")
+
+
+@dataclass
 class Config(BaseConfig):
     """A matting recipe."""
 
@@ -153,6 +174,7 @@ class Config(BaseConfig):
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="sgd", lr=1e-2, schedule="constant")
     )
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 # -- data -----------------------------------------------------------------------------------------
@@ -282,7 +304,7 @@ def predict(cfg: Config) -> Callable[[Models, Tensor], Tensor]:
         alpha, trimap = models["model"](normalize(inputs)), inputs[:, 3:]
         return alpha.masked_fill(trimap == BACKGROUND, 0).masked_fill(trimap == FOREGROUND, 1)
 
-    return alpha_of
+    return limited(alpha_of, cfg.eval.max_pixels, STRIDE, _TILE_MARGIN)
 
 
 def _normalize(cfg: Config) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import src
-from my_dataset import DUTSDataset, ShapesDataset, check_pairs, folder_pairs
+from my_dataset import DUTSDataset, ShapesDataset, check_pairs, folder_pairs, image_reader
 from src.u2net import from_official, is_official
 from tasks import settings
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
@@ -25,6 +25,7 @@ from train_utils.metrics import (
 )
 from train_utils.normalize import normalize_images
 from train_utils.schedule import make_optimizers
+from train_utils.tiles import by_rows
 from train_utils.train_and_eval import Sample, pixel_counts, saliency_predict, saliency_step
 from transforms import SaliencyEval, SaliencyTrain, predict_input
 
@@ -86,9 +87,10 @@ def build_datasets(cfg: Config) -> tuple[Dataset, Dataset]:
     if data.name == "shapes":
         train = ShapesDataset(data.image_size, data.seed, data.train_size, transforms=transforms)
     elif data.name == "duts":
-        train = DUTSDataset(_root(data), train=True, transforms=transforms)
+        train = DUTSDataset(_root(data), True, transforms, image_reader(data, data.image_size))
     else:
-        train = folder_pairs(data, train=True, transforms=transforms)
+        reader = image_reader(data, data.image_size)
+        train = folder_pairs(data, train=True, transforms=transforms, read_first=reader)
     return train, build_val_dataset(cfg)
 
 
@@ -100,9 +102,12 @@ def build_val_dataset(cfg: Config, all_pairs: bool = False) -> Dataset:
         return ShapesDataset(
             data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms=transforms
         )
+    reader = image_reader(data, data.image_size)
     if data.name == "duts":
-        return DUTSDataset(_root(data), train=False, transforms=transforms)
-    return folder_pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
+        return DUTSDataset(_root(data), False, transforms, reader)
+    return folder_pairs(
+        data, train=False, transforms=transforms, all_pairs=all_pairs, read_first=reader
+    )
 
 
 def prepare_data(cfg: Config, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
@@ -189,8 +194,8 @@ def _normalize(cfg: Config) -> Callable[[Tensor], Tensor]:
 # -- prediction of files --------------------------------------------------------------------------
 
 
-def network_input(cfg: Config, image: Tensor) -> Tensor:
-    """What evaluation would feed of this image, uint8 [3, S, S]."""
+def network_input(cfg: Config, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
+    """What evaluation would feed of this image, uint8 [3, S, S], whatever the file's `sides`."""
     return predict_input(image, cfg.data.image_size).as_subclass(Tensor)
 
 
@@ -213,8 +218,12 @@ def render(
         pictures["cutout"] = Image.fromarray(torch.cat([rgb, codes[..., None]], dim=2).numpy())
     if "overlay" in kinds:
         red = torch.tensor([255.0, 32.0, 32.0], dtype=saliency.dtype)
-        tinted = torch.lerp(rgb.to(saliency.dtype), red, 0.6 * saliency[..., None])
-        pictures["overlay"] = Image.fromarray(tinted.round().to(torch.uint8).numpy())
+
+        def tinted(rows: slice) -> Tensor:
+            share = 0.6 * saliency[rows, :, None]
+            return torch.lerp(rgb[rows].to(share.dtype), red, share).round().to(torch.uint8)
+
+        pictures["overlay"] = Image.fromarray(by_rows(tinted, *saliency.shape).numpy())
     return pictures
 
 

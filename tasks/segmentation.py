@@ -7,6 +7,7 @@ are logits [B, classes, h, w]; the class of a pixel is their arg-max at the imag
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -21,12 +22,13 @@ from my_dataset import (
     ShapesDataset,
     check_pairs,
     folder_pairs,
+    image_reader,
     pairs_of,
     split_pairs,
 )
 from segmentation_data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
-from train_utils.confusion_matrix import ConfusionMatrix
+from train_utils.confusion_matrix import ConfusionMatrix, most_likely
 from train_utils.errors import UserError
 from train_utils.label_maps import LabelReader, MaskScan, scan_masks
 from train_utils.log import get_logger
@@ -42,6 +44,7 @@ from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.pretrained import Arch, backbone_state
 from train_utils.schedule import make_optimizers
+from train_utils.tiles import by_rows
 from train_utils.train_and_eval import Backward, Batch, Models, Sample
 from transforms import SegmentationEval, SegmentationTrain, restore_logits, segmentation_input
 
@@ -266,9 +269,10 @@ def _training_scenes(data: DataConfig, transforms: Any = None) -> ShapesDataset:
 
 
 def _file_pairs(data: DataConfig, train: bool, transforms: Any, all_pairs: bool = False) -> Dataset:
-    reader = label_reader(data)
+    largest = data.image_size * (data.scale[1] if train else 1)
+    readers = label_reader(data), image_reader(data, ceil(largest))
     if data.name == "folders":
-        return folder_pairs(data, train, transforms, reader, all_pairs)
+        return folder_pairs(data, train, transforms, readers[0], all_pairs, readers[1])
     if not data.root:
         raise UserError(
             f"data.root: this recipe trains on data laid out as {data.name}. Give its folder by "
@@ -276,8 +280,8 @@ def _file_pairs(data: DataConfig, train: bool, transforms: Any, all_pairs: bool 
         )
     if data.name != "bag":
         found = voc_pairs if data.name == "voc" else camvid_pairs
-        return PairDataset(*found(data.root, train), transforms, reader)
-    pairs = PairDataset(*bag_pairs(data.root), transforms, reader)
+        return PairDataset(*found(data.root, train), transforms, *readers)
+    pairs = PairDataset(*bag_pairs(data.root), transforms, *readers)
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])
 
 
@@ -463,9 +467,13 @@ def _normalize(cfg: Config) -> Callable[[Tensor], Tensor]:
 # -- prediction of files --------------------------------------------------------------------------
 
 
-def network_input(cfg: Config, image: Tensor) -> Tensor:
-    """What evaluation would feed of this image, uint8 [3, S, S]."""
-    return segmentation_input(image, cfg.data.image_size, cfg.data.fit).as_subclass(Tensor)
+def network_input(cfg: Config, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
+    """What evaluation would feed of this image, uint8 [3, S, S].
+
+    sides: (H, W) of the file, if `data.draft` had the image read at a reduced size.
+    """
+    size, fit = cfg.data.image_size, cfg.data.fit
+    return segmentation_input(image, size, fit, sides).as_subclass(Tensor)
 
 
 def render(
@@ -493,20 +501,34 @@ def render(
         alpha = shown.to(torch.uint8) * 255
         pictures["cutout"] = Image.fromarray(torch.cat([rgb, alpha], dim=2).numpy())
     if "overlay" in kinds:
-        tinted = torch.lerp(rgb.float(), _colours(cfg)[classes.long()].float(), _TINT)
-        overlay = torch.where(shown, tinted.round().to(torch.uint8), rgb)
-        pictures["overlay"] = Image.fromarray(overlay.numpy())
+        colours = _colours(cfg).float()
+
+        def tinted(rows: slice) -> Tensor:
+            mixed = torch.lerp(rgb[rows].float(), colours[classes[rows].int()], _TINT)
+            return torch.where(shown[rows], mixed.round().to(torch.uint8), rgb[rows])
+
+        pictures["overlay"] = Image.fromarray(by_rows(tinted, *classes.shape).numpy())
     return pictures
 
 
 def _class_map(cfg: Config, prediction: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits [C, h, w] as classes at `size`, uint8 [H, W] on the CPU."""
-    return _finish(cfg)(prediction, size).argmax(0).to(torch.uint8).cpu()
+    """Logits [C, h, w] as classes at `size`, uint8 [H, W] on the CPU.
+
+    Class by class, as all logits at the size of a large photograph take gigabytes.
+    """
+    finish = _finish(cfg)
+    planes = (finish(logits[None], size)[0] for logits in prediction)
+    return most_likely(planes).cpu()
 
 
 def _finish(cfg: Config) -> Callable[[Tensor, Sequence[int]], Tensor]:
-    """(logits [C, h, w], (H, W)) → logits at the image's own size."""
-    return partial(restore_logits, fit=cfg.data.fit)
+    """(logits [C, h, w], (H, W)) → logits at the image's own size, for any part of the classes."""
+    return partial(_restore, fit=cfg.data.fit)
+
+
+def _restore(logits: Tensor, size: Sequence[int], fit: str) -> Tensor:
+    # Channels-last logits would be resized by other kernels, whose last bits are others.
+    return restore_logits(logits.contiguous(), size, fit)
 
 
 def _colours(cfg: Config) -> Tensor:

@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from my_dataset import ShapesDataset
+from my_dataset import ShapesDataset, image_reader
 from src.pix2pix import PatchDiscriminator, UNetGenerator, init_weights, smallest_side
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
 from train_utils.distributed_utils import unwrap
 from train_utils.errors import UserError
+from train_utils.image_io import read_image
 from train_utils.losses import l1_term, least_squares_gan
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
@@ -151,13 +152,15 @@ def build_val_dataset(cfg: Config, all_pairs: bool = False) -> Dataset:
     return _pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
 
 
-def _pairs(data: DataConfig, **options: Any) -> Dataset:
+def _pairs(data: DataConfig, train: bool, **options: Any) -> Dataset:
     if data.name == "aligned" and not data.root:
         raise UserError(
             "data.root: this recipe trains on pairs of images. Give their folder by "
             "--data-path DIR, or two folders by --images A --masks B."
         )
-    return translation_pairs(data, **options)
+    source = image_reader(data, data.loaded if train else data.image_size)
+    readers = (source, read_image) if data.direction == "AtoB" else (read_image, source)
+    return translation_pairs(data, train, readers=readers, **options)
 
 
 def prepare_data(cfg: Config, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
@@ -279,8 +282,8 @@ def _generate(models: Models, images: Tensor) -> Tensor:
 # -- prediction of files --------------------------------------------------------------------------
 
 
-def network_input(cfg: Config, image: Tensor) -> Tensor:
-    """What evaluation would feed of this image, uint8 [3, S, S]."""
+def network_input(cfg: Config, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
+    """What evaluation would feed of this image, uint8 [3, S, S], whatever the file's `sides`."""
     return predict_input(image, cfg.data.image_size).as_subclass(Tensor)
 
 

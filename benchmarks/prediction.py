@@ -1,0 +1,148 @@
+"""How fast a folder of photographs becomes a folder of saliency maps: the usual way and ours.
+
+    python -m benchmarks.prediction
+    python -m benchmarks.prediction --weights u2netp.pth --images DIR --count 80 --json out.json
+
+plain takes one photograph after the other: decoded, made floats, resized and normalised, through
+the network in NCHW and fp32 on all cores, the map resized and saved as Pillow saves by default.
+ours is predict.py's `main`. Both load the weights in every round. Without --images the photographs
+are embedded scenes of 400×300 pixels, JPEGs; without --weights the network is u2net_lite, random.
+
+The rows below are ours' steps of one photograph, one after the other on a single thread, and their
+shares of a thread's time; on GPUs, all but the forward pass lie on threads beside it.
+"""
+
+import argparse
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import predict
+import tasks
+from benchmarks import common
+from shapes import render_scene
+from src import u2net_lite
+from train_utils.amp import choose_amp_dtype
+from train_utils.config import parse_assignments
+from train_utils.errors import UserError
+from train_utils.image_io import list_images, save_image
+from train_utils.inference import prepare
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.make_parser(__doc__, rounds=5)
+    parser.add_argument("--weights", type=Path, help="of a saliency network; default: random")
+    parser.add_argument("--images", type=Path, help="folder of photographs; default: scenes")
+    parser.add_argument("--count", type=int, default=32, help="photographs per round")
+    parser.add_argument("--set", default=[], action="append", metavar="KEY=VALUE")
+    return parser.parse_args(argv)
+
+
+def write_scenes(folder: Path, count: int) -> None:
+    """JPEGs of 400×300 pixels."""
+    folder.mkdir()
+    for index in range(count):
+        scene = render_scene(0, index, 400).image[:, :300]
+        Image.fromarray(scene.permute(1, 2, 0).numpy()).save(folder / f"{index}.jpg", quality=90)
+
+
+def predict_plainly(
+    weights: Path, settings: dict[str, Any], files: list[Path], output: Path, device: str
+) -> None:
+    """The usual script."""
+    _, cfg, models = tasks.load_models(weights, settings)
+    model, side = models["model"].to(device), [cfg.data.image_size] * 2
+    for file in files:
+        picture = TF.to_dtype(TF.pil_to_tensor(Image.open(file).convert("RGB")), scale=True)
+        image = TF.normalize(TF.resize(picture, side, antialias=True), cfg.data.mean, cfg.data.std)
+        with torch.no_grad():
+            saliency = model(image[None].to(device))
+        saliency = F.interpolate(saliency, picture.shape[-2:], mode="bilinear")[0, 0]
+        codes = (saliency * 255).round().byte().cpu()
+        Image.fromarray(codes.numpy()).save(output / f"{file.stem}.png")
+
+
+def stage_times(
+    weights: Path, settings: dict[str, Any], files: list[Path], output: Path, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of every step of ours, alone on one thread."""
+    task, cfg, models = tasks.load_models(weights, settings)
+    models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
+    predictor = predict.Predictor(task, cfg, models, device)
+    times: dict[str, list[float]] = {"read": [], "forward": [], "render": [], "write": []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def timed(stage: str, work: Callable[[], None]) -> None:
+        times[stage].append(common.seconds(work, device))
+
+    with torch.inference_mode():
+        for file in files:
+            job = predict.Job(file, {"map": output / f"{file.stem}.png"})
+            done: dict[str, Any] = {}
+            timed("read", lambda job=job, done=done: done.update(picture=predictor.read(job)))
+            picture = done["picture"]
+            if picture.error:
+                raise UserError(picture.error)
+            timed("forward", lambda picture=picture: predictor.predict([picture]))
+            maps = {"kinds": ["map"], "threshold": None, "prediction": picture.prediction}
+            maps |= picture.images
+            timed("render", lambda maps=maps, done=done: done.update(task.render(cfg, **maps)))
+            timed("write", lambda job=job, done=done: save_image(done["map"], job.outputs["map"]))
+    torch.set_num_threads(threads)
+    return {stage: median(each[1:] or each) for stage, each in times.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    settings = parse_assignments(args.set)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        weights = args.weights or folder / "u2net_lite.pth"
+        if not args.weights:
+            torch.save(u2net_lite().state_dict(), weights)
+        if not args.images:
+            write_scenes(folder / "photographs", args.count)
+        files = list_images(args.images or folder / "photographs")[: args.count]
+        outputs = {way: folder / way for way in ("plain", "ours")}
+        outputs["plain"].mkdir()
+        names = [str(file) for file in files]
+        command = [*names, "-o", str(outputs["ours"]), "--weights", str(weights)]
+        command += ["--device", args.device, *(f"--set={each}" for each in args.set)]
+
+        def predict_ours() -> None:
+            with redirect_stdout(io.StringIO()):
+                if predict.main(predict.parse_args(command)):
+                    raise UserError(f"{args.images}: a file could not be predicted.")
+
+        ways = {
+            "plain": common.plainly(
+                lambda: predict_plainly(weights, settings, files, outputs["plain"], args.device)
+            ),
+            "ours": predict_ours,
+        }
+        times = common.take_turns(ways, args.rounds, args.device)
+        stages = stage_times(weights, settings, files, outputs["ours"], torch.device(args.device))
+    rates = {f"{way} img/s": len(files) / median(each) for way, each in times.items()}
+    rows: list[dict[str, Any]] = [
+        {"work": f"{len(files)} photographs", **rates, "ratio": common.ratio(times, "ours")}
+    ]
+    total = sum(stages.values())
+    rows += [
+        {"work": stage, "ours ms": 1000 * each, "share": each / total}
+        for stage, each in stages.items()
+    ]
+    common.report(args, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Videos, decoded by a stand-in for ffmpeg: a script that writes what the real one would."""
+
+import os
+import stat
+import sys
+from io import BufferedReader, BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_predict import predictor
+
+import predict
+from train_utils.errors import UserError
+from train_utils.image_io import save_image
+from train_utils.video import is_video, read_frames, read_ppm
+
+# Frames of 4×2 pixels whose red is their number, from 1 on.
+FRAMES = """#!{python}
+import os, sys, time
+open(__file__ + ".pid", "w").write(str(os.getpid()))
+assert "-nostdin" in sys.argv and sys.argv[sys.argv.index("-i") + 1].endswith({name!r})
+for number in range(1, {count} + 1):
+    sys.stdout.buffer.write(b"P6\\n4 2\\n255\\n" + bytes((number % 256, 7, 9)) * 8)
+    sys.stdout.buffer.flush()
+{end}
+"""
+
+
+def install(folder, monkeypatch, count, end="", name="clip.mp4"):
+    """Put an ffmpeg on the PATH that gives `count` frames and then does `end`."""
+    program = folder / "bin" / "ffmpeg"
+    program.parent.mkdir(exist_ok=True)
+    text = FRAMES.format(python=sys.executable, count=count, end=end, name=name)
+    program.write_text(text)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+
+def test_videos_are_told_by_their_suffix():
+    assert is_video("a.mp4") and is_video(Path("b/C.MOV"))
+    assert not is_video("a.gif") and not is_video("mp4")
+
+
+def test_frames_in_order(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 5)
+    frames = list(read_frames(tmp_path / "clip.mp4"))
+    assert [frame[0].unique().tolist() for frame in frames] == [[n] for n in range(1, 6)]
+    assert frames[0].shape == (3, 2, 4) and frames[0].dtype == torch.uint8
+    assert frames[0][:, 0, 0].tolist() == [1, 7, 9]
+
+
+def test_closing_ends_a_video_that_does_not_end(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 3, "time.sleep(60)")
+    frames = read_frames(tmp_path / "clip.mp4")
+    assert [next(frames)[0, 0, 0].item() for _ in range(3)] == [1, 2, 3]
+    frames.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "bin" / "ffmpeg.pid").read_text()), 0)
+
+
+def test_a_failure_comes_after_the_frames_before_it_with_ffmpegs_own_words(tmp_path, monkeypatch):
+    end = "print('first', file=sys.stderr); print('moov \\x1b gone', file=sys.stderr); sys.exit(3)"
+    install(tmp_path, monkeypatch, 2, end)
+    frames = read_frames(tmp_path / "clip.mp4")
+    assert next(frames).shape == next(frames).shape == (3, 2, 4)
+    with pytest.raises(UserError, match=r"clip\.mp4: .* after 2 frames \(moov \\x1b gone\)"):
+        next(frames)
+
+
+@pytest.mark.parametrize(
+    "end, problem",
+    [
+        ("", "failed after 0 frames"),
+        ("sys.stdout.buffer.write(b'P6\\n4 2\\n65535\\n')", "frame 1 is not what"),
+        ("sys.stdout.buffer.write(b'P6\\n99999 9999\\n255\\n')", "frame 1 has 99999×9999 pixels"),
+        ("sys.stdout.buffer.write(b'P6\\n4 2\\n255\\nabc'); sys.exit(1)", "failed after 0 frames"),
+    ],
+)
+def test_what_is_no_frame_is_an_error(end, problem, tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 0, end)
+    with pytest.raises(UserError, match=problem):
+        list(read_frames(tmp_path / "clip.mp4"))
+
+
+def test_many_messages_do_not_block(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 2, "sys.stderr.write('x' * 10**6)")
+    assert len(list(read_frames(tmp_path / "clip.mp4"))) == 2
+
+
+def test_a_stream_of_ppms_by_hand():
+    two = b"P6\n1 2\n255\n" + bytes(range(6)) + b"P6\n1 1\n255\n" + bytes((9, 10, 11))
+    stream = BufferedReader(BytesIO(two))
+    assert read_ppm(stream).tolist() == [[[0], [3]], [[1], [4]], [[2], [5]]]
+    assert read_ppm(stream).tolist() == [[[9]], [[10]], [[11]]]
+    assert read_ppm(stream) is None
+
+
+def test_without_ffmpeg_the_error_tells_how_to_do_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    video = tmp_path / "clip.mp4"
+    video.touch()
+    with pytest.raises(UserError) as error:
+        predict.plan([str(video)], tmp_path / "out", ["map"])
+    stem = tmp_path / "clip"
+    assert f'mkdir "{stem}" && ffmpeg -i "{video}" "{stem}/%06d.png"' in str(error.value)
+
+
+def test_frames_become_numbered_files_beside_other_inputs(tmp_path, monkeypatch):
+    """A video that fails in the middle keeps what it gave; the image after it is still done."""
+    install(tmp_path, monkeypatch, 3, "sys.exit('cut off')")
+    (tmp_path / "clip.mp4").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    inputs = [str(tmp_path / name) for name in ("clip.mp4", "b.png")]
+    jobs = predict.plan(inputs, tmp_path / "out", ["map", "cutout"])
+    done = list(predictor("cpu").run(jobs))
+    assert [bool(picture.error) for picture in done] == [False] * 3 + [True, False]
+    assert "cut off" in done[3].error
+    out = tmp_path / "out"
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+    frames = [f"clip/00000{n}{kind}.png" for n in (1, 2, 3) for kind in ("", "_cutout")]
+    assert names == ["b.png", "b_cutout.png", *frames]
+    assert Image.open(out / "clip" / "000002.png").getextrema() == (2, 2)
+    # A second run may write the same frames again; what others have put there it may not.
+    predict.plan(inputs, out, ["map"])
+    Image.new("L", (2, 2)).save(out / "clip" / "mine.png")
+    with pytest.raises(UserError, match=r"mine\.png: exists and was not written by predict"):
+        predict.plan(inputs, out, ["map"])
+
+
+def test_frames_collide_with_nothing(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 1)
+    for name in ("clip.mp4", "clip.mov"):
+        (tmp_path / name).touch()
+    (tmp_path / "x" / "clip").mkdir(parents=True)
+    save_image(Image.new("L", (2, 2)), tmp_path / "x" / "clip" / "000001.png")
+
+    def refusal(*inputs, output="out", trimap=None):
+        with pytest.raises(UserError) as error:
+            given = [str(tmp_path / name) for name in inputs]
+            predict.plan(given, tmp_path / output, ["map"], trimap)
+        return str(error.value)
+
+    assert "clip.mov and" in refusal("clip.mp4", "clip.mov")
+    assert "would both be written there" in refusal("clip.mp4", "x")
+    assert "would overwrite an input" in refusal("clip.mp4", "x", output="x")
+    trimap = str(tmp_path / "x" / "clip" / "000001.png")
+    assert "its frames need a trimap each" in refusal("clip.mp4", trimap=trimap)
