@@ -50,6 +50,7 @@ from train_utils.run_folder import (
 from train_utils.schedule import describe_schedules
 from train_utils.setup import (
     clean_errors,
+    keep_freed_memory,
     place_models,
     seed_everything,
     worker_count,
@@ -78,6 +79,7 @@ def main(args: argparse.Namespace) -> None:
     """Arguments → data → networks → resume → epochs, as rank `args.rank` of `args.world_size`."""
     device, log = torch.device(args.device), get_logger()
     task, cfg, resume, saved = configure(args)
+    keep_freed_memory(device)
     seed_everything(cfg.train.seed, cfg.train.deterministic)
     if args.test_only:
         test(args, task, cfg, cfg.train.weights or str(resume))
@@ -189,7 +191,9 @@ def fit(
     """Train, evaluate and save, from where `state` stands to the last epoch or a stop signal."""
     sampler, epochs = loader.batch_sampler, cfg.train.epochs
     steps = sampler.steps_per_epoch
-    models = wrap_models(state.models, device, cfg.train.compile)
+    models = wrap_models(
+        state.models, device, cfg.train.compile, cfg.train.bucket_mb, cfg.train.compress_gradients
+    )
     midway, early_stop = False, cfg.train.early_stop
 
     def save(best: bool = False, numbered: int | None = None) -> None:
@@ -323,7 +327,8 @@ def save_samples(
     """A sheet of the first validation samples, drawn by this process alone."""
     mark("drawing a sheet of samples")
     items = [dataset[SampleKey(0, index)] for index in range(min(SHEET_ROWS, len(dataset)))]
-    samples = predict_samples(networks, items, device, task.predict(cfg))
+    amp_dtype = choose_amp_dtype(cfg.eval.amp, device, "eval.amp")
+    samples = predict_samples(networks, items, device, task.predict(cfg), amp_dtype)
     run.save_sheet(contact_sheet([task.sheet_row(cfg, sample) for sample in samples]), step)
 
 
@@ -348,6 +353,7 @@ def score(
         keep=SHEET_ROWS if run and run.writes else 0,
         samples=samples,
         stop_requested=stop_requested,
+        amp_dtype=choose_amp_dtype(cfg.eval.amp, device, "eval.amp"),
     )
     if samples:
         rows = [task.sheet_row(cfg, sample) for sample in samples]

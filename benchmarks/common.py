@@ -5,12 +5,15 @@ else the machine does meets both; it reports medians, and ratios of medians.
 """
 
 import argparse
+import ctypes
 import json
+import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,12 +24,14 @@ from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from train_utils.distributed_utils import cpu_cores
+from train_utils.log import get_logger
 
 Rows = Sequence[Mapping[str, Any]]
 
 # Channels and side of 3×3 convolutions with equal FLOPs, as U-shaped networks have them.
 _CONVS = ((64, 144), (128, 72), (256, 36), (512, 18))
 _COPY_BYTES = 2**28
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def make_parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
@@ -38,6 +43,17 @@ def make_parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds, help="measured turns of each way")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the progress lines of trainings and evaluations."""
+    level = get_logger().level
+    get_logger().setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        get_logger().setLevel(level)
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -130,6 +146,25 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def usual_memory() -> None:
+    """Undo `keep_freed_memory`: glibc as it is by default once some large tensors were freed."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_TRIM_THRESHOLD, 2**26)
+        libc.malloc_trim(0)
+
+
+def plainly(way: Callable[[], Any]) -> Callable[[], Any]:
+    """A way that does not profit from what ours has set up in this process."""
+
+    def run() -> Any:
+        usual_memory()
+        return way()
+
+    return run
 
 
 def resident_mb(kind: str = "VmRSS") -> float:

@@ -13,7 +13,6 @@ GPU's allocator, or of a process of its own (two of its steps).
 """
 
 import argparse
-import logging
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -30,9 +29,8 @@ from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.config import load_yaml, merge
 from train_utils.data import GlobalBatchSampler, train_loader
-from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger, peak_memory_mb
-from train_utils.setup import place_models, seed_everything, wrap_models
+from train_utils.setup import keep_freed_memory, place_models, seed_everything, wrap_models
 from train_utils.train_and_eval import StepOptions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -117,7 +115,7 @@ def _plain(
             loss = plain.STEPS[cfg.task](models, optimizers, batch, device, precision)
         return loss
 
-    return train
+    return common.plainly(train)
 
 
 def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], float]:
@@ -130,6 +128,7 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
     options = StepOptions(dtype, clip_value=cfg.train.clip_value, seed=cfg.train.seed)
 
     def train() -> float:
+        keep_freed_memory(device)
         mean_loss, _ = train_one_epoch(
             models,
             optimizers,
@@ -173,26 +172,26 @@ def _peak(args: argparse.Namespace, system: str, batch_size: int, way: str) -> f
 
 def _peak_here(args: argparse.Namespace, system: str, batch_size: int, way: str) -> float:
     """Peak MB of two turns of one way, in a process that has done nothing else."""
-    get_logger().setLevel(logging.WARNING)
     gpu = torch.device(args.device).type == "cuda"
     before = 0.0 if gpu else common.resident_mb("VmRSS")
     work = make_ways(args, system, batch_size)[way]
-    work()
-    work()
+    with common.quietly():
+        work()
+        work()
     return peak_memory_mb() if gpu else common.resident_mb("VmHWM") - before
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    get_logger().setLevel(logging.WARNING)
     device = torch.device(args.device)
     dtypes = dict.fromkeys([torch.float32, choose_amp_dtype(args.amp, device) or torch.float32])
     ceilings = common.ceilings(device, list(dtypes))
-    rows = [
-        measure(args, system, batch_size, ceilings)
-        for system in args.systems
-        for batch_size in args.batches or SYSTEMS[system].batches
-    ]
+    with common.quietly():
+        rows = [
+            measure(args, system, batch_size, ceilings)
+            for system in args.systems
+            for batch_size in args.batches or SYSTEMS[system].batches
+        ]
     common.report(args, rows, ceilings)
 
 

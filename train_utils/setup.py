@@ -1,15 +1,20 @@
 """What a run sets up once, before its first step."""
 
+import ctypes
 import errno
 import inspect
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    bf16_compress_hook,
+    fp16_compress_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from train_utils.data import loader_errors
@@ -27,6 +32,32 @@ _BUFFER_SYNC = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 )
+Compression = Literal["none", "bf16", "fp16"]
+_HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
+
+
+# Parameters of glibc's mallopt(3), and the largest threshold that it takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_LARGEST = 2**25
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU under glibc, have freed memory stay with this process, for its next tensors.
+
+    By default much of it goes back to the system, which fills it with zeros, page by page as it is
+    written to, when it is wanted again a moment later. Tensors of 32 MB and more are still mapped
+    one by one: kept, too, they would leave gaps, and the peak grow by a quarter. Settings of one's
+    own, by MALLOC_… or GLIBC_TUNABLES in the environment, are left alone. To be called before
+    threads start.
+    """
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if device.type != "cpu" or chosen or sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, -1)
+        mallopt(_ARENA_MAX, 1)  # threads would otherwise have heaps of their own, with own limits
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -43,9 +74,17 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def wrap_models(
-    models: dict[str, nn.Module], device: torch.device, compile: bool
+    models: dict[str, nn.Module],
+    device: torch.device,
+    compile: bool,
+    bucket_mb: int | None = None,
+    compress_gradients: Compression = "none",
 ) -> dict[str, nn.Module]:
     """Networks as they are trained: compiled if asked for, and data-parallel in a process group.
+
+    bucket_mb: size in MiB of the buckets in which gradients are summed over processes, each as soon
+    as the backward pass has filled it; None: torch's own sizes. compress_gradients: round gradients
+    to 16 bits on the way, which halves the bytes; all processes still get the same sums.
 
     Buffers are not broadcast in every forward pass: it would overwrite batch norm's statistics
     between the two passes of a GAN's discriminator, which autograd refuses, and it is not needed,
@@ -59,7 +98,9 @@ def wrap_models(
             options: dict[str, Any] = {_BUFFER_SYNC: False, "gradient_as_bucket_view": True}
             if device.type == "cuda":
                 options["device_ids"] = [device.index]
-            model = DistributedDataParallel(model, **options)
+            model = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, **options)
+            if compress_gradients != "none":
+                model.register_comm_hook(None, _HOOKS[compress_gradients])
         wrapped[name] = model
     return wrapped
 

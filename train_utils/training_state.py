@@ -28,6 +28,7 @@ _FREE = (
     "data.alphas",
     "data.backgrounds",
     "data.trimaps",
+    "data.cache",  # and data.cache_dir
     "data.val_trimaps",
     "model.weights",
     "eval.",
@@ -37,6 +38,8 @@ _FREE = (
     "train.workers",
     "train.amp",
     "train.compile",
+    "train.bucket_mb",
+    "train.compress_gradients",
     "train.deterministic",
     "train.print_freq",
     "train.hang_timeout",

@@ -1,0 +1,97 @@
+"""Several processes that a benchmark has work done by, on this machine."""
+
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.common import synchronize
+from train_utils.log import get_logger
+from train_utils.setup import keep_freed_memory
+
+Work = Mapping[str, Callable[[], Any]]
+
+
+class World:
+    """`size` processes in one process group that do work by name, all at the same time.
+
+    make(device, *args) is called in every process and returns its work; like everything that is
+    passed to a process, it must be importable. Between two calls the processes sleep, so that
+    several worlds can take turns. One process has no group, as in a run of `train.py`.
+    """
+
+    def __init__(self, size: int, device: str, threads: int, make: Callable, *args: Any) -> None:
+        # Processes are forked from one that has imported what takes long.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "benchmarks.processes", "src"])
+        launch = (size, _free_port(), device, threads)
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            mine, other = context.Pipe()
+            work = (rank, *launch, other, make, args)
+            process = context.Process(target=_serve, args=work, daemon=True)
+            process.start()
+            other.close()  # or the end of the process would not be noticed
+            self._pipes.append(mine)
+            self._processes.append(process)
+        self._answers()
+
+    def __call__(self, name: str) -> Any:
+        """Have all processes do their work of that name; rank 0's result once all are done."""
+        for pipe in self._pipes:
+            pipe.send(name)
+        return self._answers()[0]
+
+    def _answers(self) -> list[Any]:
+        return [pipe.recv() for pipe in self._pipes]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(timeout=30)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(
+    rank: int,
+    size: int,
+    port: int,
+    device_type: str,
+    threads: int,
+    pipe: Connection,
+    make: Callable[..., Work],
+    args: tuple,
+) -> None:
+    torch.set_num_threads(threads)
+    get_logger().setLevel(logging.WARNING)
+    device = torch.device(device_type)
+    keep_freed_memory(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
+    work, answer = make(device, *args), None
+    while True:
+        synchronize(device)
+        pipe.send(answer)
+        name = pipe.recv()
+        if name is None:
+            break
+        answer = work[name]()
+    if size > 1:
+        dist.destroy_process_group()

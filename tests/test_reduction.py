@@ -1,0 +1,194 @@
+"""What processes exchange: how often, how much, and how gradients are summed."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import on_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train_utils import evaluate, train_one_epoch
+from train_utils.distributed_utils import get_rank, sum_over_ranks
+from train_utils.metric_logger import MetricLogger
+from train_utils.metrics import MeanAbsoluteError
+from train_utils.setup import wrap_models
+from train_utils.watch import Watch, mark
+
+CPU = torch.device("cpu")
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_object",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
+)
+
+
+def record_collectives():
+    """A list to which every collective of this process adds its name and the bytes it carries."""
+    called = []
+
+    def recorded(name):
+        function = getattr(dist, name)
+
+        def call(*args, **options):
+            data = args[0] if args else None
+            called.append((name, data.nbytes if isinstance(data, torch.Tensor) else None))
+            return function(*args, **options)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, recorded(name))
+    return called
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        return torch.sigmoid(self.norm(images).mean(dim=1, keepdim=True))
+
+
+def _collectives_by_meters(*counts):
+    """What an epoch of 6 steps, a line every 3, and an evaluation call, by numbers of meters."""
+    called = record_collectives()
+    return [_collectives(meters, called) for meters in counts]
+
+
+def _collectives(meters, called):
+    models = wrap_models({"model": Scale()}, CPU, compile=False)
+    optimizer = torch.optim.SGD(models["model"].parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    batch = (torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8))
+
+    def step(models, batch, counts, backward):
+        loss = (models["model"](batch[0]) - batch[1]).square().sum() / counts["pixels"]
+        backward("model", loss)
+        return {f"loss_{i}": loss.detach() for i in range(meters)}
+
+    called.clear()
+    logger = MetricLogger(reduce=True)
+    train_one_epoch(
+        models, optimizer, [batch] * 6, CPU, 0, schedule, 3, train_step=step, logger=logger
+    )
+    training = called[:]
+    called.clear()
+    metrics = [MeanAbsoluteError() for _ in range(meters)]
+    evaluate(
+        models,
+        [batch],
+        CPU,
+        metrics=metrics,
+        predict=lambda models, images: models["model"](images),
+        stop_requested=lambda: False,
+    )
+    return training, called[:]
+
+
+def expected_collectives(meters):
+    step = ("all_reduce", 4 * 8)  # pixels, images, requests to stop, processes
+
+    def line(steps):
+        return "all_reduce", steps * meters * 8
+
+    training = [step, line(1), step, step, line(2), step, step, step, line(3)]
+    buffers = [("broadcast", 2 * 3 * 4), ("broadcast", 8)]  # batch norm's, by type
+    return training, [*buffers, ("all_reduce", (meters * 3 + 1) * 8)]  # states; a request to stop
+
+
+@pytest.mark.slow  # processes
+def test_one_collective_per_step_line_and_evaluation_for_any_number_of_meters():
+    expected = [expected_collectives(2), expected_collectives(30)]
+    assert on_ranks(2, _collectives_by_meters, 2, 30) == [expected] * 2
+
+
+def _sum_and_its_collectives():
+    called = record_collectives()
+    return sum_over_ranks([2.0 ** get_rank(), 0.1]), called[:]
+
+
+@pytest.mark.slow  # processes
+def test_more_than_three_processes_gather_and_broadcast_a_few_numbers():
+    """gloo's all_reduce would pass them on from each process to the next, around a ring."""
+    expected = [1.0 + 2 + 4 + 8, 0.1 + 0.1 + 0.1 + 0.1], [("gather", 16), ("broadcast", 16)]
+    assert on_ranks(4, _sum_and_its_collectives) == [expected] * 4
+
+
+class CountingStore:
+    def __init__(self):
+        self.calls, self.bytes = [], 0
+
+    def set(self, key, value):
+        self.calls.append(("set", key))
+        self.bytes += len(value)
+
+    def check(self, keys):
+        self.calls.append(("check", *keys))
+        return False
+
+
+def test_a_look_of_the_watch_is_two_requests_to_the_store_for_any_number_of_processes():
+    store = CountingStore()
+    mark("here")  # or the place of an earlier test, with details after so long a time
+    watch = Watch(300, print, store=store, rank=1, world_size=512)
+    for _ in range(2):
+        watch._look()
+    assert store.calls == [("set", "watch/1"), ("check", "watch/stop")] * 2
+    assert store.bytes < 2 * 500
+
+
+def _network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(300, 500), nn.ReLU(), nn.Linear(500, 300), nn.Linear(300, 300))
+
+
+def _gradients():
+    """Of a 1.5 MB network on this rank's own data: alone, and summed in several ways."""
+    inputs = torch.randn(16, 300, generator=torch.Generator().manual_seed(get_rank()))
+
+    def gradients(network):
+        network(inputs).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    def wrapped(*options):
+        return gradients(wrap_models({"model": _network()}, CPU, False, *options)["model"])
+
+    alone = gradients(_network())
+    both = [torch.empty_like(alone) for _ in range(2)]
+    dist.all_gather(both, alone)
+    exact = (both[0] + both[1]) / 2
+    usual = gradients(DistributedDataParallel(_network()))
+    result = {"exact": all(map(usual.equal, (exact, wrapped(), wrapped(1), wrapped(25, "none"))))}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        found = wrapped(1, name)
+        rank_0 = found.clone()
+        dist.broadcast(rank_0, src=0)
+        # Gradients are rounded, halved and added; each may round by half a unit in the last place,
+        # of the tiniest by half of a fixed step (halving is exact for others).
+        unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
+        bound = 2 * unit * (1 + unit) * (both[0].abs() + both[1].abs()) / 2 + 4 * unit * tiny
+        result[name] = {
+            "alike": found.equal(rank_0),
+            "rounded": found.equal(found.to(dtype).float()) and not found.equal(exact),
+            "within": bool(((found - exact).abs() <= bound).all()),
+        }
+    return result
+
+
+@pytest.mark.slow  # processes
+def test_gradients_are_summed_exactly_unless_compression_is_asked_for():
+    compressed = {"alike": True, "rounded": True, "within": True}
+    assert on_ranks(2, _gradients) == [{"exact": True, "bf16": compressed, "fp16": compressed}] * 2
