@@ -44,7 +44,7 @@ def _in_a_new_process(**settings):
 def test_freed_memory_stays_for_the_next_tensor():
     ((usual, untouched, kept, held, again, peak),) = on_ranks(1, _in_a_new_process)
     assert min(usual, untouched, again) > 5_000 and kept < 1000
-    assert 150 < held < 250 and held <= peak < 250
+    assert 150 < held <= peak < 500
     chosen = partial(_in_a_new_process, MALLOC_TOP_PAD_="131072")
     ((usual, untouched, kept, *_),) = on_ranks(1, chosen)
     assert min(usual, untouched, kept) > 5_000  # somebody has chosen otherwise
