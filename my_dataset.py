@@ -11,14 +11,19 @@ What one task alone needs lies in `segmentation_data`, `matting_data` and `trans
 import difflib
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import PIL
+import torch
+import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
@@ -39,6 +44,7 @@ from train_utils.image_io import (
 )
 from train_utils.log import get_logger
 from train_utils.sample_cache import SampleCache, open_cache
+from transforms import TwoParts
 
 JointTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Pair = tuple[Path, Path]
@@ -89,9 +95,8 @@ class PairDataset(Dataset):
     """Given (image, target) files; `stems` name the pairs independently of where they lie.
 
     `read_first` and `read_target` make tensors of the paths: `read_image`, `read_mask`, a
-    `DraftReader` or a task's own. Transforms may come in two parts, `prepare` and `augment`, which
-    alone is random, and say by `prepared_sizes` and `preparation` what the first gives and depends
-    on (see `SaliencyTrain`): a cache (see `cached`) then keeps what is prepared, else what is read.
+    `DraftReader` or a task's own. A cache (see `cached`) keeps what the first one of transforms in
+    `TwoParts` makes of a pair, else what is read.
     """
 
     collate_fn = staticmethod(collate)
@@ -112,18 +117,15 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if self.cache:
-            first, target = self.cache.get(index, self._prepared)
-        else:
-            first, target = self._prepared(index)
-        if hasattr(self.transforms, "prepare"):
-            return self.transforms.augment(first, target)
+        pair = self.cache.get(index, self._prepared) if self.cache else self._read(index)
+        if self.cache and _has_two_parts(self.transforms):
+            return self.transforms.augment(*pair)
         kind = tv_tensors.Image if self._coloured_target() else tv_tensors.Mask
-        return _transformed(tv_tensors.Image(first), kind(target), self.transforms)
+        return _transformed(tv_tensors.Image(pair[0]), kind(pair[1]), self.transforms)
 
     def _prepared(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self._read(index)
-        return self.transforms.prepare(*pair) if hasattr(self.transforms, "prepare") else pair
+        return self.transforms.prepare(*pair) if _has_two_parts(self.transforms) else pair
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
         return read_pair(self.pairs[index], self.read_first, self.read_target)
@@ -133,7 +135,7 @@ class PairDataset(Dataset):
 
     def prepared_shapes(self, index: int) -> list[tuple[int, int, int]]:
         """(channels, height, width) of both parts that a cache keeps, by the files' headers."""
-        if hasattr(self.transforms, "prepare"):
+        if _has_two_parts(self.transforms):
             sizes = self.transforms.prepared_sizes(*self._sizes(index, as_read=False)[0])
         else:
             sizes = self._sizes(index, as_read=True)
@@ -409,27 +411,50 @@ def cached(data: Any, dataset: Dataset) -> Dataset:
         return [found[index] for index in indices]
 
     transforms = whole.transforms
-    readers = [_described(reader) for reader in (whole.read_first, whole.read_target)]
-    if hasattr(transforms, "prepare"):
-        readers.append(transforms.preparation())
-    folders = {path.parent for path in whole.pairs[0]}
-    family = [type(whole), type(transforms), *sorted(map(str, folders))]
+    parts = [_described(reader) for reader in (whole.read_first, whole.read_target)]
+    parts += [transforms.preparation()] if _has_two_parts(transforms) else []
+    parts += [type(whole).__name__, type(transforms).__name__]
+    folders = sorted({str(path.parent.absolute()) for path in whole.pairs[0]})
     whole.cache = open_cache(
         data.cache,
         data.cache_dir,
         indices,
         [whole.files(index) for index in indices],
-        description=" | ".join([type(whole).__name__, *readers]),
-        family=" | ".join(map(str, family)),
+        description=_code_of(whole.read_first, whole.read_target, type(whole), type(transforms)),
+        family=" | ".join([*parts, *folders]),
         shapes=shapes,
     )
     return dataset
 
 
-def _described(reader: Callable) -> str:
-    return (
-        repr(reader) if is_dataclass(reader) else getattr(reader, "__name__", type(reader).__name__)
-    )
+def _has_two_parts(transforms: Any) -> bool:
+    """Whether a transform is its two parts and nothing more."""
+    is_one = isinstance(transforms, TwoParts)
+    return is_one and type(transforms).__call__ is TwoParts.__call__
+
+
+def _described(reader: Any) -> str:
+    """A reader and its settings as text, the same in every process."""
+    if isinstance(reader, partial):
+        return f"{_described(reader.func)} {reader.args} {sorted(reader.keywords.items())}"
+    if is_dataclass(reader):
+        return repr(reader)
+    return getattr(reader, "__qualname__", None) or f"{type(reader).__name__} {vars(reader)}"
+
+
+def _code_of(*parts: Any) -> str:
+    """A hash of the source that makes items of files, and versions of the libraries in it.
+
+    An edit to a transform must not go unseen for items that an earlier run has kept.
+    """
+    parts = tuple(part.func if isinstance(part, partial) else part for part in parts)
+    names = {part.__module__ for part in parts} | {__name__, TwoParts.__module__}
+    names |= {read_image.__module__, "train_utils.label_maps"}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in names}
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(filter(None, files), key=lambda file: Path(file).name):
+        digest.update(Path(file).read_bytes())
+    return f"{digest.hexdigest()} {torch.__version__} {torchvision.__version__} {PIL.__version__}"
 
 
 def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:

@@ -18,12 +18,13 @@ import argparse
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 _FRAME = "%06d"  # what the outputs of a video's frames are called
+_THREADS = 8  # that read, and that write, beside a device; each holds a few images in memory
 
 
 class Job(NamedTuple):
@@ -134,6 +136,7 @@ class Predictor:
     models: "dict[str, torch.nn.Module]"
     device: "torch.device"
     threshold: float | None = None
+    _rendering: Lock = field(default_factory=Lock, init=False)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Picture, None, None]:
         """Read, predict and write; yields every job's outcome, in order, as it is done.
@@ -152,11 +155,11 @@ class Predictor:
             if self.device.type == "cpu":
                 yield from in_order(self._all_steps, singly, self.device)
                 return
-            write = torch.inference_mode()(self.write)
+            write, threads = torch.inference_mode()(self.write), min(_THREADS, cpu_cores())
             with (
-                closing(in_threads(self.read, singly, cpu_cores())) as pictures,
+                closing(in_threads(self.read, singly, threads)) as pictures,
                 closing(self._predicted(pictures, GPU_CHUNK)) as predicted,
-                closing(in_threads(write, predicted, cpu_cores())) as written,
+                closing(in_threads(write, predicted, threads)) as written,
             ):
                 yield from written
 
@@ -246,13 +249,15 @@ class Predictor:
         job, error = picture.job, picture.error
         if not error:
             try:
-                rendered = self.task.render(
-                    self.cfg,
-                    prediction=picture.prediction,
-                    kinds=list(job.outputs),
-                    threshold=self.threshold,
-                    **picture.images,
-                )
+                # A device has room for one map at the size of a large photograph, not for many.
+                with nullcontext() if self.device.type == "cpu" else self._rendering:
+                    rendered = self.task.render(
+                        self.cfg,
+                        prediction=picture.prediction,
+                        kinds=list(job.outputs),
+                        threshold=self.threshold,
+                        **picture.images,
+                    )
                 for kind, path in job.outputs.items():
                     save_image(rendered[kind], path)
             except (UserError, OSError, MemoryError, RuntimeError) as problem:

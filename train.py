@@ -170,6 +170,7 @@ def test(args: argparse.Namespace, task: ModuleType, cfg: Any, weights: str) -> 
     device = torch.device(args.device)
     networks = task.build_models(cfg)
     split_states(networks, tasks.read_weights(task, weights), weights)
+    cfg.data.cache = "none"  # nothing is read twice
     (dataset,) = readable(cfg.data, task.build_val_dataset(cfg))
     workers = worker_count(cfg.train.workers, device, args.local_world_size)
     call_on_main(lambda: task.prepare_data(cfg, None, dataset, workers))

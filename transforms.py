@@ -50,7 +50,19 @@ def predict_input(image: Tensor, image_size: int) -> Tensor:
     return F.resize(image, [image_size, image_size], antialias=True)
 
 
-class SaliencyTrain:
+class TwoParts:
+    """A transform of a pair whose first part is not random, so that its result can be kept.
+
+    `prepare(image, target)` is that part, `augment` the rest, which may draw random numbers.
+    `prepared_sizes(height, width)` tells the sizes (height, width) that `prepare` makes of files of
+    height × width, and `preparation()` what else its result depends on.
+    """
+
+    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return self.augment(*self.prepare(image, target))  # type: ignore[attr-defined]
+
+
+class SaliencyTrain(TwoParts):
     """The U²-Net recipe: resize to a square, crop at random, flip with probability `hflip`.
 
     Takes an image [3, H, W] and a mask [1, H, W] of the same size, both uint8; gives both in
@@ -64,9 +76,6 @@ class SaliencyTrain:
                 f"Use a value from 1 to {image_size}."
             )
         self.image_size, self.crop_size, self.hflip = image_size, crop_size, hflip
-
-    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment(*self.prepare(image, mask))
 
     def prepare(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both in `image_size` × `image_size`.
@@ -96,16 +105,14 @@ class SaliencyTrain:
         return f"resize to {self.image_size}"
 
 
-class SaliencyEval:
+class SaliencyEval(TwoParts):
     """Resize the image only; the mask keeps its own size and values, at which it is scored."""
 
     def __init__(self, image_size: int = 320) -> None:
         self.image_size = image_size
 
-    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return predict_input(image, self.image_size), mask
-
-    prepare = __call__
 
     def augment(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing is random."""
@@ -162,7 +169,7 @@ def _by_pixels(window: Tensor, flip: bool) -> Tensor:
 # --- image translation --------------------------------------------------------------------------
 
 
-class TranslationTrain:
+class TranslationTrain(TwoParts):
     """The jitter of pix2pix: resize both to `load_size`, crop at random, flip with `hflip`.
 
     Isola et al., CVPR 2017, appendix 6.2. Takes the images A and B of a pair, uint8 [3, H, W] of
@@ -185,9 +192,6 @@ class TranslationTrain:
         self.image_size, self.load_size, self.hflip = image_size, load_size, hflip
         self.direction = direction
 
-    def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment(*self.prepare(a, b))
-
     def prepare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(source, target), both `load_size` × `load_size`."""
         source, target = _directed(a, b, self.direction)
@@ -208,17 +212,15 @@ class TranslationTrain:
         return f"{self.direction}, resize to {self.load_size}"
 
 
-class TranslationEval:
+class TranslationEval(TwoParts):
     """(source, target) of a pair A, B: the source resized, the target at its own size."""
 
     def __init__(self, image_size: int = 256, direction: str = "AtoB") -> None:
         self.image_size, self.direction = image_size, direction
 
-    def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         source, target = _directed(a, b, self.direction)
         return predict_input(source, self.image_size), target
-
-    prepare = __call__
 
     def augment(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing is random."""

@@ -95,6 +95,7 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     if args.toolbox and not hasattr(task, "make_toolbox_metrics"):
         raise UserError(f"--toolbox: scores saliency maps, and {weights} is of another task.")
     models = place_models(models, device, sync_bn=False)
+    cfg.data.cache = "none"  # nothing is read twice
     (dataset,) = readable(cfg.data, task.build_val_dataset(cfg, all_pairs=bool(args.images)))
     workers = worker_count(args.workers, device, args.local_world_size)
     call_on_main(lambda: task.prepare_data(cfg, None, dataset, workers))

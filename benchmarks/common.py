@@ -149,7 +149,10 @@ def _cpu_name() -> str:
 
 
 def usual_memory() -> None:
-    """Undo `keep_freed_memory`: glibc as it is by default once some large tensors were freed."""
+    """Undo `keep_freed_memory`: glibc as it is by default once some large tensors were freed.
+
+    Heaps of threads' own do not come back; plain ways compute on one thread's heap.
+    """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_MMAP_THRESHOLD, 2**25)

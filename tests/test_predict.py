@@ -133,11 +133,10 @@ def test_an_interruption_ends_threads_and_the_source(device, tmp_path):
         finally:
             closed.append(True)
 
-    running = predictor(device).run(endless := jobs())
+    running = predictor(device).run(jobs())
     next(running)
     with pytest.raises(KeyboardInterrupt):
         running.throw(KeyboardInterrupt)
-    endless.close()
     assert closed and threading.active_count() == before
     assert len(list((tmp_path / "out").iterdir())) < 100
 

@@ -4,6 +4,8 @@ import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 import matting_data
+import my_dataset
 from my_dataset import PairFolderDataset, ShapesDataset, cached, leave_out, pairs_of
 from train_utils import sample_cache
 from train_utils.data import KeyedDataset, SampleKey, collate
@@ -322,3 +325,34 @@ def test_more_than_the_memory_that_is_left_is_refused(folders, tmp_path, monkeyp
     data = SimpleNamespace(cache="ram", cache_dir=None)
     with pytest.raises(UserError, match=r"1,000 are free.*shm-size"):
         cached(data, PairFolderDataset(*folders))
+
+
+def test_code_and_settings_of_readers_tell_packs_apart(monkeypatch):
+    def reader(path, threshold):
+        return path, threshold
+
+    described = [my_dataset._described(partial(reader, threshold=t)) for t in (50, 200)]
+    assert described[0] != described[1] and "reader" in described[0]
+    assert my_dataset._described(my_dataset.read_mask) == "read_mask"
+    assert my_dataset._described(DraftReader(64)) != my_dataset._described(DraftReader(65))
+
+    here = my_dataset._code_of(reader, SaliencyTrain)
+    assert here == my_dataset._code_of(partial(reader, threshold=1), SaliencyTrain)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: path.name.encode())
+    assert my_dataset._code_of(reader, SaliencyTrain) != here
+
+
+def test_a_transform_that_is_more_than_its_parts_is_called_as_a_whole(folders, disk):
+    class Inverted(SaliencyTrain):
+        def __call__(self, image, mask):
+            image, mask = super().__call__(image, mask)
+            return 255 - image, mask
+
+    plain, inverted = (
+        PairFolderDataset(*folders, transforms=kind(32, 32, hflip=0))
+        for kind in (SaliencyTrain, Inverted)
+    )
+    expected = 255 - plain[0][0]
+    assert inverted[0][0].equal(expected)
+    for _ in range(2):
+        assert cached(disk, inverted)[0][0].equal(expected)

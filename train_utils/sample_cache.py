@@ -3,10 +3,11 @@
 A pack has a slot of fixed place and size for every item and is filled by whoever first needs one.
 A slot counts as valid after its bytes are written; every process compares the bytes with their
 checksum when it first reads a slot, and what does not agree is made again from the files. So no
-kill, crash, full disk or damage, at whatever time, can give another sample than the files give.
+kill, crash, full disk or damage before that can give another sample than the files give.
 
-The name of a pack holds a hash of all that its items depend on, sizes and times of change of the
-files among it. A file that changes while a run goes on is noticed by the next start.
+The name of a pack holds a hash of what its items depend on: paths, sizes and times of change of the
+files, what the caller says, and the machine, since machines that share a file system do not see
+each other's writes in order. A file that changes while a run goes on is noticed by the next start.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import errno
 import hashlib
 import mmap
 import os
+import platform
 import shutil
 import uuid
 import zlib
@@ -92,10 +94,11 @@ class SampleCache:
         return tuple(part.permute(2, 0, 1) for part in _parts(torch.from_numpy(content), shapes))
 
     def _write(self, slot: int, parts: Sequence[Tensor]) -> None:
-        """Fill a slot, unless the parts do not fit: then they are made anew each time."""
+        """Fill a slot, unless the parts are not as foreseen: then they are made anew each time."""
         state, layout = self._state[slot], self._layout[slot]
         shapes = layout["shapes"].tolist()
-        if [list(part.shape) for part in parts] != shapes:
+        kept = all(part.dtype == torch.uint8 for part in parts)
+        if not kept or [list(part.shape) for part in parts] != shapes:
             return
         start = int(layout["offset"])
         content = np.frombuffer(self._map, np.uint8, _volume(shapes), start)
@@ -111,9 +114,10 @@ class SampleCache:
         """At the end of this process remove the pack, unless others still use it."""
 
         def remove() -> None:
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            _remove_if_unused(self.path)
+            with suppress(OSError), _alone(self.path.parent):
+                if fcntl:
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+                _remove_if_unused(self.path)
 
         atexit.register(remove)
 
@@ -192,7 +196,7 @@ def _disk_folder(folder: PathLike | None) -> Path:
 
 
 def _identity(files: Sequence[Sequence[Path]], description: str) -> str:
-    start = f"{_FORMAT} {description}".encode(errors="surrogateescape")
+    start = f"{_FORMAT} {platform.node()} {description}".encode(errors="surrogateescape")
     digest = hashlib.blake2b(start, digest_size=16)
     for item in files:
         digest.update(b"\0\0")
@@ -203,7 +207,8 @@ def _identity(files: Sequence[Sequence[Path]], description: str) -> str:
                 problem = f"cannot be read ({error.strerror}). Check the path."
                 raise UserError(f"{printable(path)}: {problem}") from error
             name = os.fsencode(path.absolute())
-            digest.update(b"\0%b\0%d %d" % (name, stat.st_size, stat.st_mtime_ns))
+            times = stat.st_mtime_ns, stat.st_ctime_ns  # the second, too, after cp -p or rsync -t
+            digest.update(b"\0%b\0%d %d %d" % (name, stat.st_size, *times))
     return digest.hexdigest()
 
 
@@ -298,11 +303,18 @@ def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
 
 
 def _available_memory() -> int:
+    """Bytes that the system, or the container or job that this process is in, has left."""
+    available = 2**63
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 2**63
+                available = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError, IndexError):  # no version 2 of cgroups, or no limit
+        place = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
+        group = Path("/sys/fs/cgroup" + place)
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, limit - used)
+    return available
 
 
 # --- the file: header, layout (offset and shapes by slot), state (checksum, valid), parts --------

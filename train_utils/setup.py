@@ -47,8 +47,8 @@ def keep_freed_memory(device: torch.device) -> None:
     By default much of it goes back to the system, which fills it with zeros, page by page as it is
     written to, when it is wanted again a moment later. Tensors of 32 MB and more are still mapped
     one by one: kept, too, they would leave gaps, and the peak grow by a quarter. Settings of one's
-    own, by MALLOC_… or GLIBC_TUNABLES in the environment, are left alone. To be called before
-    threads start.
+    own, by MALLOC_… or GLIBC_TUNABLES in the environment, are left alone. To be called before the
+    threads that compute start.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if device.type != "cpu" or chosen or sys.platform != "linux":
