@@ -7,30 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed import on_ranks
 
 from train_utils.setup import keep_freed_memory
 
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="concerns glibc")
-
-
-def _page_faults():
-    """Pages that the system has to provide for 6 × 28 MB, of which as much was freed before."""
-    import resource
-
-    keep_freed_memory(CPU)
-    [torch.ones(7 * 2**20) for _ in range(6)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    [torch.ones(7 * 2**20) for _ in range(6)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.slow  # a process
-def test_freed_memory_stays_for_the_next_tensor():
-    (faults,) = on_ranks(1, _page_faults)
-    assert faults < 1000  # of 43,008
 
 
 def test_only_cpus_and_nobody_s_own_settings(monkeypatch):
