@@ -22,7 +22,7 @@ from train_utils.distributed_utils import RING_PAYS
 
 MIB = 2**20
 AGREE_BYTES = 8 * 4  # fp64: the loss's count, images, requests to stop, processes
-SCORES_BYTES = 8 * (3 + 1022)  # int64: the states of MAE and maxF1
+SCORES_BYTES = 8 * (3 + 1022 + 1)  # int64: the states of MAE and maxF1, a request to stop
 
 
 @dataclass(frozen=True)
