@@ -22,7 +22,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob, has_magic
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -275,6 +275,7 @@ def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
             yield job
             continue
         try:
+            number = 0
             with closing(read_frames(job.source)) as frames:
                 for number, frame in enumerate(frames, 1):
                     outputs = {
@@ -282,8 +283,21 @@ def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
                         for kind, path in job.outputs.items()
                     }
                     yield job._replace(outputs=outputs, frame=frame)
+            remove_frames_after(number, job)
         except UserError as error:
             yield job._replace(error=str(error))
+
+
+def remove_frames_after(number: int, job: Job) -> None:
+    """Remove what an earlier call wrote of a longer video of that name."""
+    from train_utils.image_io import saved_here
+
+    for pattern in job.outputs.values():
+        for later in count(number + 1):
+            path = pattern.with_name(pattern.name % later)
+            if not (path.exists() and saved_here(path)):
+                break
+            path.unlink()
 
 
 def read_inputs(job: Job, at_least: int | None = None) -> "dict[str, Tensor]":
@@ -476,7 +490,8 @@ def _check_replaceable(path: Path) -> None:
 def _sources(inputs: Iterable[str], output: Path) -> Iterator[tuple[Path, Path]]:
     """(file, its path below the output folder) of every input, folder trees mirrored."""
     from train_utils.errors import UserError
-    from train_utils.image_io import list_images
+    from train_utils.image_io import list_images, printable
+    from train_utils.video import is_video
 
     for text in inputs:
         if not text:
@@ -484,6 +499,9 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[tuple[Path, Path]]
         path = Path(text)
         if path.is_dir():
             inside = output.resolve()
+            if videos := sum(is_video(file) for file in path.rglob("*")):
+                left_out = f"{videos} video(s) in {printable(path)} are left out"
+                print(f"note: {left_out}: name each to have it done.", file=sys.stderr, flush=True)
             for file in list_images(path, recursive=True):
                 if inside == path.resolve() or inside not in file.resolve().parents:
                     yield file, file.relative_to(path)

@@ -79,6 +79,7 @@ def main(args: argparse.Namespace) -> None:
     """Arguments → data → networks → resume → epochs, as rank `args.rank` of `args.world_size`."""
     device, log = torch.device(args.device), get_logger()
     task, cfg, resume, saved = configure(args)
+    choose_amp_dtype(cfg.eval.amp, device, "eval.amp")  # refused now, not after an epoch
     keep_freed_memory(device)
     seed_everything(cfg.train.seed, cfg.train.deterministic)
     if args.test_only:

@@ -34,13 +34,21 @@ _COPY_BYTES = 2**28
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
+def positive(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
 def make_parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks take."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=rounds, help="measured turns of each way")
+    parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each way")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser
 

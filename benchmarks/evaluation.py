@@ -24,7 +24,7 @@ import tasks
 from benchmarks import common, plain
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
-from train_utils.setup import keep_freed_memory
+from train_utils.setup import clean_errors, keep_freed_memory
 
 MASK_SIZE = (300, 400)
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -40,8 +40,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, rounds=3)
     defaults = ["u2net_lite", "u2net_full", "unet_vgg16"]
     parser.add_argument("--models", nargs="+", default=defaults, choices=SYSTEMS)
-    parser.add_argument("--size", type=int, default=320, help="side of the networks' input")
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument(
+        "--size", type=common.positive, default=320, help="side of the networks' input"
+    )
+    parser.add_argument("--images", type=common.positive, default=16)
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
     return parser.parse_args(argv)
 
@@ -146,4 +148,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import functional as F
 
 import shapes
-from benchmarks.common import make_parser, quietly, ratio, report, take_turns
+from benchmarks.common import make_parser, positive, quietly, ratio, report, take_turns
 from my_dataset import DUTSDataset, cached, pairs_of
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
+from train_utils.setup import clean_errors
 from transforms import SaliencyTrain
 
 CPU = torch.device("cpu")
@@ -168,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=5)
     add = parser.add_argument
     add("--data-path", type=Path, metavar="DIR", help="holds DUTS-TR or DUTS-TE")
-    add("--count", type=int, default=80, help="pairs of a pass")
-    add("--size", type=int, default=320)
-    add("--crop", type=int, default=288)
-    add("-b", "--batch-size", type=int, default=8)
+    add("--count", type=positive, default=80, help="pairs of a pass")
+    add("--size", type=positive, default=320)
+    add("--crop", type=positive, default=288)
+    add("-b", "--batch-size", type=positive, default=8)
     add("--workers", type=int, nargs="+", default=[0, 1, 2])
     add("--cache", nargs="*", choices=("ram", "disk"), default=["ram", "disk"])
     args = parser.parse_args(argv)
@@ -188,4 +189,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

@@ -36,13 +36,14 @@ from train_utils.config import parse_assignments
 from train_utils.errors import UserError
 from train_utils.image_io import list_images, save_image
 from train_utils.inference import prepare
+from train_utils.setup import clean_errors
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, rounds=5)
     parser.add_argument("--weights", type=Path, help="of a saliency network; default: random")
     parser.add_argument("--images", type=Path, help="folder of photographs; default: scenes")
-    parser.add_argument("--count", type=int, default=32, help="photographs per round")
+    parser.add_argument("--count", type=common.positive, default=32, help="photographs per round")
     parser.add_argument("--set", default=[], action="append", metavar="KEY=VALUE")
     return parser.parse_args(argv)
 
@@ -145,4 +146,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

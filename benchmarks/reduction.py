@@ -21,25 +21,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import make_parser, ratio, report, take_turns
+from benchmarks.common import make_parser, positive, ratio, report, take_turns
 from benchmarks.processes import Work, World
 from benchmarks.scaling import MODELS, training_loop
 from train_utils.metric_logger import MetricLogger, SmoothedValue
+from train_utils.setup import clean_errors
 from train_utils.train_and_eval import Batch, _agree, pixel_counts
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__ or "")
     add = parser.add_argument
-    add("--processes", type=int, default=2)
-    add("--meters", type=int, nargs="+", default=[1, 7, 30])
+    add("--processes", type=positive, default=2)
+    add("--meters", type=positive, nargs="+", default=[1, 7, 30])
     add("--model", default="u2net_lite", choices=MODELS)
-    add("-b", "--batch-size", type=int, default=4, help="images per process")
-    add("--size", type=int, default=64, help="side of the images")
-    add("--print-freq", type=int, default=10, help="steps per log line")
-    add("--lines", type=int, default=5, help="log lines per block of either way")
-    add("--steps", type=int, default=2, help="training steps per block")
-    add("--threads", type=int, default=1, help="per process")
+    add("-b", "--batch-size", type=positive, default=4, help="images per process")
+    add("--size", type=positive, default=64, help="side of the images")
+    add("--print-freq", type=positive, default=10, help="steps per log line")
+    add("--lines", type=positive, default=5, help="log lines per block of either way")
+    add("--steps", type=positive, default=2, help="training steps per block")
+    add("--threads", type=positive, default=1, help="per process")
     return parser.parse_args(argv)
 
 
@@ -130,4 +131,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.common import make_parser, report, table, take_turns
+from benchmarks.common import make_parser, positive, report, table, take_turns
 from benchmarks.processes import Work, World
 from benchmarks.scaling_model import buckets, ring
 from src import u2net_full, u2net_lite
@@ -28,7 +28,7 @@ from train_utils import create_lr_scheduler, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.distributed_utils import no_sync, sum_over_ranks
 from train_utils.schedule import get_params_groups
-from train_utils.setup import Compression, place_models, wrap_models
+from train_utils.setup import Compression, clean_errors, place_models, wrap_models
 from train_utils.train_and_eval import StepOptions
 
 MODELS = {"u2net_lite": u2net_lite, "u2net_full": u2net_full}
@@ -39,13 +39,19 @@ REPEATS = 20  # of a message in a block
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__ or "")
     add = parser.add_argument
-    add("--processes", type=int, nargs="+", default=[1, 2], help="1 must be among them")
+    add("--processes", type=positive, nargs="+", default=[1, 2], help="1 must be among them")
     add("--model", default="u2net_lite", choices=MODELS)
-    add("-b", "--batch-size", type=int, default=4, help="images per process")
-    add("--size", type=int, default=64, help="side of the images")
-    add("--steps", type=int, default=4, help="steps per block")
-    add("--threads", type=int, default=1, help="per process")
-    add("--bucket-mb", type=int, nargs="+", default=[None], help="default: torch's, 1 and then 25")
+    add("-b", "--batch-size", type=positive, default=4, help="images per process")
+    add("--size", type=positive, default=64, help="side of the images")
+    add("--steps", type=positive, default=4, help="steps per block")
+    add("--threads", type=positive, default=1, help="per process")
+    add(
+        "--bucket-mb",
+        type=positive,
+        nargs="+",
+        default=[None],
+        help="default: torch's, 1 and then 25",
+    )
     add("--compress", nargs="+", default=["none"], choices=("none", "bf16", "fp16"))
     args = parser.parse_args(argv)
     if 1 not in args.processes:
@@ -209,4 +215,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

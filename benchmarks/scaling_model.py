@@ -16,9 +16,11 @@ from math import ceil, log2
 import torch
 from torch import nn
 
-from benchmarks.common import table
+from benchmarks.common import positive, table
 from src import PatchDiscriminator, UNetGenerator, u2net_full, u2net_lite
 from train_utils.distributed_utils import RING_PAYS
+from train_utils.errors import UserError
+from train_utils.setup import clean_errors
 
 MIB = 2**20
 AGREE_BYTES = 8 * 4  # fp64: the loss's count, images, requests to stop, processes
@@ -209,20 +211,23 @@ def data_rows(gpus: Sequence[int], c: Cluster) -> list[dict]:
 
 
 def with_values(cluster: Cluster, values: Sequence[str]) -> Cluster:
-    """Other assumptions, as NAME=VALUE. Raises ValueError for a name that is not there."""
-    given: Mapping[str, str] = dict(value.split("=", 1) for value in values)
+    """Other assumptions, as NAME=VALUE. Raises UserError for a name that is not there."""
+    given: Mapping[str, str] = {name: text for name, _, text in (v.partition("=") for v in values)}
     types = {field.name: type(getattr(cluster, field.name)) for field in fields(cluster)}
     unknown = given.keys() - types.keys()
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: not an assumption. They are {', '.join(types)}.")
-    return replace(cluster, **{name: types[name](float(text)) for name, text in given.items()})
+        raise UserError(f"{', '.join(unknown)}: not an assumption. They are {', '.join(types)}.")
+    try:
+        return replace(cluster, **{name: types[name](float(text)) for name, text in given.items()})
+    except ValueError as error:
+        raise UserError(f"--set: {error}. Use NAME=NUMBER.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--gpus", type=positive, nargs="+", default=[8, 64, 512])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     args = parser.parse_args(argv)
     cluster = with_values(Cluster(), args.set)
@@ -231,4 +236,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

@@ -24,6 +24,7 @@ from benchmarks import common
 from benchmarks.prediction import write_scenes
 from src import u2net_lite
 from train_utils.errors import UserError
+from train_utils.setup import clean_errors
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -130,4 +131,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

@@ -30,7 +30,13 @@ from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.config import load_yaml, merge
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.metric_logger import MetricLogger, peak_memory_mb
-from train_utils.setup import keep_freed_memory, place_models, seed_everything, wrap_models
+from train_utils.setup import (
+    clean_errors,
+    keep_freed_memory,
+    place_models,
+    seed_everything,
+    wrap_models,
+)
 from train_utils.train_and_eval import StepOptions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -61,9 +67,13 @@ SYSTEMS = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, rounds=5)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
-    parser.add_argument("--batches", nargs="+", type=int, help="default: each system's own")
-    parser.add_argument("--size", type=int, help="side of the images (default: the recipe's)")
-    parser.add_argument("--steps", type=int, default=1, help="steps per turn")
+    parser.add_argument(
+        "--batches", nargs="+", type=common.positive, help="default: each system's own"
+    )
+    parser.add_argument(
+        "--size", type=common.positive, help="side of the images (default: the recipe's)"
+    )
+    parser.add_argument("--steps", type=common.positive, default=1, help="steps per turn")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
     parser.add_argument("--compile", action="store_true", help="ours under torch.compile")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory")
@@ -196,4 +206,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

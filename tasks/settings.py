@@ -145,7 +145,8 @@ class TrainConfig:
         for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         _require(self.workers is None or self.workers >= 0, "workers", "must not be negative")
-        _require(self.bucket_mb is None or self.bucket_mb >= 1, "bucket_mb", "must be at least 1")
+        mb = self.bucket_mb
+        _require(mb is None or 1 <= mb <= 2**20, "bucket_mb", "must lie between 1 and 2^20")
         _require(self.ema is None or 0 < self.ema < 1, "ema", "must lie between 0 and 1")
         for name in ("clip_norm", "clip_value"):
             clip = getattr(self, name)

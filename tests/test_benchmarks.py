@@ -151,7 +151,7 @@ def test_the_page_holds_the_tables_on_paper(capsys):
     assert (full.parameters, lite.parameters) == (43_995_469, 1_128_333)
     other = scaling_model.with_values(scaling_model.Cluster(), ["disk=5e8", "print_freq=20"])
     assert other == scaling_model.Cluster(disk=5e8, print_freq=20)
-    with pytest.raises(ValueError, match=r"dsk: not an assumption\. They are node_gpus, "):
+    with pytest.raises(UserError, match=r"dsk: not an assumption\. They are node_gpus, "):
         scaling_model.with_values(scaling_model.Cluster(), ["dsk=1"])
 
 

@@ -243,3 +243,13 @@ def test_an_empty_file_may_be_replaced(tmp_path):
     out.mkdir()
     (out / "a.png").touch()
     assert len(predict.plan([str(tmp_path / "a.jpg")], out, ["map"])) == 1
+
+
+def test_a_shorter_video_leaves_no_frames_of_a_longer_one(tmp_path):
+    pattern = tmp_path / "%06d.png"
+    for number in range(1, 6):
+        save_image(Image.new("L", (2, 2)), tmp_path / f"{number:06d}.png")
+    (tmp_path / "000005.png").write_bytes(b"somebody's own")
+    predict.remove_frames_after(2, Job(tmp_path / "clip.mp4", {"map": pattern}))
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["000001.png", "000002.png", "000005.png"]

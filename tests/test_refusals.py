@@ -513,3 +513,9 @@ def test_torchrun_inside_srun_shares_out_the_gpus_of_its_task(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert resolve_device("auto", 3, 4) == torch.device("cuda", 3)
     assert cpu_cores(4) < 100000
+
+
+def test_the_precision_of_evaluations_is_refused_before_the_first_step():
+    message = refused(train, *TINY, "--output-dir", "out", "--set", "eval.amp=fp16")
+    assert "eval.amp=fp16: CPUs have no fast fp16" in message
+    assert not Path("out").exists()

@@ -356,3 +356,15 @@ def test_a_transform_that_is_more_than_its_parts_is_called_as_a_whole(folders, d
     assert inverted[0][0].equal(expected)
     for _ in range(2):
         assert cached(disk, inverted)[0][0].equal(expected)
+
+
+def test_files_of_others_in_the_folder_stay(folders, disk):
+    disk.cache_dir.mkdir()
+    others = [disk.cache_dir / name for name in ("notes.tmp", ".hidden.tmp", "my.pack")]
+    for other in others:
+        other.write_text("precious")
+    left_by_a_kill = disk.cache_dir / ".0123.pack.tmp"
+    left_by_a_kill.touch()
+    cached(disk, PairFolderDataset(*folders))
+    assert [other.read_text() for other in others] == ["precious"] * 3
+    assert not left_by_a_kill.exists()

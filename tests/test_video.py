@@ -75,7 +75,9 @@ def test_a_failure_comes_after_the_frames_before_it_with_ffmpegs_own_words(tmp_p
         ("", "failed after 0 frames"),
         ("sys.stdout.buffer.write(b'P6\\n4 2\\n65535\\n')", "frame 1 is not what"),
         ("sys.stdout.buffer.write(b'P6\\n99999 9999\\n255\\n')", "frame 1 has 99999×9999 pixels"),
-        ("sys.stdout.buffer.write(b'P6\\n4 2\\n255\\nabc'); sys.exit(1)", "failed after 0 frames"),
+        ("sys.stdout.buffer.write(b'P6\\n4 2\\n255\\nabc'); sys.exit(1)", "frame 1 is cut off"),
+        ("sys.stdout.buffer.write(b'P6\\n-3 5\\n255\\n')", "frame 1 is not what"),
+        ("sys.stdout.buffer.write(b'P6\\n0 5\\n255\\n')", "frame 1 is not what"),
     ],
 )
 def test_what_is_no_frame_is_an_error(end, problem, tmp_path, monkeypatch):
@@ -86,7 +88,10 @@ def test_what_is_no_frame_is_an_error(end, problem, tmp_path, monkeypatch):
 
 def test_many_messages_do_not_block(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, 2, "sys.stderr.write('x' * 10**6)")
-    assert len(list(read_frames(tmp_path / "clip.mp4"))) == 2
+    frames = read_frames(tmp_path / "clip.mp4")
+    assert [next(frames)[0, 0, 0].item() for _ in range(2)] == [1, 2]
+    with pytest.raises(UserError, match=r"reported damage after 2 frames \(x{200}\)"):
+        next(frames)  # ffmpeg goes on after damage, and its exit status is 0
 
 
 def test_a_stream_of_ppms_by_hand():

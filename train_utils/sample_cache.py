@@ -42,6 +42,7 @@ Shape = tuple[int, int, int]  # channels, height, width
 
 _FORMAT = 1  # to be raised when the meaning of a pack's bytes changes
 _SUFFIX = ".pack"
+_TEMPORARY = ".pack.tmp"
 _ALIGNMENT = 64
 _VALID = 0x600DDA7A
 _HEADER = np.dtype([("layout_crc", "<u8"), ("items", "<u8"), ("parts", "<u8"), ("bytes", "<u8")])
@@ -216,7 +217,7 @@ def _remove_unused(place: Path, prefix: str) -> None:
     for path in place.glob(f"{prefix}*{_SUFFIX}"):
         if _remove_if_unused(path):
             get_logger().info(f"removed an outdated cache: {printable(path)}")
-    for path in place.glob("*.tmp"):  # of a process that was killed
+    for path in place.glob(f".*{_TEMPORARY}"):  # of a process that was killed
         with suppress(OSError):
             path.unlink()
 
@@ -265,7 +266,7 @@ def _make(path: Path, shapes: Sequence[Sequence[Shape]], kind: str) -> None:
     total = begin + int(sizes.sum())
     header = np.array([(zlib.crc32(layout.tobytes()), items, parts, total)], _HEADER)
 
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             _reserve(file, total, path.parent, kind)
@@ -289,7 +290,12 @@ def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
         else:
             file.truncate(total)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"data.cache={kind}: the samples need {total:,} bytes, more than a file may have "
+                "here (ulimit -f, or the file system). Raise the limit, or go without."
+            ) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
             raise
         other = (
             "Use --cache disk, or, in a container, enlarge it (docker --shm-size)."

@@ -64,12 +64,13 @@ def read_frames(path: PathLike) -> Generator[Tensor, None, None]:
             finally:
                 process.kill()  # first, or a frame that is being read might keep all waiting
                 process.wait()
-        if status or not frames:
-            messages.seek(0)
-            lines = messages.read().decode(errors="backslashreplace").strip().splitlines()
-            problem = lines[-1] if lines else f"exit status {status}, no frames"
+        messages.seek(0)
+        lines = messages.read().decode(errors="backslashreplace").strip().splitlines()
+        if status or not frames or lines:  # ffmpeg goes on after damage, and ends with status 0
+            what = "failed" if status or not frames else "reported damage"
+            problem = lines[-1][:200] if lines else f"exit status {status}"
             raise UserError(
-                f"{printable(path)}: ffmpeg failed after {frames} frames ({printable(problem)}). "
+                f"{printable(path)}: ffmpeg {what} after {frames} frames ({printable(problem)}). "
                 "Check that the file is an intact video."
             )
 
@@ -85,10 +86,12 @@ def read_ppm(stream: BufferedReader) -> Tensor | None:
     fields = header.split()
     if len(fields) != 4 or fields[0] != b"P6" or fields[3] != b"255":
         raise ValueError("is not what ffmpeg was asked for")
+    if not (fields[1].isdigit() and fields[2].isdigit() and int(fields[1]) * int(fields[2])):
+        raise ValueError("is not what ffmpeg was asked for")
     width, height = int(fields[1]), int(fields[2])
     if width * height > MAX_PIXELS:
         raise ValueError(f"has {width}×{height} pixels, more than {MAX_PIXELS:,}")
     pixels = torch.empty(height, width, 3, dtype=torch.uint8)
     if stream.readinto(pixels.numpy().data) < pixels.numel():
-        return None  # ffmpeg died, and its exit status says so
+        raise ValueError("is cut off")
     return pixels.permute(2, 0, 1)
