@@ -324,11 +324,13 @@ def at_own_size(job: Job, images: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """
     from train_utils.image_io import image_size
 
-    if job.frame is not None or image_size(job.source)[::-1] == images["image"].shape[-2:]:
+    if job.frame is not None:
+        return images
+    width, height = image_size(job.source)
+    if (height, width) == images["image"].shape[-2:]:
         return images
     if list(job.outputs) != ["map"]:
         return read_inputs(job)
-    width, height = image_size(job.source)
     return {"image": images["image"].new_zeros(1).expand(3, height, width)}
 
 

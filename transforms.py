@@ -465,6 +465,7 @@ def restore_logits(logits: Tensor, size: Sequence[int], fit: str) -> Tensor:
     Cuts off the letterbox's grey and resizes bilinearly, in fp32 or more. Metrics and predict.py
     both finish their predictions by this function.
     """
+    logits = logits.contiguous()  # channels-last ones are resized by kernels with other last bits
     if fit == "letterbox":
         top, left, h, w = letterbox_box(size[0], size[1], logits.shape[-1])
         logits = logits[:, top : top + h, left : left + w]

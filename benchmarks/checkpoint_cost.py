@@ -21,36 +21,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import positive
-from src import u2net_full, u2net_lite
+from benchmarks.common import MODELS, make_parser, positive
 from train_utils import create_lr_scheduler
 from train_utils.checkpoint import CheckpointWriter, save_checkpoint
 from train_utils.losses import criterion
 from train_utils.schedule import get_params_groups
 from train_utils.setup import clean_errors
 
-MODELS = {"u2net_lite": u2net_lite, "u2net_full": u2net_full}
 WAYS = ("none", "sync", "async")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, rounds=10)
     add = parser.add_argument
     add("--model", default="u2net_lite", choices=MODELS)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("-b", "--batch-size", type=positive, default=4)
     add("--size", type=positive, default=64, help="side of the images")
     add("--every", type=positive, default=10, metavar="STEPS", help="steps from save to save")
-    add("--rounds", type=positive, default=10, help="blocks of each way")
-    add(
-        "--epoch-steps",
-        type=positive,
-        default=100,
-        help="steps per save for the share",
-    )
-    add("--json", type=Path, help="also write the figures here")
+    add("--epoch-steps", type=positive, default=100, help="steps per save for the share")
     return parser.parse_args(argv)
 
 

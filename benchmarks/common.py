@@ -23,15 +23,18 @@ import torchvision
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from src import u2net_full, u2net_lite
 from train_utils.distributed_utils import cpu_cores
 from train_utils.log import get_logger
+from train_utils.setup import set_heap
 
 Rows = Sequence[Mapping[str, Any]]
+
+MODELS = {"u2net_lite": u2net_lite, "u2net_full": u2net_full}  # for what no task is needed for
 
 # Channels and side of 3×3 convolutions with equal FLOPs, as U-shaped networks have them.
 _CONVS = ((64, 144), (128, 72), (256, 36), (512, 18))
 _COPY_BYTES = 2**28
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def positive(text: str) -> int:
@@ -161,11 +164,9 @@ def usual_memory() -> None:
 
     Heaps of threads' own do not come back; plain ways compute on one thread's heap.
     """
+    set_heap(trim_threshold=2**26)
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(_TRIM_THRESHOLD, 2**26)
-        libc.malloc_trim(0)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def plainly(way: Callable[[], Any]) -> Callable[[], Any]:

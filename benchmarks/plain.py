@@ -40,9 +40,7 @@ def saliency(
     with precision():
         outputs = models["model"](images)
         loss = sum(F.binary_cross_entropy_with_logits(output, masks) for output in outputs)
-    opts["model"].zero_grad()
-    loss.backward()
-    opts["model"].step()
+    _update(opts["model"], loss)
     return loss.item()
 
 
@@ -53,9 +51,7 @@ def segmentation(
     images, labels = batch[0].to(device), batch[1].to(device)
     with precision():
         loss = F.cross_entropy(models["model"](images), labels, ignore_index=255)
-    opts["model"].zero_grad()
-    loss.backward()
-    opts["model"].step()
+    _update(opts["model"], loss)
     return loss.item()
 
 
@@ -70,9 +66,7 @@ def matting(
         distances = (torch.sqrt((predicted - alpha) ** 2 + 1e-12) * unknown).sum()
         distances += (torch.sqrt((composite - image) ** 2 + 1e-12).mean(1, True) * unknown).sum()
         loss = distances / 2 / unknown.sum()
-    opts["model"].zero_grad()
-    loss.backward()
-    opts["model"].step()
+    _update(opts["model"], loss)
     return loss.item()
 
 
@@ -86,17 +80,19 @@ def translation(
         fake = generator(source)
         judged = discriminator(fake, source)
         loss = F.mse_loss(judged, torch.ones_like(judged)) + 100 * F.l1_loss(fake, target)
-    opts["generator"].zero_grad()
-    loss.backward()
-    opts["generator"].step()
+    _update(opts["generator"], loss)
     with precision():
         real, judged = discriminator(target, source), discriminator(fake.detach(), source)
         d_loss = F.mse_loss(real, torch.ones_like(real))
         d_loss = (d_loss + F.mse_loss(judged, torch.zeros_like(judged))) / 2
-    opts["discriminator"].zero_grad()
-    d_loss.backward()
-    opts["discriminator"].step()
+    _update(opts["discriminator"], d_loss)
     return loss.item() + d_loss.item()
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 STEPS = {

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import make_parser, positive, ratio, report, take_turns
+from benchmarks.common import MODELS, make_parser, positive, ratio, report, take_turns
 from benchmarks.processes import Work, World
-from benchmarks.scaling import MODELS, training_loop
+from benchmarks.scaling import training_loop
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.setup import clean_errors
 from train_utils.train_and_eval import Batch, _agree, pixel_counts

@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.common import make_parser, positive, report, table, take_turns
+from benchmarks.common import MODELS, make_parser, positive, report, table, take_turns
 from benchmarks.processes import Work, World
 from benchmarks.scaling_model import buckets, ring
-from src import u2net_full, u2net_lite
 from train_utils import create_lr_scheduler, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.distributed_utils import no_sync, sum_over_ranks
@@ -31,7 +30,6 @@ from train_utils.schedule import get_params_groups
 from train_utils.setup import Compression, clean_errors, place_models, wrap_models
 from train_utils.train_and_eval import StepOptions
 
-MODELS = {"u2net_lite": u2net_lite, "u2net_full": u2net_full}
 MESSAGES = (64, 2**12, 2**16, 2**20, 2**23)  # bytes
 REPEATS = 20  # of a message in a block
 

@@ -523,12 +523,7 @@ def _class_map(cfg: Config, prediction: Tensor, size: Sequence[int]) -> Tensor:
 
 def _finish(cfg: Config) -> Callable[[Tensor, Sequence[int]], Tensor]:
     """(logits [C, h, w], (H, W)) → logits at the image's own size, for any part of the classes."""
-    return partial(_restore, fit=cfg.data.fit)
-
-
-def _restore(logits: Tensor, size: Sequence[int], fit: str) -> Tensor:
-    # Channels-last logits would be resized by other kernels, whose last bits are others.
-    return restore_logits(logits.contiguous(), size, fit)
+    return partial(restore_logits, fit=cfg.data.fit)
 
 
 def _colours(cfg: Config) -> Tensor:

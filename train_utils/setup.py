@@ -35,7 +35,6 @@ _BUFFER_SYNC = next(
 Compression = Literal["none", "bf16", "fp16"]
 _HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
-
 # Parameters of glibc's mallopt(3), and the largest threshold that it takes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _LARGEST = 2**25
@@ -53,10 +52,15 @@ def keep_freed_memory(device: torch.device) -> None:
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if device.type != "cpu" or chosen or sys.platform != "linux":
         return
+    set_heap(trim_threshold=-1)
+
+
+def set_heap(trim_threshold: int) -> None:
+    """Have glibc keep up to so many freed bytes (-1: all), on one heap; else do nothing."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, -1)
+        mallopt(_TRIM_THRESHOLD, trim_threshold)
         mallopt(_ARENA_MAX, 1)  # threads would otherwise have heaps of their own, with own limits
 
 
