@@ -1,22 +1,28 @@
-"""The command line of train.py and train_multi_GPU.py, and the config that comes of it."""
+"""The command lines of training and validation, and the config that a training's comes to.
+
+The scripts read their command lines before they import what takes seconds, torch above all, so that
+--help and mistakes are answered at once; hence the imports inside functions.
+"""
 
 import argparse
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import tasks
-from tasks.settings import deciding_metric
-from train_utils.checkpoint import load_training_state
-from train_utils.config import load_yaml, merge, parse_assignments
-from train_utils.errors import UserError
-from train_utils.run_folder import LAST, find_resume, restarted_run
-
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 
 
+def accept_any_console() -> None:
+    """Let a console that cannot show "→" print an escape instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """The command line; a flag whose dest has a dot sets that key of the config."""
+    """The command line of a training; a flag whose dest has a dot sets that key of the config."""
+    accept_any_console()
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,11 +78,46 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     return parser.parse_args(argv)
 
 
+def parse_validation_args(
+    argv: list[str] | None = None, description: str | None = None
+) -> argparse.Namespace:
+    """The command line of validation.py."""
+    accept_any_console()
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
+    add("--config", metavar="YAML", help="recipe of weights that bring none with them")
+    add("--data-path", metavar="DIR", help="the data set's folder; default: the training's data")
+    add("--images", metavar="DIR", help="any folder of images, all of which are scored")
+    add("--masks", metavar="DIR", help="the masks of --images or --predictions")
+    add("--predictions", metavar="DIR", help="score these maps instead of a network")
+    add("--post-norm", action="store_true", help="stretch each prediction to [0, 1] first")
+    add("--toolbox", action="store_true", help="also by the common toolbox's protocol")
+    add("--json", metavar="FILE", help="write the scores at full precision")
+    add("--device", default="auto")
+    add("-b", "--batch-size", type=int, default=8, help="images read at a time; changes no score")
+    add("-j", "--workers", type=int, help="loader workers per process")
+    add("--set", default=[], action="append", metavar="KEY=VALUE", help="override a config key")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or (args.workers is not None and args.workers < 0):
+        parser.error("--batch-size must be at least 1 and --workers not negative")
+    return args
+
+
 def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, dict | None]:
     """Task and config, and the checkpoint to continue from with its content, if any.
 
     Precedence: defaults, the checkpoint's settings, --config, flags and --set.
     """
+    import tasks
+    from tasks.settings import deciding_metric
+    from train_utils.checkpoint import load_training_state
+    from train_utils.config import load_yaml, merge, parse_assignments
+    from train_utils.errors import UserError
+    from train_utils.run_folder import LAST, find_resume, restarted_run
+
     flags = [(*key.split("."), value) for key, value in vars(args).items() if "." in key]
     overrides = merge(
         {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)

@@ -27,12 +27,16 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from arguments import accept_any_console
+from process_setup import keep_freed_memory
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    accept_any_console()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,11 +102,10 @@ def main(args: argparse.Namespace) -> int:
     from train_utils.image_io import printable
     from train_utils.inference import prepare
     from train_utils.run_folder import newest_best_checkpoint
-    from train_utils.setup import keep_freed_memory
 
     jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.trimap)
     device = resolve_device(args.device)
-    keep_freed_memory(device)
+    keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
     check_flags(args, task.PREDICT_FLAGS, str(weights))
@@ -528,8 +531,7 @@ def _before_wildcard(parts: tuple[str, ...]) -> list[str]:
 
 
 if __name__ == "__main__":
-    # Parsed before torch is imported, so that --help and usage errors answer at once.
-    arguments = parse_args()
+    arguments = parse_args()  # before torch is imported: --help and mistakes are answered at once
     from train_utils.setup import clean_errors
 
     with clean_errors():

@@ -16,11 +16,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from arguments import DEFAULT_CONFIG, configure, parse_args
+from process_setup import keep_freed_memory, set_up_process
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = parse_args(description=__doc__)
+    set_up_process(args.device)
+
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import tasks
-from arguments import DEFAULT_CONFIG, configure, parse_args
 from my_dataset import fingerprint, readable
 from tasks.settings import deciding_metric
 from train_utils import evaluate, init_distributed_mode, train_one_epoch
@@ -50,7 +56,6 @@ from train_utils.run_folder import (
 from train_utils.schedule import describe_schedules
 from train_utils.setup import (
     clean_errors,
-    keep_freed_memory,
     place_models,
     seed_everything,
     worker_count,
@@ -80,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     device, log = torch.device(args.device), get_logger()
     task, cfg, resume, saved = configure(args)
     choose_amp_dtype(cfg.eval.amp, device, "eval.amp")  # refused now, not after an epoch
-    keep_freed_memory(device)
+    keep_freed_memory(device.type)
     seed_everything(cfg.train.seed, cfg.train.deterministic)
     if args.test_only:
         test(args, task, cfg, cfg.train.weights or str(resume))
@@ -372,7 +377,6 @@ def score(
 
 if __name__ == "__main__":
     with clean_errors():
-        args = parse_args(description=__doc__)
         refuse_launcher("train.py")
         init_distributed_mode(args)
         main(args)

@@ -12,9 +12,17 @@ Several machines, on each of them (N = 0 on the first):
 The arguments are train.py's. --batch-size is per process; the learning rate is not scaled.
 """
 
-from torch.distributed.elastic.multiprocessing.errors import record
+import argparse
 
 from arguments import parse_args
+from process_setup import set_up_process
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = parse_args(description=__doc__)
+    set_up_process(args.device)
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from train import main
 from train_utils import init_distributed_mode
 from train_utils.distributed_utils import shutdown_distributed
@@ -22,14 +30,13 @@ from train_utils.setup import clean_errors
 
 
 @record
-def launch() -> None:
+def launch(args: argparse.Namespace) -> None:
     """Join the process group, then do what train.py does."""
     with clean_errors():
-        args = parse_args(description=__doc__)
         init_distributed_mode(args)
         main(args)
         shutdown_distributed()
 
 
 if __name__ == "__main__":
-    launch()
+    launch(args)

@@ -18,11 +18,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from arguments import parse_validation_args as parse_args
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = parse_args(description=__doc__)
+
 import torch
 from torch import Tensor
 
 import tasks
 from my_dataset import PairFolderDataset, check_pairs, readable
+from process_setup import keep_freed_memory
 from train_utils import evaluate, init_distributed_mode
 from train_utils.amp import choose_amp_dtype
 from train_utils.config import merge, parse_assignments
@@ -40,7 +46,7 @@ from train_utils.metrics import (
     all_scores,
 )
 from train_utils.run_folder import newest_best_checkpoint
-from train_utils.setup import clean_errors, keep_freed_memory, place_models, worker_count
+from train_utils.setup import clean_errors, place_models, worker_count
 
 
 def main(args: argparse.Namespace) -> None:
@@ -84,7 +90,7 @@ def write_json(path: Path, scores: dict[str, Any]) -> None:
 def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     """Scores of a network on its task's validation data."""
     device = torch.device(args.device)
-    keep_freed_memory(device)
+    keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, overrides_of(args), args.config)
     amp_dtype = choose_amp_dtype(cfg.eval.amp, device, "eval.amp")
@@ -153,33 +159,8 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     return merge({"data": data}, parse_assignments(args.set))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
-    add("--config", metavar="YAML", help="recipe of weights that bring none with them")
-    add("--data-path", metavar="DIR", help="the data set's folder; default: the training's data")
-    add("--images", metavar="DIR", help="any folder of images, all of which are scored")
-    add("--masks", metavar="DIR", help="the masks of --images or --predictions")
-    add("--predictions", metavar="DIR", help="score these maps instead of a network")
-    add("--post-norm", action="store_true", help="stretch each prediction to [0, 1] first")
-    add("--toolbox", action="store_true", help="also by the common toolbox's protocol")
-    add("--json", metavar="FILE", help="write the scores at full precision")
-    add("--device", default="auto")
-    add("-b", "--batch-size", type=int, default=8, help="images read at a time; changes no score")
-    add("-j", "--workers", type=int, help="loader workers per process")
-    add("--set", default=[], action="append", metavar="KEY=VALUE", help="override a config key")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1 or (args.workers is not None and args.workers < 0):
-        parser.error("--batch-size must be at least 1 and --workers not negative")
-    return args
-
-
 if __name__ == "__main__":
     with clean_errors():
-        arguments = parse_args()
-        init_distributed_mode(arguments)
-        main(arguments)
+        init_distributed_mode(args)
+        main(args)
         shutdown_distributed()

@@ -5,7 +5,6 @@ else the machine does meets both; it reports medians, and ratios of medians.
 """
 
 import argparse
-import ctypes
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +22,10 @@ import torchvision
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from arguments import accept_any_console
 from src import u2net_full, u2net_lite
 from train_utils.distributed_utils import cpu_cores
 from train_utils.log import get_logger
-from train_utils.setup import set_heap
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -47,6 +46,7 @@ def positive(text: str) -> int:
 
 def make_parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks take."""
+    accept_any_console()
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,26 +157,6 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def usual_memory() -> None:
-    """Undo `keep_freed_memory`: glibc as it is by default once some large tensors were freed.
-
-    Heaps of threads' own do not come back; plain ways compute on one thread's heap.
-    """
-    set_heap(trim_threshold=2**26)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def plainly(way: Callable[[], Any]) -> Callable[[], Any]:
-    """A way that does not profit from what ours has set up in this process."""
-
-    def run() -> Any:
-        usual_memory()
-        return way()
-
-    return run
 
 
 def resident_mb(kind: str = "VmRSS") -> float:

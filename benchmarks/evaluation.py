@@ -7,12 +7,14 @@
 plain takes one image at a time through the network as it was trained, NCHW in fp32 ("plain amp"
 under bf16 autocast, on devices with bf16 units), all cores on that image, and adds up its metrics
 on the host. ours is `evaluate` with the task's own metrics. Both see the same samples: embedded
-scenes in memory, with masks of 400×300 pixels; plain's are normalised beforehand. The share is that
-of the FLOPs (counted by torch) per second in the fastest 3×3 convolution of the same dtype.
+scenes in memory, with masks of 400×300 pixels; plain's are normalised beforehand. Each way has a
+process of its own. The share is that of the FLOPs (counted by torch) per second in the fastest 3×3
+convolution of the same dtype; the limit is the ratio at which the share would be 1.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,9 +24,11 @@ from torch import Tensor, nn
 
 import tasks
 from benchmarks import common, plain
+from benchmarks.processes import Work, World
+from process_setup import keep_freed_memory
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
-from train_utils.setup import clean_errors, keep_freed_memory
+from train_utils.setup import clean_errors
 
 MASK_SIZE = (300, 400)
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -83,8 +87,15 @@ def plain_segmentation(model: nn.Module, samples: list, device: torch.device) ->
 PLAIN = {"saliency": plain_saliency, "segmentation": plain_segmentation}
 
 
-def make_ways(args: argparse.Namespace, system: str) -> dict[str, Callable[[], Any]]:
-    """Functions by the name of the way, each of which scores all images."""
+def make_work(device: torch.device, args: argparse.Namespace, *what: str) -> Work:
+    """What the process of a way does: score all images, or count its FLOPs."""
+    keep_freed_memory(device.type if what[1] == "ours" else "")
+    score = make_way(args, *what)
+    return {"score": score, "flops": lambda: common.flops(score)}
+
+
+def make_way(args: argparse.Namespace, system: str, way: str) -> Callable[[], Any]:
+    """A function that scores all images."""
     device = torch.device(args.device)
     data = {"name": "shapes", "image_size": args.size, "val_size": args.images}
     data |= {"fit": "stretch"} if SYSTEMS[system]["task"] == "segmentation" else {}
@@ -92,16 +103,8 @@ def make_ways(args: argparse.Namespace, system: str) -> dict[str, Callable[[], A
     torch.manual_seed(0)
     models = {name: model.to(device).eval() for name, model in task.build_models(cfg).items()}
     samples = [_sample(image, target) for image, target in task.build_val_dataset(cfg)]
-    hosted = [plain.host_batch(cfg.task, sample) for sample in samples]
-
-    def score_plainly(amp: bool = False) -> list[float]:
-        dtype = choose_amp_dtype("auto", device)
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=amp):
-            return PLAIN[cfg.task](models["model"], hosted, device)
-
-    def score() -> Any:
-        keep_freed_memory(device)
-        return evaluate(
+    if way == "ours":
+        return lambda: evaluate(
             models,
             samples,  # type: ignore[arg-type]
             device,
@@ -109,11 +112,14 @@ def make_ways(args: argparse.Namespace, system: str) -> dict[str, Callable[[], A
             predict=task.predict(cfg),
             amp_dtype=choose_amp_dtype(args.amp, device),
         )
+    hosted = [plain.host_batch(cfg.task, sample) for sample in samples]
+    dtype = choose_amp_dtype("auto", device)
 
-    ways: dict[str, Callable[[], Any]] = {"plain": common.plainly(score_plainly), "ours": score}
-    if choose_amp_dtype("auto", device):
-        ways["plain amp"] = common.plainly(lambda: score_plainly(amp=True))
-    return ways
+    def score_plainly() -> list[float]:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=way == "plain amp"):
+            return PLAIN[cfg.task](models["model"], hosted, device)
+
+    return score_plainly
 
 
 def _sample(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,16 +130,25 @@ def _sample(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(args: argparse.Namespace, system: str, ceilings: Mapping[str, float]) -> dict[str, Any]:
     """A row of the table."""
-    device = torch.device(args.device)
-    ways = make_ways(args, system)
-    work = common.flops(ways["plain"])
-    times = common.take_turns(ways, args.rounds, device)
+    device, threads = torch.device(args.device), torch.get_num_threads()
+    names = ["plain", *(["plain amp"] if choose_amp_dtype("auto", device) else []), "ours"]
+    worlds = {
+        name: World(1, args.device, threads, make_work, args, system, name, plain=True)
+        for name in names
+    }
+    work = worlds["plain"]("flops")
+    times = common.take_turns(
+        {n: partial(world, "score") for n, world in worlds.items()}, args.rounds
+    )
+    for world in worlds.values():
+        world.close()
     rates = {name: args.images / median(each) for name, each in times.items()}
     row: dict[str, Any] = {"model": system, "GFLOP/img": work / args.images / 1e9}
     row |= {f"{name} img/s": rate for name, rate in rates.items()}
-    row |= {f"× {name}": rates["ours"] / rates[name] for name in ways if name != "ours"}
+    row |= {f"× {name}": rates["ours"] / rates[name] for name in names if name != "ours"}
     dtype = choose_amp_dtype(args.amp, device) or torch.float32
     row["share"] = row["GFLOP/img"] * rates["ours"] / ceilings[f"conv {str(dtype)[6:]}"]
+    row["limit"] = row["× plain"] / row["share"]
     return row
 
 
@@ -142,8 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = choose_amp_dtype(args.amp, torch.device(args.device))
     dtypes = {torch.float32, dtype or torch.float32}
     ceilings = common.ceilings(args.device, sorted(dtypes, key=str))
-    with common.quietly():
-        rows = [measure(args, system, ceilings) for system in args.models]
+    rows = [measure(args, system, ceilings) for system in args.models]
     common.report(args, rows, ceilings)
 
 

@@ -5,8 +5,9 @@
 
 plain takes one photograph after the other: decoded, made floats, resized and normalised, through
 the network in NCHW and fp32 on all cores, the map resized and saved as Pillow saves by default.
-ours is predict.py's `main`. Both load the weights in every round. Without --images the photographs
-are embedded scenes of 400×300 pixels, JPEGs; without --weights the network is u2net_lite, random.
+ours is predict.py's `main`. Both load the weights in every round, and have a process of their own.
+Without --images the photographs are embedded scenes of 400×300 pixels, JPEGs; without --weights the
+network is u2net_lite, random.
 
 The rows below are ours' steps of one photograph, one after the other on a single thread, and their
 shares of a thread's time; on GPUs, all but the forward pass lie on threads beside it.
@@ -17,6 +18,7 @@ import io
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 import predict
 import tasks
 from benchmarks import common
+from benchmarks.processes import Work, World
 from shapes import render_scene
 from src import u2net_lite
 from train_utils.amp import choose_amp_dtype
@@ -70,6 +73,18 @@ def predict_plainly(
         saliency = F.interpolate(saliency, picture.shape[-2:], mode="bilinear")[0, 0]
         codes = (saliency * 255).round().byte().cpu()
         Image.fromarray(codes.numpy()).save(output / f"{file.stem}.png")
+
+
+def predict_ours(command: list[str]) -> None:
+    """predict.py, without its lines."""
+    with redirect_stdout(io.StringIO()):
+        if predict.main(predict.parse_args(command)):
+            raise UserError(f"{command[0]} …: a file could not be predicted.")
+
+
+def make_work(device: torch.device, way: Callable, *args: Any) -> Work:
+    """What the process of a way does."""
+    return {"predict": partial(way, *args)}
 
 
 def stage_times(
@@ -120,18 +135,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = [*names, "-o", str(outputs["ours"]), "--weights", str(weights)]
         command += ["--device", args.device, *(f"--set={each}" for each in args.set)]
 
-        def predict_ours() -> None:
-            with redirect_stdout(io.StringIO()):
-                if predict.main(predict.parse_args(command)):
-                    raise UserError(f"{args.images}: a file could not be predicted.")
-
-        ways = {
-            "plain": common.plainly(
-                lambda: predict_plainly(weights, settings, files, outputs["plain"], args.device)
-            ),
-            "ours": predict_ours,
-        }
-        times = common.take_turns(ways, args.rounds, args.device)
+        plainly = (predict_plainly, weights, settings, files, outputs["plain"], args.device)
+        ways = {"plain": plainly, "ours": (predict_ours, command)}
+        launch = (1, args.device, torch.get_num_threads(), make_work)
+        worlds = {name: World(*launch, *way, plain=True) for name, way in ways.items()}
+        work = {name: partial(world, "predict") for name, world in worlds.items()}
+        times = common.take_turns(work, args.rounds)
+        for world in worlds.values():
+            world.close()
         stages = stage_times(weights, settings, files, outputs["ours"], torch.device(args.device))
     rates = {f"{way} img/s": len(files) / median(each) for way, each in times.items()}
     rows: list[dict[str, Any]] = [

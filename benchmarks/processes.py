@@ -1,8 +1,10 @@
-"""Several processes that a benchmark has work done by, on this machine."""
+"""Processes that a benchmark has work done by, on this machine."""
 
 import logging
+import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import process_setup
 from benchmarks.common import synchronize
 from train_utils.log import get_logger
-from train_utils.setup import keep_freed_memory
 
 Work = Mapping[str, Callable[[], Any]]
 
@@ -22,20 +24,34 @@ class World:
 
     make(device, *args) is called in every process and returns its work; like everything that is
     passed to a process, it must be importable. Between two calls the processes sleep, so that
-    several worlds can take turns. One process has no group, as in a run of `train.py`.
+    several worlds can take turns. One process has no group, as in a run of `train.py`. On CPUs
+    they are set up as those of `train.py` are, unless they are to be `plain`.
     """
 
-    def __init__(self, size: int, device: str, threads: int, make: Callable, *args: Any) -> None:
-        # Processes are forked from one that has imported what takes long.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "benchmarks.processes", "src"])
+    def __init__(
+        self,
+        size: int,
+        device: str,
+        threads: int,
+        make: Callable,
+        *args: Any,
+        plain: bool = False,
+    ) -> None:
+        set_up = torch.device(device).type == "cpu" and not plain
+        if set_up:
+            # Forked from one that is set up and has imported what takes long.
+            context: Any = mp.get_context("forkserver")
+            context.set_forkserver_preload(["torch._dynamo", "benchmarks.processes", "src"])
+        else:
+            context = mp.get_context("spawn")
         launch = (size, _free_port(), device, threads)
         self._pipes, self._processes = [], []
         for rank in range(size):
             mine, other = context.Pipe()
             work = (rank, *launch, other, make, args)
             process = context.Process(target=_serve, args=work, daemon=True)
-            process.start()
+            with _environment(set_up):
+                process.start()
             other.close()  # or the end of the process would not be noticed
             self._pipes.append(mine)
             self._processes.append(process)
@@ -58,6 +74,18 @@ class World:
             process.join(timeout=30)
 
 
+@contextmanager
+def _environment(set_up: bool) -> Iterator[None]:
+    """The environment of processes that start meanwhile."""
+    before = dict(os.environ)
+    os.environ |= process_setup.environment() if set_up else {}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,7 +105,6 @@ def _serve(
     torch.set_num_threads(threads)
     get_logger().setLevel(logging.WARNING)
     device = torch.device(device_type)
-    keep_freed_memory(device)
     if device.type == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)

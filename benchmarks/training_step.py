@@ -2,18 +2,18 @@
 
     python -m benchmarks.training_step
     python -m benchmarks.training_step --systems u2net_full --batches 1 4 8 --json step.json
-    python -m benchmarks.training_step --systems u2net_lite --size 64 --memory
+    python -m benchmarks.training_step --systems u2net_lite --size 64
 
 plain is `benchmarks/plain.py`; "plain amp" the same under bf16 autocast, on devices with bf16
 units; ours is `train_one_epoch` with the recipe's own settings. All see the same batches, which
-wait in the host's memory, and take turns of --steps steps. Figures are medians per step. The share
-is that of the FLOPs (counted by torch) per second in the fastest 3×3 convolution of the same dtype,
-measured in the same run. --memory adds each way's peak, beyond what the imports take, in MB: of the
-GPU's allocator, or of a process of its own (two of its steps).
+wait in the host's memory, and take turns of --steps steps, each way in a process of its own.
+Figures are medians per step. The share is that of the FLOPs (counted by torch) per second in the
+fastest 3×3 convolution of the same dtype, measured in the same run; the limit is the ratio at which
+the share would be 1. Memory is each way's peak in MB: of the GPU's allocator, or of the process
+beyond what the imports take.
 """
 
 import argparse
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -25,6 +25,7 @@ import torch
 
 import tasks
 from benchmarks import common, plain
+from benchmarks.processes import Work, World
 from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.config import load_yaml, merge
@@ -32,7 +33,6 @@ from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.metric_logger import MetricLogger, peak_memory_mb
 from train_utils.setup import (
     clean_errors,
-    keep_freed_memory,
     place_models,
     seed_everything,
     wrap_models,
@@ -76,14 +76,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=common.positive, default=1, help="steps per turn")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
     parser.add_argument("--compile", action="store_true", help="ours under torch.compile")
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
     return parser.parse_args(argv)
 
 
-def make_ways(args: argparse.Namespace, system: str, batch_size: int) -> dict[str, Callable]:
-    """Functions by the name of the way, each of which trains for `--steps` steps.
+def make_work(device: torch.device, args: argparse.Namespace, *what: Any) -> Work:
+    """What the process of a way does: train, count FLOPs, and tell its peak of memory in MB."""
+    gpu = device.type == "cuda"
+    before = 0.0 if gpu else common.resident_mb("VmRSS")
+    train = make_way(args, *what)
+    return {
+        "train": train,
+        "flops": lambda: common.flops(train),
+        "memory": lambda: peak_memory_mb() if gpu else common.resident_mb("VmHWM") - before,
+    }
 
-    All start from the same weights; each returns its last (ours: mean) loss.
+
+def make_way(
+    args: argparse.Namespace, system: str, batch_size: int, way: str
+) -> Callable[[], float]:
+    """A function that trains for `--steps` steps and returns the last (ours: the mean) loss.
+
+    All ways start from the same weights and see the same batches.
     """
     device = torch.device(args.device)
     task, cfg = _configured(args, system, batch_size)
@@ -91,13 +104,11 @@ def make_ways(args: argparse.Namespace, system: str, batch_size: int) -> dict[st
     sampler = GlobalBatchSampler(args.steps * batch_size, batch_size)
     train_set, _ = task.build_datasets(cfg)
     batches = list(train_loader(train_set, sampler, workers=0, device=device))
-
-    ways = {"plain": _plain(task, cfg, batches, device, nullcontext)}
-    if dtype := choose_amp_dtype("auto", device):
-        ways["plain amp"] = _plain(
-            task, cfg, batches, device, partial(torch.autocast, device.type, dtype)
-        )
-    return {**ways, "ours": _ours(task, cfg, batches, device)}
+    if way == "ours":
+        return _ours(task, cfg, batches, device)
+    dtype = choose_amp_dtype("auto", device)
+    precision = partial(torch.autocast, device.type, dtype) if way == "plain amp" else nullcontext
+    return _plain(task, cfg, batches, device, precision)
 
 
 def _configured(args: argparse.Namespace, system: str, batch_size: int) -> tuple[Any, Any]:
@@ -125,7 +136,7 @@ def _plain(
             loss = plain.STEPS[cfg.task](models, optimizers, batch, device, precision)
         return loss
 
-    return common.plainly(train)
+    return train
 
 
 def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], float]:
@@ -138,7 +149,6 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
     options = StepOptions(dtype, clip_value=cfg.train.clip_value, seed=cfg.train.seed)
 
     def train() -> float:
-        keep_freed_memory(device)
         mean_loss, _ = train_one_epoch(
             models,
             optimizers,
@@ -158,11 +168,13 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
 
 
 def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: dict) -> dict:
-    """A row of the table: milliseconds per step, ratios, share of the ceiling, maybe memory."""
+    """A row of the table: milliseconds per step, ratios, share of the ceiling, memory."""
     device = torch.device(args.device)
-    ways = make_ways(args, system, batch_size)
-    work = common.flops(ways["plain"]) / args.steps
-    times = common.take_turns(ways, args.rounds, device, warmup=1)
+    names = ["plain", *(["plain amp"] if choose_amp_dtype("auto", device) else []), "ours"]
+    worlds = {name: _world(args, system, batch_size, name) for name in names}
+    work = worlds["plain"]("flops") / args.steps
+    ways = {name: partial(world, "train") for name, world in worlds.items()}
+    times = common.take_turns(ways, args.rounds, warmup=1)
     row: dict[str, Any] = {"system": system, "batch": batch_size}
     row["GFLOP/img"] = work / batch_size / 1e9
     row |= {f"{name} ms": median(each) / args.steps * 1e3 for name, each in times.items()}
@@ -170,25 +182,16 @@ def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: di
     row |= {f"× {name}": common.ratio(times, "ours", name) for name in ways if name != "ours"}
     dtype = choose_amp_dtype(args.amp, device) or torch.float32
     row["share"] = work / row["ours ms"] / 1e6 / ceilings[f"conv {str(dtype)[6:]}"]
-    if args.memory:
-        row |= {f"{name} MB": _peak(args, system, batch_size, name) for name in ways}
+    row["limit"] = row["× plain"] / row["share"]
+    row |= {f"{name} MB": world("memory") for name, world in worlds.items()}
+    for world in worlds.values():
+        world.close()
     return row
 
 
-def _peak(args: argparse.Namespace, system: str, batch_size: int, way: str) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (args, system, batch_size, way))
-
-
-def _peak_here(args: argparse.Namespace, system: str, batch_size: int, way: str) -> float:
-    """Peak MB of two turns of one way, in a process that has done nothing else."""
-    gpu = torch.device(args.device).type == "cuda"
-    before = 0.0 if gpu else common.resident_mb("VmRSS")
-    work = make_ways(args, system, batch_size)[way]
-    with common.quietly():
-        work()
-        work()
-    return peak_memory_mb() if gpu else common.resident_mb("VmHWM") - before
+def _world(args: argparse.Namespace, system: str, batch_size: int, way: str) -> World:
+    what = (make_work, args, system, batch_size, way)
+    return World(1, args.device, torch.get_num_threads(), *what, plain=way != "ours")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -196,12 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     dtypes = dict.fromkeys([torch.float32, choose_amp_dtype(args.amp, device) or torch.float32])
     ceilings = common.ceilings(device, list(dtypes))
-    with common.quietly():
-        rows = [
-            measure(args, system, batch_size, ceilings)
-            for system in args.systems
-            for batch_size in args.batches or SYSTEMS[system].batches
-        ]
+    rows = [
+        measure(args, system, batch_size, ceilings)
+        for system in args.systems
+        for batch_size in args.batches or SYSTEMS[system].batches
+    ]
     common.report(args, rows, ceilings)
 
 

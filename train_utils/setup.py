@@ -1,12 +1,11 @@
 """What a run sets up once, before its first step."""
 
-import ctypes
 import errno
 import inspect
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -34,34 +33,6 @@ _BUFFER_SYNC = next(
 )
 Compression = Literal["none", "bf16", "fp16"]
 _HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
-
-# Parameters of glibc's mallopt(3), and the largest threshold that it takes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-_LARGEST = 2**25
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU under glibc, have freed memory stay with this process, for its next tensors.
-
-    By default much of it goes back to the system, which fills it with zeros, page by page as it is
-    written to, when it is wanted again a moment later. Tensors of 32 MB and more are still mapped
-    one by one: kept, too, they would leave gaps, and the peak grow by a quarter. Settings of one's
-    own, by MALLOC_… or GLIBC_TUNABLES in the environment, are left alone. To be called before the
-    threads that compute start.
-    """
-    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if device.type != "cpu" or chosen or sys.platform != "linux":
-        return
-    set_heap(trim_threshold=-1)
-
-
-def set_heap(trim_threshold: int) -> None:
-    """Have glibc keep up to so many freed bytes (-1: all), on one heap; else do nothing."""
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, trim_threshold)
-        mallopt(_ARENA_MAX, 1)  # threads would otherwise have heaps of their own, with own limits
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -135,9 +106,6 @@ def worker_count(asked: int | None, device: torch.device, local_world_size: int)
 @contextmanager
 def clean_errors() -> Iterator[None]:
     """Print what a user can put right as one line and exit with 1; other errors keep a trace."""
-    for stream in (sys.stdout, sys.stderr):  # a console that cannot show "→" must not end a run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
         with loader_errors():
             yield

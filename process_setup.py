@@ -1,0 +1,109 @@
+"""What a process that computes on CPUs has set from its start: its memory, and how threads wait.
+
+By default glibc hands large tensors back to the system as they are freed. The system fills them
+with zeros, page by page as they are written to, when they are wanted again a moment later: up to a
+third of a training step. And threads of GNU's OpenMP spin for milliseconds until the last of them
+is done, which costs far more where that one waits for a core: a loader worker or another user's
+program can make a step take thirty times as long (docs/performance.md).
+"""
+
+import ctypes
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+# Settings that glibc takes from its environment as a process starts (its manual: "Tunables").
+TUNABLES = {
+    "mmap_max": 0,  # tensors of any size come from the heap, not from mappings of their own …
+    "trim_threshold": 2**62,  # … and go back to it, not to the system
+    "arena_max": 1,  # threads would otherwise have heaps of their own
+    # An aligned tensor leaves slivers of some dozen bytes beside it. Put aside for small requests,
+    # they would not grow together with the tensor when it is freed, the next one of its size would
+    # not fit there, and peak memory would grow by a quarter.
+    "tcache_count": 0,
+    "mxfast": 0,
+}
+_TUNABLES, _SPIN = "GLIBC_TUNABLES", "GOMP_SPINCOUNT"
+SPINS = 10_000  # about half a millisecond; libgomp's own are 300,000
+
+# Parameters of mallopt(3), and the largest threshold that it takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_LARGEST = 2**25
+
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+def set_up_process(device: str) -> None:
+    """Set what libraries read as they are loaded; to be called before torch is imported.
+
+    A process that is to train on CPUs is replaced by itself, since glibc has read its settings by
+    the time that a program can change them: number, streams and command line stay, and the start of
+    the interpreter is all that is repeated. `device` is what --device says; "auto" means a CPU
+    where no GPU's driver is. A process is not replaced without glibc, under a debugger or inside
+    another program (a notebook); settings that the environment holds are left alone.
+    """
+    added = environment()
+    os.environ |= {_SPIN: added[_SPIN]} if _SPIN in added else {}
+    if _TUNABLES in added and _is_glibc() and _on_cpu(device) and _is_own_program():
+        command = [sys.executable, *sys.orig_argv[1:]]
+        with suppress(OSError):  # not worth failing for
+            os.execve(sys.executable, command, {**os.environ, **added})
+
+
+def environment() -> dict[str, str]:
+    """What to add to the environment of a process that computes on CPUs, where nothing is set."""
+    added = {}
+    if not _has_own_heap():
+        settings = (f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
+        added[_TUNABLES] = ":".join(settings)
+    if not {_SPIN, "OMP_WAIT_POLICY"} & set(os.environ):
+        added[_SPIN] = str(SPINS)
+    return added
+
+
+def keep_freed_memory(device: str) -> None:
+    """Have freed memory stay with this process as it is, if `device` is a CPU and glibc is there.
+
+    Tensors of 32 MB and more are still mapped one by one where nothing free has room for them:
+    kept, too, they would leave gaps, and the peak grow by a quarter. Settings of one's own in the
+    environment are left alone. To be called before the threads that compute start.
+    """
+    if device == "cpu" and not _has_own_heap():
+        set_heap(trim_threshold=-1)
+
+
+def set_heap(trim_threshold: int) -> None:
+    """Have glibc keep up to so many freed bytes (-1: all), on one heap; else do nothing."""
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, trim_threshold)
+        mallopt(_ARENA_MAX, 1)
+
+
+def _is_glibc() -> bool:
+    try:
+        return sys.platform == "linux" and "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
+    except (OSError, ValueError):  # a C library that does not know the name
+        return False
+
+
+def _has_own_heap() -> bool:
+    """Whether the environment says how memory is to be kept."""
+    return any(name.startswith(("MALLOC_", _TUNABLES)) for name in os.environ)
+
+
+def _on_cpu(device: str) -> bool:
+    if device != "auto":
+        return device == "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return hidden or not any(Path(driver).exists() for driver in _GPU_DRIVERS)
+
+
+def _is_own_program() -> bool:
+    """Whether a fresh interpreter with this one's command line would do the same, unwatched."""
+    watched = sys.gettrace() is not None or "pydevd" in sys.modules
+    return not watched and bool(sys.executable) and sys.argv[0] in sys.orig_argv
