@@ -120,8 +120,13 @@ class PairDataset(Dataset):
         pair = self.cache.get(index, self._prepared) if self.cache else self._read(index)
         if self.cache and _has_two_parts(self.transforms):
             return self.transforms.augment(*pair)
-        kind = tv_tensors.Image if self._coloured_target() else tv_tensors.Mask
-        return _transformed(tv_tensors.Image(pair[0]), kind(pair[1]), self.transforms)
+        kinds = tv_tensors.Image, tv_tensors.Image if self._coloured_target() else tv_tensors.Mask
+        # From a cache come plain tensors; to wrap a wrapped one takes its time.
+        image, target = (
+            tensor if type(tensor) is kind else kind(tensor)
+            for tensor, kind in zip(pair, kinds, strict=True)
+        )
+        return _transformed(image, target, self.transforms)
 
     def _prepared(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self._read(index)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from train_utils import data
 from train_utils.data import (
     GlobalBatchSampler,
     KeyedDataset,
@@ -172,6 +173,25 @@ def test_a_batch_of_images_lies_pixel_by_pixel_as_they_do():
     (masks,) = collate([(image[:1],) for image in images])
     assert masks.is_contiguous()
     assert torch.equal(masks, torch.stack(images)[:, :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float64])
+@pytest.mark.parametrize("shape", [(), (0, 2), (3, 2, 5)])
+def test_a_worker_collates_in_shared_memory(monkeypatch, dtype, shape):
+    tensors = [torch.full(shape, number).to(dtype) for number in range(3)]
+    (alone,) = collate([(tensor,) for tensor in tensors])
+    assert not alone.is_shared()
+    monkeypatch.setattr(data, "get_worker_info", object)
+    (batch,) = collate([(tensor,) for tensor in tensors])
+    assert batch.is_shared()
+    assert (batch.dtype, batch.shape, batch.stride()) == (dtype, (3, *shape), alone.stride())
+    assert torch.equal(batch, alone)
+
+
+def test_a_worker_promotes_mixed_types_as_the_script_does(monkeypatch):
+    items = [(torch.tensor(1),), (torch.tensor(1.5),)]
+    monkeypatch.setattr(data, "get_worker_info", object)
+    assert collate(items)[0].tolist() == [1.0, 1.5]
 
 
 def test_a_batch_draws_as_its_samples_do_alone():

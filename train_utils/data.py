@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
 from train_utils import faults
 from train_utils.distributed_utils import end_with_parent
@@ -118,8 +118,21 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
     if plain[0].dim() == 3 and plain[0].stride(0) == 1 < plain[0].shape[0]:
         # Pixel by pixel in memory, as networks want their images: a batch of the same kind, which
         # takes no more than copying rows.
-        return torch.stack([tensor.permute(1, 2, 0) for tensor in plain]).permute(0, 3, 1, 2)
-    return torch.stack(plain)
+        return _stack_to_send([tensor.permute(1, 2, 0) for tensor in plain]).permute(0, 3, 1, 2)
+    return _stack_to_send(plain)
+
+
+def _stack_to_send(tensors: list[Tensor]) -> Tensor:
+    """`torch.stack`; in a loader's worker in memory that it shares with the script."""
+    first = tensors[0]
+    if get_worker_info() is None or any(tensor.dtype != first.dtype for tensor in tensors):
+        return torch.stack(tensors)
+    # Where torch's own collating puts it, too. A batch in the worker's own memory would be copied
+    # on its way, and the heap would grow by dozens of batches: glibc cuts slivers off such aligned
+    # blocks and holds them in its cache of small chunks, where freed neighbours cannot merge.
+    storage = torch.UntypedStorage._new_shared(len(tensors) * first.nbytes)
+    batch = torch.empty(0, dtype=first.dtype).set_(storage)  # type: ignore[call-overload]
+    return torch.stack(tensors, out=batch.view(len(tensors), *first.shape))
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):

@@ -44,7 +44,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo, PngStream
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
@@ -65,6 +65,7 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 _LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
 _LOSSY_TIFF_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 _WHITE, _BLACK = 255, 0
+_PNG_SIGNATURE = 8  # bytes before the first chunk
 _SOFTWARE = "pixtrain"
 _COMPRESSION = 1  # zlib's: a third of the default's time, for photographs 5 % larger, maps a third
 
@@ -162,12 +163,15 @@ def read_image_and_mask(
     its image is resized along with it at no further cost.
     """
     picture, grey = _rgb(image), _grey(mask)
-    beside = picture.size == grey.shape[::-1]
-    if beside:
-        picture.putalpha(Image.fromarray(grey))
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    target = pixels[3:] if beside else torch.from_numpy(grey)[None]
-    return tv_tensors.Image(pixels[:3]), tv_tensors.Mask(target)
+    if picture.size == grey.shape[::-1]:
+        # Four bytes per pixel, as in Pillow's own memory: one of each is to spare for the mask.
+        pixels = np.frombuffer(bytearray(picture.tobytes("raw", "RGBX")), np.uint8)
+        pixels = pixels.reshape(*grey.shape, 4)
+        pixels[..., 3] = grey
+        both = torch.from_numpy(pixels).permute(2, 0, 1)
+        return tv_tensors.Image(both[:3]), tv_tensors.Mask(both[3:])
+    alone = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return tv_tensors.Image(alone), tv_tensors.Mask(torch.from_numpy(grey)[None])
 
 
 def _rgb(path: PathLike, at_least: int | None = None) -> Image.Image:
@@ -404,15 +408,14 @@ def _decode(path: PathLike, at_least: int | None = None) -> tuple[Image.Image, b
     at_least: see `read_image`.
     """
     with _opened(path) as image:
-        if image.format != "PNG":
-            _scale_down(image, at_least)
-            return _load(path, image)
-        # Loading skips the checksums of PNG's pixel data, and then most flipped bits go unnoticed.
-        file = image.fp  # type: ignore[attr-defined]
-        image.verify()
-        file.seek(0)
-        with Image.open(file, formats=_FORMATS) as image:  # a verified one cannot be used further
-            return _load(path, image)
+        if isinstance(image, PngImageFile):
+            # Loading skips the checksums of the pixel data, and then most flipped bits go
+            # unnoticed. An image that has verified itself cannot be loaded: so by another reader.
+            assert image.fp  # for mypy: it is open
+            image.fp.seek(_PNG_SIGNATURE)
+            PngStream(image.fp).verify()
+        _scale_down(image, at_least)
+        return _load(path, image)
 
 
 def _scale_down(image: Image.Image, at_least: int | None) -> None:
