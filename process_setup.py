@@ -1,10 +1,10 @@
-"""What a process that computes on CPUs has set from its start: its memory, and how threads wait.
+"""What a training on CPUs has set from its start: its memory, and how its threads wait.
 
 By default glibc hands large tensors back to the system as they are freed. The system fills them
 with zeros, page by page as they are written to, when they are wanted again a moment later: up to a
 third of a training step. And threads of GNU's OpenMP spin for milliseconds until the last of them
-is done, which costs far more where that one waits for a core: a loader worker or another user's
-program can make a step take thirty times as long (docs/performance.md).
+is done, which can stop a training almost entirely where that one waits for a core that other
+programs use. docs/performance.md has the figures.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 # Settings that glibc takes from its environment as a process starts (its manual: "Tunables").
 TUNABLES = {
@@ -25,7 +26,8 @@ TUNABLES = {
     "mxfast": 0,
 }
 _TUNABLES, _SPIN = "GLIBC_TUNABLES", "GOMP_SPINCOUNT"
-SPINS = 10_000  # about half a millisecond; libgomp's own are 300,000
+SPINS = 10_000  # some tenths of a millisecond; libgomp's own are 300,000
+_STARTED = "PIXTRAIN_STARTED_AGAIN"  # holds the number of a process that was
 
 # Parameters of mallopt(3), and the largest threshold that it takes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
@@ -35,28 +37,32 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def set_up_process(device: str) -> None:
-    """Set what libraries read as they are loaded; to be called before torch is imported.
+    """Set what libraries read as they are loaded; a script calls it before it imports torch.
 
-    A process that is to train on CPUs is replaced by itself, since glibc has read its settings by
-    the time that a program can change them: number, streams and command line stay, and the start of
-    the interpreter is all that is repeated. `device` is what --device says; "auto" means a CPU
-    where no GPU's driver is. A process is not replaced without glibc, under a debugger or inside
-    another program (a notebook); settings that the environment holds are left alone.
+    A process that is to train on CPUs is replaced by itself, once, since glibc has read its
+    settings by the time that a program can change them: number, streams and command line stay, and
+    the start of the interpreter is all that is repeated. `device` is what --device says; "auto"
+    means a CPU where no GPU's driver is. Only a script that was launched as a file is replaced, not
+    one that runs within another program (python -m, a notebook, a debugger), and only where glibc
+    is. Settings that the environment holds are left alone.
     """
-    added = environment()
-    os.environ |= {_SPIN: added[_SPIN]} if _SPIN in added else {}
-    if _TUNABLES in added and _is_glibc() and _on_cpu(device) and _is_own_program():
+    added, caller = environment(), sys._getframe(1)
+    if _SPIN in added:
+        os.environ[_SPIN] = added[_SPIN]
+    if _TUNABLES in added and _is_glibc() and _on_cpu(device) and _is_launched(caller):
+        added[_STARTED] = str(os.getpid())
         command = [sys.executable, *sys.orig_argv[1:]]
-        with suppress(OSError):  # not worth failing for
+        with suppress(OSError, ValueError):  # not worth failing for
             os.execve(sys.executable, command, {**os.environ, **added})
 
 
 def environment() -> dict[str, str]:
-    """What to add to the environment of a process that computes on CPUs, where nothing is set."""
+    """What to add to the environment of a process that trains on CPUs, where nothing is set."""
     added = {}
     if not _has_own_heap():
-        settings = (f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
-        added[_TUNABLES] = ":".join(settings)
+        others = os.environ.get(_TUNABLES)
+        settings = [f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items()]
+        added[_TUNABLES] = ":".join([others, *settings] if others else settings)
     if not {_SPIN, "OMP_WAIT_POLICY"} & set(os.environ):
         added[_SPIN] = str(SPINS)
     return added
@@ -93,7 +99,8 @@ def _is_glibc() -> bool:
 
 def _has_own_heap() -> bool:
     """Whether the environment says how memory is to be kept."""
-    return any(name.startswith(("MALLOC_", _TUNABLES)) for name in os.environ)
+    tuned = "glibc.malloc." in os.environ.get(_TUNABLES, "")
+    return tuned or any(name.startswith("MALLOC_") for name in os.environ)
 
 
 def _on_cpu(device: str) -> bool:
@@ -103,7 +110,9 @@ def _on_cpu(device: str) -> bool:
     return hidden or not any(Path(driver).exists() for driver in _GPU_DRIVERS)
 
 
-def _is_own_program() -> bool:
-    """Whether a fresh interpreter with this one's command line would do the same, unwatched."""
-    watched = sys.gettrace() is not None or "pydevd" in sys.modules
-    return not watched and bool(sys.executable) and sys.argv[0] in sys.orig_argv
+def _is_launched(caller: FrameType) -> bool:
+    """Whether the caller is a script that the interpreter runs from a file, for the first time."""
+    outermost = caller.f_back is None and sys.gettrace() is None
+    again = os.environ.get(_STARTED) == str(os.getpid())
+    script = Path(caller.f_globals.get("__file__", ""))
+    return outermost and not again and bool(sys.executable) and script.is_file()

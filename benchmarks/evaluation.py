@@ -89,8 +89,10 @@ PLAIN = {"saliency": plain_saliency, "segmentation": plain_segmentation}
 
 def make_work(device: torch.device, args: argparse.Namespace, *what: str) -> Work:
     """What the process of a way does: score all images, or count its FLOPs."""
-    keep_freed_memory(device.type if what[1] == "ours" else "")
-    score = make_way(args, *what)
+    system, way = what
+    if way == "ours":
+        keep_freed_memory(device.type)  # as validation.py does
+    score = make_way(args, system, way)
     return {"score": score, "flops": lambda: common.flops(score)}
 
 
@@ -133,7 +135,7 @@ def measure(args: argparse.Namespace, system: str, ceilings: Mapping[str, float]
     device, threads = torch.device(args.device), torch.get_num_threads()
     names = ["plain", *(["plain amp"] if choose_amp_dtype("auto", device) else []), "ours"]
     worlds = {
-        name: World(1, args.device, threads, make_work, args, system, name, plain=True)
+        name: World(1, args.device, threads, make_work, args, system, name, set_up=False)
         for name in names
     }
     work = worlds["plain"]("flops")

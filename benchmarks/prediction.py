@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plainly = (predict_plainly, weights, settings, files, outputs["plain"], args.device)
         ways = {"plain": plainly, "ours": (predict_ours, command)}
         launch = (1, args.device, torch.get_num_threads(), make_work)
-        worlds = {name: World(*launch, *way, plain=True) for name, way in ways.items()}
+        worlds = {name: World(*launch, *way, set_up=False) for name, way in ways.items()}
         work = {name: partial(world, "predict") for name, world in worlds.items()}
         times = common.take_turns(work, args.rounds)
         for world in worlds.values():

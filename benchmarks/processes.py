@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 import process_setup
 from benchmarks.common import synchronize
+from train_utils.errors import UserError
 from train_utils.log import get_logger
 
 Work = Mapping[str, Callable[[], Any]]
@@ -25,7 +26,7 @@ class World:
     make(device, *args) is called in every process and returns its work; like everything that is
     passed to a process, it must be importable. Between two calls the processes sleep, so that
     several worlds can take turns. One process has no group, as in a run of `train.py`. On CPUs
-    they are set up as those of `train.py` are, unless they are to be `plain`.
+    they are set up as `train.py` is, unless told otherwise. A UserError in one is raised here.
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class World:
         threads: int,
         make: Callable,
         *args: Any,
-        plain: bool = False,
+        set_up: bool = True,
     ) -> None:
-        set_up = torch.device(device).type == "cpu" and not plain
+        set_up = torch.device(device).type == "cpu" and set_up
         if set_up:
-            # Forked from one that is set up and has imported what takes long.
+            # Forked from one that is set up and has imported what takes seconds; DDP needs dynamo.
             context: Any = mp.get_context("forkserver")
             context.set_forkserver_preload(["torch._dynamo", "benchmarks.processes", "src"])
         else:
@@ -64,7 +65,11 @@ class World:
         return self._answers()[0]
 
     def _answers(self) -> list[Any]:
-        return [pipe.recv() for pipe in self._pipes]
+        answers = [pipe.recv() for pipe in self._pipes]
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+        return answers
 
     def close(self) -> None:
         """End the processes."""
@@ -112,13 +117,22 @@ def _serve(
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
-    work, answer = make(device, *args), None
+    work = _answer(make, device, *args)
+    answer = work if isinstance(work, UserError) else None
     while True:
         synchronize(device)
         pipe.send(answer)
         name = pipe.recv()
         if name is None:
             break
-        answer = work[name]()
+        answer = _answer(work[name])
     if size > 1:
         dist.destroy_process_group()
+
+
+def _answer(work: Callable, *args: Any) -> Any:
+    """What some work returns, or the UserError that it raises."""
+    try:
+        return work(*args)
+    except UserError as error:
+        return error

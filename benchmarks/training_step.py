@@ -191,7 +191,7 @@ def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: di
 
 def _world(args: argparse.Namespace, system: str, batch_size: int, way: str) -> World:
     what = (make_work, args, system, batch_size, way)
-    return World(1, args.device, torch.get_num_threads(), *what, plain=way != "ours")
+    return World(1, args.device, torch.get_num_threads(), *what, set_up=way == "ours")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
