@@ -13,19 +13,21 @@ from typing import Any
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 
 
-def accept_any_console() -> None:
-    """Let a console that cannot show "→" print an escape instead of ending the run."""
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows its description as it is written, on any console.
+
+    One that cannot show "→" prints an escape from here on instead of ending the run.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=raw)
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """The command line of a training; a flag whose dest has a dot sets that key of the config."""
-    accept_any_console()
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
 
     def add(*names: str, **options: Any) -> None:
         defaults = {"default": argparse.SUPPRESS} | ({"metavar": "N"} if "type" in options else {})
@@ -82,10 +84,7 @@ def parse_validation_args(
     argv: list[str] | None = None, description: str | None = None
 ) -> argparse.Namespace:
     """The command line of validation.py."""
-    accept_any_console()
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     add = parser.add_argument
     add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
     add("--config", metavar="YAML", help="recipe of weights that bring none with them")

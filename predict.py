@@ -27,7 +27,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from arguments import accept_any_console
+from arguments import new_parser
 from process_setup import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    accept_any_console()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IMG|VIDEO|DIR|GLOB")
     add("-o", "--output", default="predictions", metavar="DIR", help="default: predictions")

@@ -75,18 +75,12 @@ def keep_freed_memory(device: str) -> None:
     kept, too, they would leave gaps, and the peak grow by a quarter. Settings of one's own in the
     environment are left alone. To be called before the threads that compute start.
     """
-    if device == "cpu" and not _has_own_heap():
-        set_heap(trim_threshold=-1)
-
-
-def set_heap(trim_threshold: int) -> None:
-    """Have glibc keep up to so many freed bytes (-1: all), on one heap; else do nothing."""
-    if sys.platform != "linux":
+    if device != "cpu" or sys.platform != "linux" or _has_own_heap():
         return
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, trim_threshold)
+        mallopt(_TRIM_THRESHOLD, -1)  # never
         mallopt(_ARENA_MAX, 1)
 
 

@@ -22,8 +22,9 @@ import torchvision
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from arguments import accept_any_console
+from arguments import new_parser
 from src import u2net_full, u2net_lite
+from train_utils.amp import choose_amp_dtype
 from train_utils.distributed_utils import cpu_cores
 from train_utils.log import get_logger
 
@@ -46,10 +47,7 @@ def positive(text: str) -> int:
 
 def make_parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks take."""
-    accept_any_console()
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each way")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -99,6 +97,11 @@ def take_turns(
             if number >= 0:
                 times[name].append(taken)
     return times
+
+
+def names_of_ways(device: torch.device) -> list[str]:
+    """The usual way, the same under autocast where that is fast, and ours."""
+    return ["plain", *(["plain amp"] if choose_amp_dtype("auto", device) else []), "ours"]
 
 
 def flops(work: Callable[[], Any]) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import tasks
 from benchmarks import common, plain
-from benchmarks.processes import Work, World
+from benchmarks.processes import Work, processes_of
 from process_setup import keep_freed_memory
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
@@ -87,9 +87,8 @@ def plain_segmentation(model: nn.Module, samples: list, device: torch.device) ->
 PLAIN = {"saliency": plain_saliency, "segmentation": plain_segmentation}
 
 
-def make_work(device: torch.device, args: argparse.Namespace, *what: str) -> Work:
+def make_work(device: torch.device, args: argparse.Namespace, system: str, way: str) -> Work:
     """What the process of a way does: score all images, or count its FLOPs."""
-    system, way = what
     if way == "ours":
         keep_freed_memory(device.type)  # as validation.py does
     score = make_way(args, system, way)
@@ -132,18 +131,13 @@ def _sample(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(args: argparse.Namespace, system: str, ceilings: Mapping[str, float]) -> dict[str, Any]:
     """A row of the table."""
-    device, threads = torch.device(args.device), torch.get_num_threads()
-    names = ["plain", *(["plain amp"] if choose_amp_dtype("auto", device) else []), "ours"]
-    worlds = {
-        name: World(1, args.device, threads, make_work, args, system, name, set_up=False)
-        for name in names
-    }
-    work = worlds["plain"]("flops")
-    times = common.take_turns(
-        {n: partial(world, "score") for n, world in worlds.items()}, args.rounds
-    )
-    for world in worlds.values():
-        world.close()
+    device = torch.device(args.device)
+    names = common.names_of_ways(device)
+    ways = {name: (args, system, name) for name in names}
+    with processes_of(args.device, make_work, ways) as worlds:
+        work = worlds["plain"]("flops")
+        score = {name: partial(world, "score") for name, world in worlds.items()}
+        times = common.take_turns(score, args.rounds)
     rates = {name: args.images / median(each) for name, each in times.items()}
     row: dict[str, Any] = {"model": system, "GFLOP/img": work / args.images / 1e9}
     row |= {f"{name} img/s": rate for name, rate in rates.items()}

@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 import predict
 import tasks
 from benchmarks import common
-from benchmarks.processes import Work, World
+from benchmarks.processes import Work, processes_of
 from shapes import render_scene
 from src import u2net_lite
 from train_utils.amp import choose_amp_dtype
@@ -137,12 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         plainly = (predict_plainly, weights, settings, files, outputs["plain"], args.device)
         ways = {"plain": plainly, "ours": (predict_ours, command)}
-        launch = (1, args.device, torch.get_num_threads(), make_work)
-        worlds = {name: World(*launch, *way, set_up=False) for name, way in ways.items()}
-        work = {name: partial(world, "predict") for name, world in worlds.items()}
-        times = common.take_turns(work, args.rounds)
-        for world in worlds.values():
-            world.close()
+        with processes_of(args.device, make_work, ways) as worlds:
+            work = {name: partial(world, "predict") for name, world in worlds.items()}
+            times = common.take_turns(work, args.rounds)
         stages = stage_times(weights, settings, files, outputs["ours"], torch.device(args.device))
     rates = {f"{way} img/s": len(files) / median(each) for way, each in times.items()}
     rows: list[dict[str, Any]] = [

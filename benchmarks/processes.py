@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -77,6 +77,24 @@ class World:
             pipe.send(None)
         for process in self._processes:
             process.join(timeout=30)
+
+
+@contextmanager
+def processes_of(
+    device: str, make: Callable[..., Work], ways: Mapping[str, tuple], set_up: Container[str] = ()
+) -> Iterator[dict[str, World]]:
+    """A process for each way, by name, whose work `make` makes of the way's arguments.
+
+    Those named in `set_up` are set up as `train.py` is. Each has all threads, for its turn.
+    """
+    threads = torch.get_num_threads()
+    worlds = {
+        name: World(1, device, threads, make, *args, set_up=name in set_up)
+        for name, args in ways.items()
+    }
+    yield worlds
+    for world in worlds.values():
+        world.close()
 
 
 @contextmanager

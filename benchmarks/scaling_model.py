@@ -7,7 +7,6 @@ Every assumption is a field of `Cluster` or of a `System`, in seconds, bytes and
 put in your own. `benchmarks.scaling` measures some of them, and checks the formulas.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -16,6 +15,7 @@ from math import ceil, log2
 import torch
 from torch import nn
 
+from arguments import new_parser
 from benchmarks.common import positive, table
 from src import PatchDiscriminator, UNetGenerator, u2net_full, u2net_lite
 from train_utils.distributed_utils import RING_PAYS
@@ -224,9 +224,7 @@ def with_values(cluster: Cluster, values: Sequence[str]) -> Cluster:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--gpus", type=positive, nargs="+", default=[8, 64, 512])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     args = parser.parse_args(argv)

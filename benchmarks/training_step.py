@@ -25,7 +25,7 @@ import torch
 
 import tasks
 from benchmarks import common, plain
-from benchmarks.processes import Work, World
+from benchmarks.processes import Work, processes_of
 from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.config import load_yaml, merge
@@ -79,11 +79,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_work(device: torch.device, args: argparse.Namespace, *what: Any) -> Work:
+def make_work(
+    device: torch.device, args: argparse.Namespace, system: str, batch_size: int, way: str
+) -> Work:
     """What the process of a way does: train, count FLOPs, and tell its peak of memory in MB."""
     gpu = device.type == "cuda"
     before = 0.0 if gpu else common.resident_mb("VmRSS")
-    train = make_way(args, *what)
+    train = make_way(args, system, batch_size, way)
     return {
         "train": train,
         "flops": lambda: common.flops(train),
@@ -170,28 +172,22 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
 def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: dict) -> dict:
     """A row of the table: milliseconds per step, ratios, share of the ceiling, memory."""
     device = torch.device(args.device)
-    names = ["plain", *(["plain amp"] if choose_amp_dtype("auto", device) else []), "ours"]
-    worlds = {name: _world(args, system, batch_size, name) for name in names}
-    work = worlds["plain"]("flops") / args.steps
-    ways = {name: partial(world, "train") for name, world in worlds.items()}
-    times = common.take_turns(ways, args.rounds, warmup=1)
+    names = common.names_of_ways(device)
+    ways = {name: (args, system, batch_size, name) for name in names}
+    with processes_of(args.device, make_work, ways, set_up=["ours"]) as worlds:
+        work = worlds["plain"]("flops") / args.steps
+        train = {name: partial(world, "train") for name, world in worlds.items()}
+        times = common.take_turns(train, args.rounds)
+        peaks = {f"{name} MB": world("memory") for name, world in worlds.items()}
     row: dict[str, Any] = {"system": system, "batch": batch_size}
     row["GFLOP/img"] = work / batch_size / 1e9
     row |= {f"{name} ms": median(each) / args.steps * 1e3 for name, each in times.items()}
     row |= {"ours img/s": batch_size * 1e3 / row["ours ms"]}
-    row |= {f"× {name}": common.ratio(times, "ours", name) for name in ways if name != "ours"}
+    row |= {f"× {name}": common.ratio(times, "ours", name) for name in names if name != "ours"}
     dtype = choose_amp_dtype(args.amp, device) or torch.float32
     row["share"] = work / row["ours ms"] / 1e6 / ceilings[f"conv {str(dtype)[6:]}"]
     row["limit"] = row["× plain"] / row["share"]
-    row |= {f"{name} MB": world("memory") for name, world in worlds.items()}
-    for world in worlds.values():
-        world.close()
-    return row
-
-
-def _world(args: argparse.Namespace, system: str, batch_size: int, way: str) -> World:
-    what = (make_work, args, system, batch_size, way)
-    return World(1, args.device, torch.get_num_threads(), *what, set_up=way == "ours")
+    return row | peaks
 
 
 def main(argv: Sequence[str] | None = None) -> None:

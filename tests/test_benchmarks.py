@@ -1,6 +1,8 @@
 """The benchmarks run, at a size that shows nothing but that."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -155,6 +157,14 @@ def test_the_page_holds_the_tables_on_paper(capsys):
     assert other == scaling_model.Cluster(disk=5e8, print_freq=20)
     with pytest.raises(UserError, match=r"dsk: not an assumption\. They are node_gpus, "):
         scaling_model.with_values(scaling_model.Cluster(), ["dsk=1"])
+
+
+def test_a_console_that_cannot_show_a_table_gets_escapes(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    scaling_model.main([])
+    console.flush()
+    assert rb"\xb5s" in console.buffer.getvalue()  # µs
 
 
 @pytest.mark.slow

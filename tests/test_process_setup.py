@@ -49,11 +49,15 @@ print(int(peak.split()[1]) >> 10)
 OWN_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A function that runs Python with options, SCRIPT for a script of this code; its lines."""
+@pytest.fixture(autouse=True)
+def _no_settings_of_one_s_own(monkeypatch):
     for name in [name for name in os.environ if name.startswith(OWN_SETTINGS)]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs Python with options, SCRIPT for a script of this code; its lines."""
 
     def start(code: str, *options: str) -> list[str]:
         path = tmp_path / "script.py"
@@ -138,8 +142,6 @@ def test_settings_while_the_process_runs(monkeypatch):
     calls = []
     library = SimpleNamespace(mallopt=lambda *setting: calls.append(setting))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    for name in [name for name in os.environ if name.startswith(OWN_SETTINGS)]:
-        monkeypatch.delenv(name)
     process_setup.keep_freed_memory("cuda")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     process_setup.keep_freed_memory("cpu")
