@@ -16,6 +16,7 @@ from src.u2net import from_official, is_official
 from tasks import settings
 from tasks.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
 from train_utils.errors import UserError
+from train_utils.losses import criterion, soft_iou_loss
 from train_utils.metrics import (
     ExactMetric,
     F1Score,
@@ -26,7 +27,13 @@ from train_utils.metrics import (
 from train_utils.normalize import normalize_images
 from train_utils.schedule import make_optimizers
 from train_utils.tiles import by_rows
-from train_utils.train_and_eval import Sample, pixel_counts, saliency_predict, saliency_step
+from train_utils.train_and_eval import (
+    Backward,
+    Batch,
+    Models,
+    Sample,
+    saliency_predict,
+)
 from transforms import SaliencyEval, SaliencyTrain, predict_input
 
 METRICS = {"maxF1": "max", "MAE": "min"}
@@ -61,6 +68,18 @@ class ModelConfig:
 
 
 @dataclass
+class LossConfig:
+    """The sum of these terms, each over all outputs of the network, is minimised."""
+
+    # bce: binary cross-entropy of pixels; iou: 1 − soft intersection over union of each image
+    terms: list[Literal["bce", "iou"]] = field(default_factory=lambda: ["bce"])
+
+    def __post_init__(self) -> None:
+        if not self.terms or len(set(self.terms)) < len(self.terms):
+            raise ValueError("terms: give one or several, each once")
+
+
+@dataclass
 class EvalConfig(settings.EvalConfig):
     """Evaluation, and (post_norm) what predict.py writes."""
 
@@ -74,6 +93,7 @@ class Config(BaseConfig):
     task: str = "saliency"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -175,11 +195,36 @@ def check_batches(cfg: Config, smallest: int) -> None:
 
 
 def loss_counts(cfg: Config) -> Callable:
-    return pixel_counts
+    return _count_batch
+
+
+def _count_batch(batch: Batch) -> dict[str, float]:
+    return {"bce": float(batch[1].numel()), "iou": float(len(batch[1]))}
 
 
 def train_step(cfg: Config) -> Callable:
-    return partial(saliency_step, normalize=_normalize(cfg))
+    return partial(_step, terms=cfg.loss.terms, normalize=_normalize(cfg))
+
+
+def _step(
+    models: Models,
+    batch: Batch,
+    counts: dict[str, float],
+    backward: Backward,
+    terms: Sequence[str],
+    normalize: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The sum of the recipe's terms over all outputs of the network `model`."""
+    images, target = batch
+    outputs = models["model"](normalize(images))
+    losses = {name: _TERMS[name](outputs, target, counts[name]) for name in terms}
+    total = torch.stack(list(losses.values())).sum()
+    backward("model", total)
+    named = {"loss": total, **(losses if len(losses) > 1 else {})}
+    return {name: loss.detach() for name, loss in named.items()}
+
+
+_TERMS = {"bce": criterion, "iou": soft_iou_loss}
 
 
 def predict(cfg: Config) -> Callable:

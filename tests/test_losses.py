@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train_utils.losses import criterion, unit_values
+from train_utils.losses import criterion, soft_iou_loss, unit_values
 
 # σ(ln 3) = ¾ and σ(−ln 3) = ¼, so pixels cost −ln ¾ = 0.28768 or −ln ¼ = 1.38629; σ(0) = ½, ln 2.
 LN3 = math.log(3)
@@ -139,3 +139,40 @@ def test_other_sizes_are_refused_by_name():
         criterion(LOGITS, TARGET[0])
     with pytest.raises(ValueError, match="no outputs"):
         criterion([], TARGET)
+
+
+# -- soft intersection over union -----------------------------------------------------------------
+
+
+def test_soft_iou_of_each_image():
+    """σ = ¾, ¾, ½, ¼ on t = 1, 0, 1, 1: overlap 1.5, union 2.25 + 3 − 1.5 = 3.75."""
+    expected = 1 - (1.5 + 1) / (3.75 + 1)
+    assert soft_iou_loss(LOGITS, TARGET).item() == pytest.approx(expected, abs=1e-6)
+    # Nothing there, σ(0) = ½ on four pixels: 1 − 1 / (2 + 1).
+    nothing = torch.zeros_like(TARGET)
+    assert soft_iou_loss(torch.zeros_like(LOGITS), nothing).item() == pytest.approx(2 / 3, abs=1e-6)
+    both = soft_iou_loss(
+        torch.cat([LOGITS, torch.zeros_like(LOGITS)]), torch.cat([TARGET, nothing])
+    )
+    assert both.item() == pytest.approx((expected + 2 / 3) / 2, abs=1e-6)  # a mean over images
+    twice = soft_iou_loss([LOGITS, LOGITS], TARGET)
+    assert twice.item() == pytest.approx(2 * expected, abs=1e-6)
+
+
+def test_soft_iou_of_certain_maps_of_nothing_and_of_other_shapes():
+    assert soft_iou_loss(40 * (2 * TARGET - 1), TARGET).item() == pytest.approx(0, abs=1e-6)
+    empty = torch.zeros(0, 1, 2, 2, requires_grad=True)
+    loss = soft_iou_loss([empty, empty], torch.zeros(0, 1, 2, 2))
+    loss.backward()
+    assert loss.item() == 0 and empty.grad.shape == (0, 1, 2, 2)
+    with pytest.raises(ValueError, match="differ in shape"):
+        soft_iou_loss(LOGITS, TARGET[..., :1])
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (5, 0)])
+def test_soft_iou_of_uneven_shards(sizes):
+    logits, target = random_batch(5, dtype=torch.float64)
+    whole = soft_iou_loss(logits, target)
+    shards = zip(logits.split(sizes), target.split(sizes), strict=True)
+    parts = [soft_iou_loss(*shard, count=5 / len(sizes)) for shard in shards]
+    assert sum(part.item() for part in parts) / len(sizes) == pytest.approx(whole.item(), abs=1e-12)

@@ -40,6 +40,38 @@ def criterion(
     Returns a 0-dim tensor, at least fp32 whatever the autocast dtype; an empty batch gives 0 with
     zero gradients. Raises ValueError when an output and the target differ in shape.
     """
+    outputs, target = _supervised(inputs, target)
+    terms = [
+        F.binary_cross_entropy_with_logits(logits, target, reduction="sum") for logits in outputs
+    ]
+    return torch.stack(terms).sum() / (max(target.numel(), 1) if count is None else count)
+
+
+def soft_iou_loss(
+    inputs: Tensor | Sequence[Tensor], target: Tensor, count: float | Tensor | None = None
+) -> Tensor:
+    """1 − soft intersection over union of each image, summed over the outputs of a network.
+
+    Each output adds (Σ over images of 1 − (Σ p·t + 1) / (Σ p + Σ t − Σ p·t + 1)) / count, with
+    p = σ(x), sums over the image's pixels (Qin et al., "BASNet", CVPR 2019, eq. 6), and the ones
+    to define it for an image without an object.
+
+    inputs, target: as `criterion`. count: by default the number of images; under
+    DistributedDataParallel (images of the global batch) / world_size.
+
+    Returns a 0-dim tensor, at least fp32; an empty batch gives 0 with zero gradients.
+    """
+    outputs, target = _supervised(inputs, target)
+    terms = []
+    for logits in outputs:
+        p = logits.sigmoid()
+        overlap, total = (p * target).flatten(1).sum(1), (p + target).flatten(1).sum(1)
+        terms.append((1 - (overlap + 1) / (total - overlap + 1)).sum())
+    return torch.stack(terms).sum() / (max(len(target), 1) if count is None else count)
+
+
+def _supervised(inputs: Tensor | Sequence[Tensor], target: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Logits and their common target, at least fp32; ValueError where their shapes differ."""
     outputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not outputs:
         raise ValueError("no outputs: give logits or a list of logits")
@@ -50,12 +82,7 @@ def criterion(
                 "resize one to the other before the loss"
             )
     dtype = torch.promote_types(outputs[0].dtype, torch.float32)
-    target = unit_values(target, dtype)
-    terms = [
-        F.binary_cross_entropy_with_logits(logits.to(dtype), target, reduction="sum")
-        for logits in outputs
-    ]
-    return torch.stack(terms).sum() / (max(target.numel(), 1) if count is None else count)
+    return [logits.to(dtype) for logits in outputs], unit_values(target, dtype)
 
 
 # -- semantic segmentation ------------------------------------------------------------------------
