@@ -14,6 +14,7 @@ from benchmarks import (
     evaluation,
     loading,
     prediction,
+    quality,
     reduction,
     scaling,
     scaling_model,
@@ -223,3 +224,24 @@ def test_prediction_and_startup(tmp_path, monkeypatch):
     work["first training step"]["plain"]()
     with pytest.raises(UserError, match="no such script"):
         startup.launch(["-c", "raise SystemExit('no such script')"], tmp_path)()
+
+
+def test_a_board_of_recipes(tmp_path):
+    """Half the pixels, and after its second epoch level with the published recipe's best."""
+    runs = {"published": (100, [0.5, 0.7, 0.6]), "half": (70, [0.4, 0.71])}
+    for row, (size, scores) in runs.items():
+        folder = quality.run_folder(tmp_path, row, 0, 0)
+        folder.mkdir()
+        config = {"data": {"image_size": size}, "train": {"batch_size": 4}}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        lines = [
+            {"epoch": n, "step": 10 * (n + 1), "img_per_s": 2, "val/MAE": 0.1, "val/maxF1": score}
+            for n, score in enumerate(scores)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    published, half = quality.board(tmp_path, ["published", "half", "iou"], [0, 1])
+    assert published["images"] == 3 * 40 and published["maxF1"] == 0.6
+    assert (published["best maxF1"], published["images to level"]) == (0.7, 80)
+    assert published["Mpx to level"] == pytest.approx(80 * 90**2 / 1e6)
+    assert half["images to level"] == 80 and half["min to level"] == pytest.approx(80 / 2 / 60)
+    assert half["Mpx to level"] == pytest.approx(80 * 63**2 / 1e6)
