@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from train_utils.device import fp64_device
 from train_utils.sync_batchnorm import SyncBatchNorm2d
 
 CONVS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -30,6 +31,8 @@ def folded(model: nn.Module) -> nn.Module:
     In an nn.Sequential whose convolutions are read from outside, they are then seen normalised.
     """
     model = copy.deepcopy(model).eval()
+    for device in {parameter.device for parameter in model.parameters()}:
+        model.to(fp64_device(device))
     places = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for parent, conv_name, norm_name in list(_neighbours(model)):
         conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
