@@ -19,11 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train_utils.device
 from train_utils import evaluate, init_distributed_mode
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.data import eval_loader
-from train_utils.device import refuse_shared_device, resolve_device
+from train_utils.device import Feature, fp64_device, refuse_shared_device, resolve_device
 from train_utils.errors import UserError
+from train_utils.folding import folded
 from train_utils.metric_logger import MetricLogger, peak_memory_mb
 from train_utils.metrics import F1Score, MeanAbsoluteError
 from train_utils.setup import default_workers, wrap_models
@@ -179,7 +181,7 @@ def test_a_launch_meets_before_the_gpus_do(accelerator, monkeypatch, ids):
     for name, value in {**launch, "CUDA_VISIBLE_DEVICES": "5", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    shared = dist.PrefixStore("restart0", ranks.store)
+    shared = dist.PrefixStore("restart0", ranks.store.clone())
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(ranks.store, 0, 2)]))
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **how: joined.update(how, backend=backend)
@@ -256,36 +258,68 @@ def test_compilation_and_page_locked_memory_fall_away_on_mps(accelerator, monkey
 
 
 class NoFp64(TorchDispatchMode):
-    """Raises where mps would, and answers 0 where the host reads a fake tensor's value."""
+    """Refuses what mps refuses, and answers 0 where the host reads a fake tensor's value."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "_local_scalar_dense" in function.name():
             return 0.0
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "mps":
-                assert tensor.dtype is not torch.float64, function
+            wide = isinstance(tensor, torch.Tensor) and tensor.dtype is torch.float64
+            if wide and tensor.device.type != "cpu":
+                raise TypeError(f"{function} in fp64")
         return out
 
 
-def test_nothing_is_computed_in_fp64_on_mps(accelerator, capsys):
-    accelerator("mps")
+def on(device, module):
+    """Its parameters and buffers anew, as fake tensors on a device."""
+    for layer in module.modules():
+        for name, value in list(layer._parameters.items()):
+            layer._parameters[name] = nn.Parameter(torch.ones(value.shape, device=device))
+        for name, value in list(layer._buffers.items()):
+            layer._buffers[name] = torch.ones(value.shape, device=device)
+    return module
+
+
+def evaluated():
     metrics = (MeanAbsoluteError(), F1Score())
+    batch = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 9, 9)
+
+    def predict(models, images):
+        return models["model"](images)[:, :1] / 255
+
+    evaluate(nn.Identity(), [batch], CUDA, metrics=metrics, predict=predict)
+    return [metric.state for metric in metrics]
+
+
+def logged():
+    logger = MetricLogger()
+    logger.update(loss=torch.ones((), device=CUDA))
+    logger.flush()
+    return []
+
+
+def folded_on_the_device():
+    network = folded(on(CUDA, nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1))))
+    assert {(p.device, p.dtype) for p in network.parameters()} == {(CUDA, torch.float32)}
+    return []
+
+
+@pytest.mark.parametrize("work", [evaluated, logged, folded_on_the_device])
+def test_nothing_is_computed_in_fp64_where_the_device_has_none(monkeypatch, work):
+    """torch fakes tensors with all operations on cuda only, so here that has no fp64."""
+    # Fake tensors cannot be copied, as `folded` would.
+    monkeypatch.setattr("train_utils.folding.copy", SimpleNamespace(deepcopy=lambda model: model))
     with FakeTensorMode(), NoFp64():
-        with torch.device("mps"):
-            network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1))  # is folded
-        batch = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 9, 9)
-        evaluate(
-            network,
-            [batch],
-            MPS,
-            metrics=metrics,
-            predict=lambda models, images: images[:, :1] / 255 + models["model"][0].bias,
-        )
-        logger = MetricLogger()
-        logger.update(loss=torch.ones((), device="mps"))
-        logger.flush()
-    assert [metric.state.device.type for metric in metrics] == ["cpu", "cpu"]
+        with pytest.raises(TypeError, match="in fp64"):
+            work()
+        monkeypatch.setattr(train_utils.device, "has", lambda device, what: what != Feature.FP64)
+        assert {state.device.type for state in work()} <= {"cpu"}
+
+
+def test_the_lack_of_fp64_is_told(accelerator, capsys):
+    accelerator("mps")
+    assert fp64_device(MPS) == fp64_device(MPS) == torch.device("cpu") != fp64_device(CUDA)
     assert capsys.readouterr().out == (
         "mps has no fp64: what needs it, such as scores, is computed on the CPU\n"
     )
