@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         choices=["none", "ram", "disk"],
         help="keep decoded samples for later epochs (default none)",
     )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu, mps (default auto)")
     add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
     add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")
     add("--epochs", dest="train.epochs", type=int)

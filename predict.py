@@ -95,13 +95,14 @@ def main(args: argparse.Namespace) -> int:
     import tasks
     from train_utils.amp import choose_amp_dtype
     from train_utils.config import parse_assignments
-    from train_utils.distributed_utils import resolve_device
+    from train_utils.device import resolve_device, take_device
     from train_utils.image_io import printable
     from train_utils.inference import prepare
     from train_utils.run_folder import newest_best_checkpoint
 
     jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.trimap)
     device = resolve_device(args.device)
+    take_device(device)
     keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, parse_assignments(args.set), args.config)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import MODELS, make_parser, positive
+from benchmarks.common import MODELS, make_parser, positive, synchronize
 from train_utils import create_lr_scheduler
 from train_utils.checkpoint import CheckpointWriter, save_checkpoint
 from train_utils.losses import criterion
@@ -56,8 +56,7 @@ def make_training(args: argparse.Namespace) -> tuple[Callable[[], None], dict[st
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     step()  # the optimizer has its state from the first step on
     parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arguments import new_parser
 from src import u2net_full, u2net_lite
 from train_utils.amp import choose_amp_dtype
+from train_utils.device import device_name, resolve_device
 from train_utils.distributed_utils import cpu_cores
 from train_utils.log import get_logger
 
@@ -48,7 +49,7 @@ def positive(text: str) -> int:
 def make_parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks take."""
     parser = new_parser(description)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=resolve_device("auto").type)
     parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each way")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser
@@ -67,8 +68,8 @@ def quietly() -> Iterator[None]:
 
 def synchronize(device: torch.device | str) -> None:
     """Wait for what is queued on a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def seconds(work: Callable[[], Any], device: torch.device | str = "cpu") -> float:
@@ -144,9 +145,9 @@ def ceilings(device: torch.device | str, dtypes: Sequence[torch.dtype]) -> dict[
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What figures depend on, for whoever reads them."""
-    gpu = torch.device(device).type == "cuda"
+    gpu = torch.device(device).type != "cpu"
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "device": device_name(torch.device(device)) if gpu else _cpu_name(),
         "cores": cpu_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

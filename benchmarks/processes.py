@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 import process_setup
 from benchmarks.common import synchronize
+from train_utils.device import process_group_backend, take_device
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 
@@ -128,12 +129,12 @@ def _serve(
     torch.set_num_threads(threads)
     get_logger().setLevel(logging.WARNING)
     device = torch.device(device_type)
-    if device.type == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
+    if device.type != "cpu":
+        device = torch.device(device.type, rank)
+        take_device(device)
     if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         address = f"tcp://127.0.0.1:{port}"
+        backend = process_group_backend(device)
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
     work = _answer(make, device, *args)
     answer = work if isinstance(work, UserError) else None

@@ -83,7 +83,7 @@ def make_work(
     device: torch.device, args: argparse.Namespace, system: str, batch_size: int, way: str
 ) -> Work:
     """What the process of a way does: train, count FLOPs, and tell its peak of memory in MB."""
-    gpu = device.type == "cuda"
+    gpu = device.type != "cpu"
     before = 0.0 if gpu else common.resident_mb("VmRSS")
     train = make_way(args, system, batch_size, way)
     return {

@@ -19,3 +19,28 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set SHARED_DATA")
     return folder
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Have torch see `count` accelerators of a kind: as names only, no tensor can be made there.
+
+    Returns the list of the devices that are made the current one.
+    """
+    import torch
+
+    from train_utils.log import say_once
+
+    def pretend(kind: str | None, count: int = 1) -> list[int]:
+        found, chosen = kind and torch.device(kind), []
+        there = {
+            "current_accelerator": lambda check_available=False: found,
+            "device_count": lambda: count if found else 0,
+            "set_device_index": chosen.append,
+        }
+        for name, function in there.items():
+            monkeypatch.setattr(torch.accelerator, name, function)
+        say_once.cache_clear()
+        return chosen
+
+    return pretend

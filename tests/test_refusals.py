@@ -68,9 +68,8 @@ def test_missing_gpu_is_one_line_and_a_failure(script):
     assert "Traceback" not in done.stderr
 
 
-def test_fewer_gpus_than_processes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_fewer_gpus_than_processes(accelerator):
+    accelerator("cuda", 2)
     with pytest.raises(UserError, match=r"4 processes on this node but 2 GPU.*nproc_per_node=2"):
         resolve_device("auto", 3, 4)
     assert resolve_device("auto", 1, 2) == torch.device("cuda", 1)
@@ -81,7 +80,7 @@ def test_fewer_gpus_than_processes(monkeypatch):
 
 
 def test_unknown_device_and_half_an_environment(monkeypatch):
-    for name in ("gpu", "mps", "cuda:", "auto2"):
+    for name in ("gpu", "cuda:", "auto2"):
         with pytest.raises(UserError, match="no such device"):
             resolve_device(name)
     monkeypatch.setenv("RANK", "0")
@@ -124,9 +123,8 @@ def test_batch_script_without_srun_is_one_process(monkeypatch):
     assert read_launch_environment() is None
 
 
-def test_srun_with_one_gpu_and_some_cores_per_task(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+def test_srun_with_one_gpu_and_some_cores_per_task(accelerator, monkeypatch):
+    accelerator("cuda", 1)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
     assert resolve_device("auto", 3, 4) == torch.device("cuda", 0)
@@ -505,9 +503,8 @@ def test_going_back_forgets_the_best_checkpoint_of_later(tmp_path):
     assert not Path("out/model_best.pth").exists()
 
 
-def test_torchrun_inside_srun_shares_out_the_gpus_of_its_task(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+def test_torchrun_inside_srun_shares_out_the_gpus_of_its_task(accelerator, monkeypatch):
+    accelerator("cuda", 4)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "4")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "100000")
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from train_utils import faults
+from train_utils.device import pins_memory
 from train_utils.errors import UserError, shortened
 
 FORMAT = 1
@@ -112,8 +113,9 @@ class CheckpointWriter:
         if isinstance(value, Tensor):
             buffer = kept.get(place)
             if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                pinned = pins_memory(value.device)
                 buffer = torch.empty_like(
-                    value, device="cpu", pin_memory=value.is_cuda, requires_grad=False
+                    value, device="cpu", pin_memory=pinned, requires_grad=False
                 )
             # A blocking copy: what comes from a GPU is there before training goes on.
             self._buffers[place] = buffer.copy_(value.detach())

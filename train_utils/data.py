@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
 from train_utils import faults
+from train_utils.device import pins_memory
 from train_utils.distributed_utils import end_with_parent
 from train_utils.errors import UserError
 
@@ -309,7 +310,7 @@ def _loader(dataset: Dataset, workers: int, device: torch.device, **sampling: An
         dataset,
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        pin_memory=pins_memory(device),
         persistent_workers=workers > 0,
         worker_init_fn=follow_the_script,
         # An own generator: by default every new iterator draws from the global one.

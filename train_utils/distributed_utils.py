@@ -18,6 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train_utils import faults
+from train_utils.device import (
+    collective_device,
+    process_group_backend,
+    refuse_several,
+    refuse_shared_device,
+    resolve_device,
+    take_device,
+)
 from train_utils.errors import UserError
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import F1Score, MeanAbsoluteError, reduce_metrics
@@ -105,17 +113,14 @@ def _patient_group() -> Any:
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Element-wise fp64 sum over ranks of host numbers, the same bits on all.
 
-    It runs over gloo where there is one (`init_distributed_mode` sets one up beside nccl), so that
-    on GPUs the host waits for the other hosts only and never for the device.
+    It runs over gloo where there is one (`init_distributed_mode` sets one up beside the GPUs' own
+    backend), so that the host waits for the other hosts only and never for the device.
     """
     if get_world_size() == 1:
         return list(values)
-    vector = torch.tensor(values, dtype=torch.float64)
-    backend = dist.get_backend_config()
-    if "cpu" not in str(backend):
-        vector = vector.cuda() if "nccl" in str(backend) else vector
+    vector = torch.tensor(values, dtype=torch.float64, device=collective_device())
     with waiting("adding up numbers"):
-        if get_world_size() <= RING_PAYS or vector.is_cuda:
+        if get_world_size() <= RING_PAYS or vector.device.type != "cpu":
             dist.all_reduce(vector)
         else:  # gloo's all_reduce passes numbers on around a ring, twice: 1022 hops for 512
             parts = [torch.empty_like(vector) for _ in range(get_world_size())]
@@ -298,45 +303,13 @@ def cpu_cores(local_world_size: int = 1) -> int:
     return max(1, cores // local_world_size)
 
 
-def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda`, `cuda:1`, … into this process's device.
-
-    Raises UserError for a GPU that is not there and for more processes than GPUs; there is no
-    silent fall-back to the CPU for a device that was asked for by name.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: no such device. Use auto, cpu, cuda or cuda:0.")
-    device = torch.device(name)
-    if device.type == "cpu":
-        return device
-    if not count:
-        raise UserError(
-            f"--device {name}: torch sees no GPU. Use --device cpu, or install the GPU driver and "
-            "a CUDA build of torch."
-        )
-    # Each task sees its own GPU only, as number 0; unless a task is a torchrun.
-    if "SLURM_GPUS_PER_TASK" in os.environ and "LOCAL_RANK" not in os.environ:
-        local_rank, local_world_size = 0, 1
-    if local_world_size > count:
-        raise UserError(
-            f"--device {name}: {local_world_size} processes on this node but {count} GPU(s). "
-            f"Launch with --nproc_per_node={count}, or use --device cpu."
-        )
-    index = local_rank if local_world_size > 1 or device.index is None else device.index
-    if index >= count:
-        raise UserError(f"--device {name}: this node has {count} GPU(s), numbered from 0.")
-    return torch.device("cuda", index)
-
-
 def init_distributed_mode(args: Namespace) -> None:
     """Join the process group that torchrun or srun asks for; a plain start is world size 1.
 
     Reads `args.device` (default "auto"); sets `args.rank, world_size, local_world_size, gpu` (the
     local rank), `distributed, dist_backend` and `args.device`, resolved for this process. GPUs use
-    nccl, with gloo beside it for host numbers; CPUs use gloo and share the node's cores.
+    their own backend (nccl), with gloo beside it for host numbers; CPUs use gloo and share the
+    node's cores.
     """
     launch = read_launch_environment()
     rank, world, local_rank, local_world = launch or Launch(0, 1, 0, 1)
@@ -348,10 +321,11 @@ def init_distributed_mode(args: Namespace) -> None:
         local_rank,
     )
     args.distributed, args.device = launch is not None, str(device)
-    args.dist_backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
+    args.dist_backend = process_group_backend(device)
+    if launch and not args.dist_backend:
+        refuse_several(device)
+    take_device(device)
+    if device.type == "cpu":
         _share_cores(local_world)
     faults.announce()
     if launch is None:
@@ -365,13 +339,15 @@ def init_distributed_mode(args: Namespace) -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=_JOIN_TIMEOUT))
+        fresh = _unused(store)
+        refuse_shared_device(device, fresh, rank, world, local_world)
         dist.init_process_group(
             args.dist_backend,
-            store=_unused(store),
+            store=fresh,
             rank=rank,
             world_size=world,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if device.type != "cpu" else None,
         )
         store.set(_USED, "1")
     except (RuntimeError, ValueError) as error:

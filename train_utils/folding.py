@@ -7,10 +7,12 @@ With running statistics batch norm is an affine map per channel, and so is part 
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from train_utils.device import fp64_device
 from train_utils.sync_batchnorm import SyncBatchNorm2d
 
 CONVS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -64,16 +66,20 @@ def _is_fixed(norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def _fold(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> None:
-    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr]
-    scale = (var + norm.eps).rsqrt()
+    home = fp64_device(conv.weight.device)
+
+    def wide(values: Any) -> Tensor:
+        return values.to(home).double()
+
+    scale = (wide(norm.running_var) + norm.eps).rsqrt()
     if norm.affine:
-        scale = scale * norm.weight.double()
-    shift = -mean if conv.bias is None else conv.bias.double() - mean
-    bias = scale * shift + (norm.bias.double() if norm.affine else 0)
-    weight = conv.weight.double() * _per_weight(scale, conv)
+        scale = scale * wide(norm.weight)
+    shift = (0 if conv.bias is None else wide(conv.bias)) - wide(norm.running_mean)
+    bias = scale * shift + (wide(norm.bias) if norm.affine else 0)
+    weight = wide(conv.weight) * _per_weight(scale, conv)
     grad = conv.weight.requires_grad
-    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=grad)
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=grad)
+    conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=grad)
+    conv.weight = nn.Parameter(weight.to(conv.weight), requires_grad=grad)
 
 
 def _per_weight(scale: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:

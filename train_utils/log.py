@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections import deque
+from functools import cache
 from pathlib import Path
 
 
@@ -21,6 +22,12 @@ def get_logger() -> logging.Logger:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger
+
+
+@cache
+def say_once(text: str) -> None:
+    """Log a line that would be true again and again."""
+    get_logger().info(text)
 
 
 class _Early(logging.Handler):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train_utils.device import fp64_device, peak_memory
 from train_utils.log import get_logger
 from train_utils.watch import waiting
 
@@ -142,7 +143,8 @@ class MetricLogger:
     def _fetch(self, tensors: list[Tensor]) -> list[float]:
         if not tensors:
             return []
-        stacked = torch.stack([tensor.detach().reshape(()).float() for tensor in tensors]).double()
+        stacked = torch.stack([tensor.detach().reshape(()).float() for tensor in tensors])
+        stacked = stacked.to(fp64_device(stacked.device)).double()
         if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
             with waiting("averaging the losses"):
                 dist.all_reduce(stacked)
@@ -230,8 +232,8 @@ class _Timer:
 
 def peak_memory_mb() -> float:
     """Peak memory of the current GPU's allocator, or of this process without a GPU, in MB."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
+    if (held := peak_memory()) is not None:
+        return held / 2**20
     if sys.platform == "win32":
         return math.nan
     import resource  # there is none on Windows

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from train_utils.device import collective_device
 from train_utils.losses import unit_values
 from train_utils.watch import waiting
 
@@ -138,7 +139,7 @@ def reduce_metrics(metrics: Iterable[ExactMetric], stop: bool = False) -> bool:
     pending = [metric for metric in metrics if not metric.reduced]
     if not pending or not (dist.is_available() and dist.is_initialized()):
         return stop
-    device = "cpu" if "cpu" in str(dist.get_backend_config()) else "cuda"
+    device = collective_device()
     states = [metric.state.to(device) for metric in pending]
     total = torch.cat([*states, torch.tensor([int(stop)], device=device)])
     with waiting("adding up the scores"):

@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from torch.nn.parallel import DistributedDataParallel
 
 from train_utils.data import loader_errors
+from train_utils.device import Feature, choose_kernels, has
 from train_utils.distributed_utils import (
     cpu_cores,
     is_dist_avail_and_initialized,
@@ -42,7 +43,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     seed: they are keyed.
     """
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = not deterministic
+    choose_kernels(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -67,11 +68,11 @@ def wrap_models(
     """
     wrapped = {}
     for name, model in models.items():
-        if compile:
+        if compile and has(device, Feature.COMPILE):
             model = torch.compile(model)  # type: ignore[assignment]
         if is_dist_avail_and_initialized():
             options: dict[str, Any] = {_BUFFER_SYNC: False, "gradient_as_bucket_view": True}
-            if device.type == "cuda":
+            if device.type != "cpu":
                 options["device_ids"] = [device.index]
             model = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, **options)
             if compress_gradients != "none":
@@ -95,7 +96,7 @@ def place_models(
 def default_workers(device: torch.device, local_world_size: int) -> int:
     """Loader processes per training process: a CPU's cores are busy training, a GPU's are free."""
     cores = cpu_cores(local_world_size)
-    return min(8, cores) if device.type == "cuda" else int(cores > 1)
+    return min(8, cores) if device.type != "cpu" else int(cores > 1)
 
 
 def worker_count(asked: int | None, device: torch.device, local_world_size: int) -> int:

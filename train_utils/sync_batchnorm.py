@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train_utils.device import fuses_sync_batch_norm
+
 
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce whose gradient is the all-reduce of the gradients."""
@@ -67,9 +69,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """Replace every BatchNorm2d by one that is synchronised over processes; weights are kept.
 
-    GPUs get torch's own SyncBatchNorm, which has fused kernels; other devices get ours.
+    GPUs get torch's own SyncBatchNorm where it has fused kernels; other devices get ours.
     """
-    if device.type == "cuda":
+    if fuses_sync_batch_norm(device):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:

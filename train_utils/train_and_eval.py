@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from train_utils import faults
 from train_utils.data import sample_names, stable_seed
+from train_utils.device import fp64_device
 from train_utils.distributed_utils import (
     broadcast_buffers,
     get_rank,
@@ -125,7 +126,7 @@ def train_one_epoch(
     Raises UserError when a loss or a gradient is not finite, on all ranks alike, unless
     `options.on_nonfinite` is "skip", and when the memory does not suffice.
     """
-    device = torch.device(device)  # a script may pass "cuda"
+    device = torch.device(device)  # a script may pass a name
     models, optimizers = _named(model), _named(optimizer)
     schedulers, scalers = _named(lr_scheduler), _named(scaler)
     logger = logger or MetricLogger(reduce=True)
@@ -446,7 +447,7 @@ def evaluate(
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
     for network in models.values():
         broadcast_buffers(network)
-    models = prepare(models, device, amp_dtype)
+    models, scored_on = prepare(models, device, amp_dtype), fp64_device(device)
 
     def score(chunk: _Chunk) -> tuple[list[list[Tensor]], dict[int, Sample]]:
         faults.reach("evaluate")
@@ -455,14 +456,14 @@ def evaluate(
         outputs = forward_chunk(lambda x: predict(models, x), images, device)
         states, pictures = [], {}
         for (number, image, target), output in zip(chunk, outputs, strict=True):
-            on_device = target.to(device, non_blocking=True)
-            states.append([metric.sample_state(output, on_device) for metric in metrics])
+            pair = output.to(scored_on), target.to(scored_on, non_blocking=True)
+            states.append([metric.sample_state(*pair) for metric in metrics])
             if number < keep:
                 pictures[number] = Sample(image, target, output.cpu())
         return states, pictures
 
     for metric in metrics:
-        metric.state = metric.state.to(device)  # or each image's would wait to come to the host
+        metric.state = metric.state.to(scored_on)  # or each image's would wait to come to the host
     mark("evaluating")
     kept: dict[int, Sample] = {}
     done = 0
