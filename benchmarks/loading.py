@@ -37,7 +37,7 @@ MEMORY_EPOCHS = 4
 
 
 class PlainDataset(Dataset):
-    """The usual way: floats from the start, every step by itself, normalised on the host."""
+    """The usual way: resized, cut and flipped by Pillow, then floats, normalised on the host."""
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], size: int, crop: int) -> None:
         self.pairs, self.size, self.crop = pairs, size, crop
@@ -47,14 +47,13 @@ class PlainDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         first, second = self.pairs[index]
-        image = F.to_tensor(Image.open(first).convert("RGB"))
-        mask = F.to_tensor(Image.open(second).convert("L"))
-        image, mask = (F.resize(x, [self.size, self.size], antialias=True) for x in (image, mask))
+        image, mask = Image.open(first).convert("RGB"), Image.open(second).convert("L")
+        image, mask = (F.resize(x, [self.size, self.size]) for x in (image, mask))
         top, left = (random.randint(0, self.size - self.crop) for _ in range(2))
         image, mask = (F.crop(x, top, left, self.crop, self.crop) for x in (image, mask))
         if random.random() < 0.5:
             image, mask = F.hflip(image), F.hflip(mask)
-        return F.normalize(image, IMAGENET_MEAN, IMAGENET_STD), mask
+        return F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD), F.to_tensor(mask)
 
 
 def write_scenes(root: Path, count: int) -> None:
