@@ -207,7 +207,7 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, base: str = "plain") 
 def table(rows: Rows) -> str:
     """Rows as text, a column per key; numbers with four significant digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_shown(row.get(key)) for key in columns] for row in rows)]
+    cells = [columns, *([shown(row.get(key)) for key in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
         "  ".join(
@@ -219,7 +219,8 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A table's cell: four significant digits of a number, a dash for nothing."""
     if value is None:
         return "–"
     if isinstance(value, float):

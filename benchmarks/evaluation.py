@@ -144,7 +144,8 @@ def measure(args: argparse.Namespace, system: str, ceilings: Mapping[str, float]
     row |= {f"{name} img/s": rate for name, rate in rates.items()}
     row |= {f"× {name}": rates["ours"] / rates[name] for name in names if name != "ours"}
     dtype = choose_amp_dtype(args.amp, device) or torch.float32
-    row["share"] = row["GFLOP/img"] * rates["ours"] / ceilings[f"conv {str(dtype)[6:]}"]
+    row["ceiling"] = ceilings[f"conv {str(dtype)[6:]}"]
+    row["share"] = row["GFLOP/img"] * rates["ours"] / row["ceiling"]
     row["limit"] = row["× plain"] / row["share"]
     return row
 

@@ -10,6 +10,7 @@ loader process shares with none, after the first and the last of some epochs.
 Without --data-path, embedded scenes are written to a temporary folder (TMPDIR) at DUTS' size.
 """
 
+import argparse
 import random
 import re
 import tempfile
@@ -164,7 +165,7 @@ def _row(work: str, times: dict[str, list[float]], count: int) -> dict:
     return row
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, rounds=5)
     add = parser.add_argument
     add("--data-path", type=Path, metavar="DIR", help="holds DUTS-TR or DUTS-TE")
@@ -174,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-b", "--batch-size", type=positive, default=8)
     add("--workers", type=int, nargs="+", default=[0, 1, 2])
     add("--cache", nargs="*", choices=("ram", "disk"), default=["ram", "disk"])
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in loader processes
     try:

@@ -8,10 +8,11 @@ plain is `benchmarks/plain.py`; "plain amp" the same under autocast, where ours 
 without a scaler); ours is `train_one_epoch` with the recipe's own settings. On CPUs the process of
 ours is set up as train.py is, and "same env" is plain in such a process: what is left is the code.
 All see the same batches, which wait in the host's memory, plain's as floats already, and take turns
-of --steps steps, each way in a process of its own. Figures are medians per step. The share is that of the FLOPs (counted by torch) per second in the
-fastest 3×3 convolution of the same dtype, measured in the same run; the limit is the ratio at which
-the share would be 1. Memory is each way's peak in MB: of the GPU's allocator, or of the process
-beyond what the imports take.
+of --steps steps, each way in a process of its own. Figures are medians per step. The share is that
+of the FLOPs (counted by torch) per second in the ceiling, GFLOP/s of the fastest 3×3 convolution of
+the same dtype, measured in the same run; the limit is the ratio to plain at which the share would
+be 1. Memory is each way's peak in MB: of the GPU's allocator, or of the process beyond what the
+imports take.
 """
 
 import argparse
@@ -190,7 +191,8 @@ def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: di
     row |= {"ours img/s": batch_size * 1e3 / row["ours ms"]}
     row |= {f"× {name}": common.ratio(times, "ours", name) for name in names if name != "ours"}
     dtype = choose_amp_dtype(args.amp, device) or torch.float32
-    row["share"] = work / row["ours ms"] / 1e6 / ceilings[f"conv {str(dtype)[6:]}"]
+    row["ceiling"] = ceilings[f"conv {str(dtype)[6:]}"]
+    row["share"] = work / row["ours ms"] / 1e6 / row["ceiling"]
     row["limit"] = row["× plain"] / row["share"]
     return row | peaks
 

@@ -3,17 +3,21 @@
 import io
 import json
 import os
+import re
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from conftest import REPO
 
+import predict
 from benchmarks import (
     checkpoint_cost,
     common,
     evaluation,
+    headline,
     loading,
     prediction,
     reduction,
@@ -22,7 +26,6 @@ from benchmarks import (
     startup,
     training_step,
 )
-import predict
 from my_dataset import DUTSDataset
 from train_utils.errors import UserError
 from train_utils.metrics import all_scores
@@ -276,6 +279,39 @@ def test_both_ways_load_the_same_pictures(tmp_path):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     for a, b in ((ours[0], plain[0] * std + mean), (ours[1], plain[1])):
         assert min((a / 255 - x).abs().max() for x in (b, b.flip(-1))) < 1.5 / 255
+
+
+@pytest.mark.slow
+def test_headline(tmp_path, monkeypatch, capfd):
+    launch, commands, tiny = (
+        headline.launch,
+        headline.COMMANDS,
+        "--count 2 --size 32 --crop 28 --rounds 1 --workers 0",
+    )
+    monkeypatch.setattr(headline, "COMMANDS", [f"loading {tiny} --cache"])
+
+    def launch_training_only(*command):
+        if command[0] == "-m":
+            sys.modules[command[1]].main(command[2:])
+        else:
+            launch(*command)
+
+    monkeypatch.setattr(headline, "launch", launch_training_only)
+    few = ["data.image_size=32", "data.train_size=2", "data.val_size=1", "train.epochs=1"]
+    training = partial(headline.run_training, "-b2", "-j0", *(f"--set={each}" for each in few))
+    monkeypatch.setattr(headline, "run_training", training)
+    headline.main(["--json", str(target := tmp_path / "headline.json")])
+    found = json.loads(target.read_text())
+    (row,) = found["loading"][0]["rows"]
+    (trained,) = found["train.py"][0]["rows"]
+    assert re.fullmatch(r"\d+ min \d+ s", trained["time"]) and 0 <= trained["MAE"] <= 1
+    rate, page = common.shown(row["ours /s"]), capfd.readouterr().out
+    assert re.search(rf"\| work \| .*\n\| --- .*\n\| one process \| .* {rate} \|", page)
+    for command in commands:  # the options are there
+        name, *options = command.split()
+        sys.modules[f"benchmarks.{name}"].parse_args(options)
+    with pytest.raises(UserError, match=r"train\.py --sed=1: failed"):
+        launch("train.py", "--sed=1")
 
 
 @pytest.mark.slow
