@@ -27,6 +27,7 @@ from benchmarks import (
     training_step,
 )
 from my_dataset import DUTSDataset
+from src import UNetGenerator, u2net_full, u2net_lite
 from train_utils.errors import UserError
 from train_utils.metrics import all_scores
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -235,6 +236,15 @@ def test_the_page_holds_the_tables_on_paper(capsys):
     assert other == scaling_model.Cluster(disk=5e8, print_freq=20)
     with pytest.raises(UserError, match=r"dsk: not an assumption\. They are node_gpus, "):
         scaling_model.with_values(scaling_model.Cluster(), ["dsk=1"])
+
+
+def test_the_model_on_paper_has_the_flops_of_torch_s_counter():
+    sides = {u2net_full: 288, u2net_lite: 288, UNetGenerator: 256}
+    for (network, side), system in zip(sides.items(), scaling_model.systems(), strict=True):
+        with torch.device("meta"):
+            model, images = network(), torch.empty(1, 3, side, side)
+        work = common.flops(lambda m=model, x=images: sum(y.sum() for y in m(x)).backward())
+        assert work / 1e9 == pytest.approx(system.gflop, abs=0.05)
 
 
 def test_a_console_that_cannot_show_a_table_gets_escapes(monkeypatch):
