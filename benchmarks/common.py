@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arguments import new_parser
 from src import u2net_full, u2net_lite
-from train_utils.amp import choose_amp_dtype
 from train_utils.device import device_name, resolve_device
 from train_utils.distributed_utils import cpu_cores
 from train_utils.log import get_logger
@@ -33,9 +32,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 MODELS = {"u2net_lite": u2net_lite, "u2net_full": u2net_full}  # for what no task is needed for
 
+SAME_ENV = " same env"  # ends the name of a plain way whose process has the settings of ours
+
 # Channels and side of 3×3 convolutions with equal FLOPs, as U-shaped networks have them.
 _CONVS = ((64, 144), (128, 72), (256, 36), (512, 18))
 _COPY_BYTES = 2**28
+_TIMED = 0.1  # seconds from one wait for the device to the next, beside which the wait is nothing
 
 
 def positive(text: str) -> int:
@@ -100,9 +102,19 @@ def take_turns(
     return times
 
 
-def names_of_ways(device: torch.device) -> list[str]:
-    """The usual way, the same under autocast where that is fast, and ours."""
-    return ["plain", *(["plain amp"] if choose_amp_dtype("auto", device) else []), "ours"]
+def names_of_ways(device: torch.device, amp_dtype: torch.dtype | None) -> list[str]:
+    """The usual way, the same under autocast where ours is, and ours, with its settings as well.
+
+    Only processes on CPUs have such settings: see process_setup.py.
+    """
+    plain = ["plain", "plain amp"] if amp_dtype else ["plain"]
+    same = [name + SAME_ENV for name in plain] if device.type == "cpu" else []
+    return [*plain, *same, "ours"]
+
+
+def has_settings(way: str) -> bool:
+    """Whether a way's process is set up as the script is that ours stands for."""
+    return way == "ours" or way.endswith(SAME_ENV)
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -112,9 +124,25 @@ def flops(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def conv_ceiling(device: torch.device | str, dtype: torch.dtype, batch: int = 4) -> float:
+def shortest(work: Callable[[], Any], device: torch.device | str, rounds: int = 5) -> float:
+    """Least seconds of `work()` when it is repeated without a wait for the device in between."""
+    repeats = 1
+    work()  # chooses kernels and allocates
+
+    def repeated() -> None:
+        for _ in range(repeats):
+            work()
+
+    while (taken := seconds(repeated, device)) < _TIMED:
+        repeats *= 2
+    times = [taken, *(seconds(repeated, device) for _ in range(rounds - 1))]
+    return min(times) / repeats
+
+
+def conv_ceiling(device: torch.device | str, dtype: torch.dtype) -> float:
     """GFLOP/s of the fastest of some 3×3 convolutions, forward, channels-last: what is in reach."""
-    best = 0.0
+    # A GPU must compute for longer than its host needs to queue the next one.
+    batch, best = 4 if torch.device(device).type == "cpu" else 64, 0.0
     for channels, side in _CONVS:
         layout = {"device": device, "dtype": dtype}
         images = torch.randn(batch, channels, side, side, **layout)
@@ -122,10 +150,8 @@ def conv_ceiling(device: torch.device | str, dtype: torch.dtype, batch: int = 4)
         images, weight = (x.to(memory_format=torch.channels_last) for x in (images, weight))
         work = 2 * batch * side**2 * channels**2 * 9
         with torch.inference_mode():
-            times = take_turns(
-                {"conv": lambda x=images, w=weight: conv2d(x, w, padding=1)}, 5, device
-            )
-        best = max(best, work / min(times["conv"]) / 1e9)
+            taken = shortest(lambda x=images, w=weight: conv2d(x, w, padding=1), device)
+        best = max(best, work / taken / 1e9)
     return best
 
 
@@ -133,12 +159,12 @@ def copy_ceiling(device: torch.device | str) -> float:
     """GB/s, read and written, of copying a large tensor on the device."""
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = take_turns({"copy": lambda: target.copy_(source)}, 5, device)
-    return 2 * _COPY_BYTES / min(times["copy"]) / 1e9
+    return 2 * _COPY_BYTES / shortest(lambda: target.copy_(source), device) / 1e9
 
 
 def ceilings(device: torch.device | str, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
     """The machine's conv ceilings by dtype in GFLOP/s, and its copy bandwidth in GB/s."""
+    torch.backends.cudnn.benchmark = True  # as in a training
     found = {f"conv {str(dtype)[6:]}": conv_ceiling(device, dtype) for dtype in dtypes}
     return {**found, "copy": copy_ceiling(device)}
 
@@ -182,7 +208,7 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, base: str = "plain") 
 def table(rows: Rows) -> str:
     """Rows as text, a column per key; numbers with four significant digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_shown(row.get(key)) for key in columns] for row in rows)]
+    cells = [columns, *([shown(row.get(key)) for key in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
         "  ".join(
@@ -194,7 +220,8 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A table's cell: four significant digits of a number, a dash for nothing."""
     if value is None:
         return "–"
     if isinstance(value, float):

@@ -5,10 +5,11 @@
     python -m benchmarks.evaluation --models unet_vgg16 --device cuda
 
 plain takes one image at a time through the network as it was trained, NCHW in fp32 ("plain amp"
-under bf16 autocast, on devices with bf16 units), all cores on that image, and adds up its metrics
-on the host. ours is `evaluate` with the task's own metrics. Both see the same samples: embedded
-scenes in memory, with masks of 400×300 pixels; plain's are normalised beforehand. Each way has a
-process of its own. The share is that of the FLOPs (counted by torch) per second in the fastest 3×3
+under autocast, where ours is in 16 bits), all cores on that image, and adds up its metrics on the
+host. ours is `evaluate` with the task's own metrics. On CPUs its process keeps freed memory, as
+validation.py does, and so does that of "same env". All see the same samples: embedded scenes in
+memory, with masks of 400×300 pixels; plain's are normalised beforehand. Each way has a process of
+its own. The share is that of the FLOPs (counted by torch) per second in the fastest 3×3
 convolution of the same dtype; the limit is the ratio at which the share would be 1.
 """
 
@@ -89,7 +90,7 @@ PLAIN = {"saliency": plain_saliency, "segmentation": plain_segmentation}
 
 def make_work(device: torch.device, args: argparse.Namespace, system: str, way: str) -> Work:
     """What the process of a way does: score all images, or count its FLOPs."""
-    if way == "ours":
+    if common.has_settings(way):
         keep_freed_memory(device.type)  # as validation.py does
     score = make_way(args, system, way)
     return {"score": score, "flops": lambda: common.flops(score)}
@@ -114,10 +115,10 @@ def make_way(args: argparse.Namespace, system: str, way: str) -> Callable[[], An
             amp_dtype=choose_amp_dtype(args.amp, device),
         )
     hosted = [plain.host_batch(cfg.task, sample) for sample in samples]
-    dtype = choose_amp_dtype("auto", device)
+    dtype = choose_amp_dtype(args.amp, device) if way.startswith("plain amp") else None
 
     def score_plainly() -> list[float]:
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=way == "plain amp"):
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=bool(dtype)):
             return PLAIN[cfg.task](models["model"], hosted, device)
 
     return score_plainly
@@ -132,7 +133,7 @@ def _sample(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def measure(args: argparse.Namespace, system: str, ceilings: Mapping[str, float]) -> dict[str, Any]:
     """A row of the table."""
     device = torch.device(args.device)
-    names = common.names_of_ways(device)
+    names = common.names_of_ways(device, choose_amp_dtype(args.amp, device))
     ways = {name: (args, system, name) for name in names}
     with processes_of(args.device, make_work, ways) as worlds:
         work = worlds["plain"]("flops")
@@ -143,7 +144,8 @@ def measure(args: argparse.Namespace, system: str, ceilings: Mapping[str, float]
     row |= {f"{name} img/s": rate for name, rate in rates.items()}
     row |= {f"× {name}": rates["ours"] / rates[name] for name in names if name != "ours"}
     dtype = choose_amp_dtype(args.amp, device) or torch.float32
-    row["share"] = row["GFLOP/img"] * rates["ours"] / ceilings[f"conv {str(dtype)[6:]}"]
+    row["ceiling"] = ceilings[f"conv {str(dtype)[6:]}"]
+    row["share"] = row["GFLOP/img"] * rates["ours"] / row["ceiling"]
     row["limit"] = row["× plain"] / row["share"]
     return row
 

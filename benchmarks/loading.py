@@ -10,6 +10,7 @@ loader process shares with none, after the first and the last of some epochs.
 Without --data-path, embedded scenes are written to a temporary folder (TMPDIR) at DUTS' size.
 """
 
+import argparse
 import random
 import re
 import tempfile
@@ -37,7 +38,7 @@ MEMORY_EPOCHS = 4
 
 
 class PlainDataset(Dataset):
-    """The usual way: floats from the start, every step by itself, normalised on the host."""
+    """The usual way: resized, cut and flipped by Pillow, then floats, normalised on the host."""
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], size: int, crop: int) -> None:
         self.pairs, self.size, self.crop = pairs, size, crop
@@ -47,14 +48,13 @@ class PlainDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         first, second = self.pairs[index]
-        image = F.to_tensor(Image.open(first).convert("RGB"))
-        mask = F.to_tensor(Image.open(second).convert("L"))
-        image, mask = (F.resize(x, [self.size, self.size], antialias=True) for x in (image, mask))
+        image, mask = Image.open(first).convert("RGB"), Image.open(second).convert("L")
+        image, mask = (F.resize(x, [self.size, self.size]) for x in (image, mask))
         top, left = (random.randint(0, self.size - self.crop) for _ in range(2))
         image, mask = (F.crop(x, top, left, self.crop, self.crop) for x in (image, mask))
         if random.random() < 0.5:
             image, mask = F.hflip(image), F.hflip(mask)
-        return F.normalize(image, IMAGENET_MEAN, IMAGENET_STD), mask
+        return F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD), F.to_tensor(mask)
 
 
 def write_scenes(root: Path, count: int) -> None:
@@ -165,7 +165,7 @@ def _row(work: str, times: dict[str, list[float]], count: int) -> dict:
     return row
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, rounds=5)
     add = parser.add_argument
     add("--data-path", type=Path, metavar="DIR", help="holds DUTS-TR or DUTS-TE")
@@ -175,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-b", "--batch-size", type=positive, default=8)
     add("--workers", type=int, nargs="+", default=[0, 1, 2])
     add("--cache", nargs="*", choices=("ram", "disk"), default=["ram", "disk"])
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in loader processes
     try:

@@ -1,7 +1,8 @@
 """The usual way to train these networks, as short as it can be written: what ours is compared with.
 
 NCHW, fp32 or autocast, images normalised to floats on the host, the optimizer as torch constructs
-it by default, and the loss read by `.item()` in every step. Networks and batches are ours.
+it by default, and the losses read by `.item()` in every step. Networks and batches are ours: what
+src/layers.py does for speed is in both.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from train_utils.image_io import UNKNOWN
 
 Networks = Mapping[str, nn.Module]
 Precision = Callable[[], AbstractContextManager]
+Losses = dict[str, float]  # by the names of ours
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -34,30 +36,30 @@ def optimizers(models: Networks, cfg: Any) -> dict[str, torch.optim.Optimizer]:
 
 def saliency(
     models: Networks, opts: Mapping, batch: list[Tensor], device: torch.device, precision: Precision
-) -> float:
+) -> Losses:
     """One step of U²-Net: the sum of the outputs' binary cross-entropies."""
     images, masks = batch[0].to(device), batch[1].to(device)
     with precision():
         outputs = models["model"](images)
         loss = sum(F.binary_cross_entropy_with_logits(output, masks) for output in outputs)
     _update(opts["model"], loss)
-    return loss.item()
+    return {"loss": loss.item()}
 
 
 def segmentation(
     models: Networks, opts: Mapping, batch: list[Tensor], device: torch.device, precision: Precision
-) -> float:
+) -> Losses:
     """One step of FCN or U-Net: cross-entropy of the classes."""
     images, labels = batch[0].to(device), batch[1].to(device)
     with precision():
         loss = F.cross_entropy(models["model"](images), labels, ignore_index=255)
     _update(opts["model"], loss)
-    return loss.item()
+    return {"loss": loss.item()}
 
 
 def matting(
     models: Networks, opts: Mapping, batch: list[Tensor], device: torch.device, precision: Precision
-) -> float:
+) -> Losses:
     """One step of Deep Image Matting: the mean of both losses on the unknown pixels."""
     inputs, image, alpha, unknown, fg, bg = (tensor.to(device) for tensor in batch)
     with precision():
@@ -67,26 +69,28 @@ def matting(
         distances += (torch.sqrt((composite - image) ** 2 + 1e-12).mean(1, True) * unknown).sum()
         loss = distances / 2 / unknown.sum()
     _update(opts["model"], loss)
-    return loss.item()
+    return {"loss": loss.item()}
 
 
 def translation(
     models: Networks, opts: Mapping, batch: list[Tensor], device: torch.device, precision: Precision
-) -> float:
-    """One step of pix2pix: first G, then D."""
+) -> Losses:
+    """One step of pix2pix: first G, with D's weights frozen, then D."""
     source, target = batch[0].to(device), batch[1].to(device)
     generator, discriminator = models["generator"], models["discriminator"]
+    discriminator.requires_grad_(False)
     with precision():
         fake = generator(source)
         judged = discriminator(fake, source)
         loss = F.mse_loss(judged, torch.ones_like(judged)) + 100 * F.l1_loss(fake, target)
     _update(opts["generator"], loss)
+    discriminator.requires_grad_(True)
     with precision():
         real, judged = discriminator(target, source), discriminator(fake.detach(), source)
         d_loss = F.mse_loss(real, torch.ones_like(real))
         d_loss = (d_loss + F.mse_loss(judged, torch.zeros_like(judged))) / 2
     _update(opts["discriminator"], d_loss)
-    return loss.item() + d_loss.item()
+    return {"loss": loss.item(), "D": d_loss.item()}
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

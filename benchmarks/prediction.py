@@ -4,8 +4,10 @@
     python -m benchmarks.prediction --weights u2netp.pth --images DIR --count 80 --json out.json
 
 plain takes one photograph after the other: decoded, made floats, resized and normalised, through
-the network in NCHW and fp32 on all cores, the map resized and saved as Pillow saves by default.
-ours is predict.py's `main`. Both load the weights in every round, and have a process of their own.
+the network in NCHW and fp32 ("plain amp": under autocast, where ours is in 16 bits) on all cores,
+the map resized and saved as Pillow saves by default. ours is predict.py's `main`. On CPUs its
+process keeps freed memory, and so does that of "same env". All load the weights in every round, and
+have a process of their own.
 Without --images the photographs are embedded scenes of 400×300 pixels, JPEGs; without --weights the
 network is u2net_lite, random.
 
@@ -32,6 +34,7 @@ import predict
 import tasks
 from benchmarks import common
 from benchmarks.processes import Work, processes_of
+from process_setup import keep_freed_memory
 from shapes import render_scene
 from src import u2net_lite
 from train_utils.amp import choose_amp_dtype
@@ -60,16 +63,21 @@ def write_scenes(folder: Path, count: int) -> None:
 
 
 def predict_plainly(
-    weights: Path, settings: dict[str, Any], files: list[Path], output: Path, device: str
+    weights: Path,
+    settings: dict[str, Any],
+    files: list[Path],
+    output: Path,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
 ) -> None:
-    """The usual script."""
+    """The usual script, under autocast if there is a dtype for it."""
     _, cfg, models = tasks.load_models(weights, settings)
     model, side = models["model"].to(device), [cfg.data.image_size] * 2
     for file in files:
         picture = TF.to_dtype(TF.pil_to_tensor(Image.open(file).convert("RGB")), scale=True)
         image = TF.normalize(TF.resize(picture, side, antialias=True), cfg.data.mean, cfg.data.std)
-        with torch.no_grad():
-            saliency = model(image[None].to(device))
+        with torch.no_grad(), torch.autocast(device.type, amp_dtype, enabled=bool(amp_dtype)):
+            saliency = model(image[None].to(device)).float()
         saliency = F.interpolate(saliency, picture.shape[-2:], mode="bilinear")[0, 0]
         codes = (saliency * 255).round().byte().cpu()
         Image.fromarray(codes.numpy()).save(output / f"{file.stem}.png")
@@ -82,9 +90,11 @@ def predict_ours(command: list[str]) -> None:
             raise UserError(f"{command[0]} …: a file could not be predicted.")
 
 
-def make_work(device: torch.device, way: Callable, *args: Any) -> Work:
+def make_work(device: torch.device, way: str, predict_all: Callable, *args: Any) -> Work:
     """What the process of a way does."""
-    return {"predict": partial(way, *args)}
+    if common.has_settings(way):
+        keep_freed_memory(device.type)  # as predict.py does
+    return {"predict": partial(predict_all, *args)}
 
 
 def stage_times(
@@ -120,7 +130,7 @@ def stage_times(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    settings = parse_assignments(args.set)
+    device, settings = torch.device(args.device), parse_assignments(args.set)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = args.weights or folder / "u2net_lite.pth"
@@ -129,22 +139,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.images:
             write_scenes(folder / "photographs", args.count)
         files = list_images(args.images or folder / "photographs")[: args.count]
-        outputs = {way: folder / way for way in ("plain", "ours")}
-        outputs["plain"].mkdir()
-        names = [str(file) for file in files]
-        command = [*names, "-o", str(outputs["ours"]), "--weights", str(weights)]
+        amp_dtype = choose_amp_dtype(tasks.load_models(weights, settings)[1].eval.amp, device)
+        ways: dict[str, tuple] = {}
+        for name in common.names_of_ways(device, amp_dtype):
+            dtype = amp_dtype if name.startswith("plain amp") else None
+            (output := folder / name).mkdir()
+            ways[name] = (name, predict_plainly, weights, settings, files, output, device, dtype)
+        command = [*map(str, files), "-o", str(output), "--weights", str(weights)]
         command += ["--device", args.device, *(f"--set={each}" for each in args.set)]
-
-        plainly = (predict_plainly, weights, settings, files, outputs["plain"], args.device)
-        ways = {"plain": plainly, "ours": (predict_ours, command)}
+        ways["ours"] = ("ours", predict_ours, command)
         with processes_of(args.device, make_work, ways) as worlds:
             work = {name: partial(world, "predict") for name, world in worlds.items()}
             times = common.take_turns(work, args.rounds)
-        stages = stage_times(weights, settings, files, outputs["ours"], torch.device(args.device))
-    rates = {f"{way} img/s": len(files) / median(each) for way, each in times.items()}
-    rows: list[dict[str, Any]] = [
-        {"work": f"{len(files)} photographs", **rates, "ratio": common.ratio(times, "ours")}
-    ]
+        stages = stage_times(weights, settings, files, output, device)
+    row: dict[str, Any] = {"work": f"{len(files)} photographs"}
+    row |= {f"{way} img/s": len(files) / median(each) for way, each in times.items()}
+    row |= {f"× {way}": common.ratio(times, "ours", way) for way in times if way != "ours"}
+    rows = [row]
     total = sum(stages.values())
     rows += [
         {"work": stage, "ours ms": 1000 * each, "share": each / total}

@@ -116,8 +116,12 @@ def make_work(folder: Path, device: str) -> dict[str, dict[str, Callable[[], Non
     return work
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return common.make_parser(__doc__).parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args: argparse.Namespace = common.make_parser(__doc__).parse_args(argv)
+    args = parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for work, ways in make_work(Path(folder), args.device).items():

@@ -4,13 +4,15 @@
     python -m benchmarks.training_step --systems u2net_full --batches 1 4 8 --json step.json
     python -m benchmarks.training_step --systems u2net_lite --size 64
 
-plain is `benchmarks/plain.py`; "plain amp" the same under bf16 autocast, on devices with bf16
-units; ours is `train_one_epoch` with the recipe's own settings. All see the same batches, which
-wait in the host's memory, and take turns of --steps steps, each way in a process of its own.
-Figures are medians per step. The share is that of the FLOPs (counted by torch) per second in the
-fastest 3×3 convolution of the same dtype, measured in the same run; the limit is the ratio at which
-the share would be 1. Memory is each way's peak in MB: of the GPU's allocator, or of the process
-beyond what the imports take.
+plain is `benchmarks/plain.py`; "plain amp" the same under autocast, where ours is in 16 bits (fp16
+without a scaler); ours is `train_one_epoch` with the recipe's own settings. On CPUs the process of
+ours is set up as train.py is, and "same env" is plain in such a process: what is left is the code.
+All see the same batches, which wait in the host's memory, plain's as floats already, and take turns
+of --steps steps, each way in a process of its own. Figures are medians per step. The share is that
+of the FLOPs (counted by torch) per second in the ceiling, GFLOP/s of the fastest 3×3 convolution of
+the same dtype, measured in the same run; the limit is the ratio to plain at which the share would
+be 1. Memory is each way's peak in MB: of the GPU's allocator, or of the process beyond what the
+imports take.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from train_utils.setup import (
     seed_everything,
     wrap_models,
 )
-from train_utils.train_and_eval import StepOptions
+from train_utils.train_and_eval import StepOptions, mean_losses
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -95,8 +97,8 @@ def make_work(
 
 def make_way(
     args: argparse.Namespace, system: str, batch_size: int, way: str
-) -> Callable[[], float]:
-    """A function that trains for `--steps` steps and returns the last (ours: the mean) loss.
+) -> Callable[[], plain.Losses]:
+    """A function that trains for `--steps` steps and returns the last (ours: the mean) losses.
 
     All ways start from the same weights and see the same batches.
     """
@@ -108,8 +110,8 @@ def make_way(
     batches = list(train_loader(train_set, sampler, workers=0, device=device))
     if way == "ours":
         return _ours(task, cfg, batches, device)
-    dtype = choose_amp_dtype("auto", device)
-    precision = partial(torch.autocast, device.type, dtype) if way == "plain amp" else nullcontext
+    dtype = choose_amp_dtype(args.amp, device) if way.startswith("plain amp") else None
+    precision = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
     return _plain(task, cfg, batches, device, precision)
 
 
@@ -127,21 +129,23 @@ def _configured(args: argparse.Namespace, system: str, batch_size: int) -> tuple
 
 def _plain(
     task: Any, cfg: Any, batches: list, device: torch.device, precision: Callable
-) -> Callable[[], float]:
+) -> Callable[[], plain.Losses]:
     torch.manual_seed(cfg.train.seed)
     models = {name: model.to(device) for name, model in task.build_models(cfg).items()}
     optimizers = plain.optimizers(models, cfg)
     hosted = [plain.host_batch(cfg.task, batch) for batch in batches]
+    if device.type == "cuda":  # as ours, and as a stock DataLoader with pin_memory
+        hosted = [[tensor.pin_memory() for tensor in batch] for batch in hosted]
 
-    def train() -> float:
+    def train() -> plain.Losses:
         for batch in hosted:
-            loss = plain.STEPS[cfg.task](models, optimizers, batch, device, precision)
-        return loss
+            losses = plain.STEPS[cfg.task](models, optimizers, batch, device, precision)
+        return losses
 
     return train
 
 
-def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], float]:
+def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], plain.Losses]:
     torch.manual_seed(cfg.train.seed)
     networks = place_models(task.build_models(cfg), device, sync_bn=False)
     optimizers, schedulers = task.build_optimizers(cfg, networks, steps_per_epoch=1000)
@@ -150,8 +154,9 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
     scalers = {name: make_scaler(dtype, device) for name in optimizers}
     options = StepOptions(dtype, clip_value=cfg.train.clip_value, seed=cfg.train.seed)
 
-    def train() -> float:
-        mean_loss, _ = train_one_epoch(
+    def train() -> plain.Losses:
+        logger = MetricLogger(reduce=True)
+        train_one_epoch(
             models,
             optimizers,
             batches,
@@ -162,9 +167,9 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
             train_step=task.train_step(cfg),
             loss_counts=task.loss_counts(cfg),
             options=options,
-            logger=MetricLogger(reduce=True),
+            logger=logger,
         )
-        return mean_loss
+        return mean_losses(logger)
 
     return train
 
@@ -172,9 +177,10 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
 def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: dict) -> dict:
     """A row of the table: milliseconds per step, ratios, share of the ceiling, memory."""
     device = torch.device(args.device)
-    names = common.names_of_ways(device)
+    names = common.names_of_ways(device, choose_amp_dtype(args.amp, device))
     ways = {name: (args, system, batch_size, name) for name in names}
-    with processes_of(args.device, make_work, ways, set_up=["ours"]) as worlds:
+    set_up = list(filter(common.has_settings, names))
+    with processes_of(args.device, make_work, ways, set_up) as worlds:
         work = worlds["plain"]("flops") / args.steps
         train = {name: partial(world, "train") for name, world in worlds.items()}
         times = common.take_turns(train, args.rounds)
@@ -185,7 +191,8 @@ def measure(args: argparse.Namespace, system: str, batch_size: int, ceilings: di
     row |= {"ours img/s": batch_size * 1e3 / row["ours ms"]}
     row |= {f"× {name}": common.ratio(times, "ours", name) for name in names if name != "ours"}
     dtype = choose_amp_dtype(args.amp, device) or torch.float32
-    row["share"] = work / row["ours ms"] / 1e6 / ceilings[f"conv {str(dtype)[6:]}"]
+    row["ceiling"] = ceilings[f"conv {str(dtype)[6:]}"]
+    row["share"] = work / row["ours ms"] / 1e6 / row["ceiling"]
     row["limit"] = row["× plain"] / row["share"]
     return row | peaks
 

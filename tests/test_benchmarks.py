@@ -2,16 +2,22 @@
 
 import io
 import json
+import os
+import re
 import sys
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from conftest import REPO
 
+import predict
 from benchmarks import (
     checkpoint_cost,
     common,
     evaluation,
+    headline,
     loading,
     prediction,
     quality,
@@ -22,10 +28,29 @@ from benchmarks import (
     training_step,
 )
 from my_dataset import DUTSDataset
+from src import UNetGenerator, u2net_full, u2net_lite
 from train_utils.errors import UserError
 from train_utils.metrics import all_scores
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
 from transforms import SaliencyTrain
+
+
+@contextmanager
+def in_this_process(device, make, ways, set_up=()):
+    """Stands for `processes_of` where the processes are not what is tested."""
+    works = {name: make(torch.device(device), *args) for name, args in ways.items()}
+    yield {name: lambda what, work=work: work[what]() for name, work in works.items()}
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Benchmarks of ways in this process, whose memory stays as it is; ceilings take seconds."""
+    for module in (training_step, evaluation, prediction):
+        monkeypatch.setattr(module, "processes_of", in_this_process)
+    for module in (evaluation, prediction, predict):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda device: None)
+    found = {"conv float32": 50.0, "conv bfloat16": 80.0}
+    monkeypatch.setattr(common, "ceilings", lambda *of: found)
 
 
 @pytest.mark.slow
@@ -62,6 +87,18 @@ def test_ways_take_turns_and_the_first_round_does_not_count():
     assert common.ratio({"plain": [3.0, 9.0, 8.0], "ours": [2.0, 1.0, 9.0]}, "ours") == 4
 
 
+def test_a_wait_for_the_device_is_not_in_a_ceiling(monkeypatch):
+    now = 0.0
+
+    def passes(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(common, "synchronize", lambda device: passes(3e-3))
+    assert common.shortest(lambda: passes(1e-3), "cpu") == pytest.approx(1e-3, rel=0.05)
+
+
 def test_flops_are_those_of_the_convolution():
     conv = torch.nn.Conv2d(2, 3, 3, padding=1)
     assert common.flops(lambda: conv(torch.zeros(1, 2, 5, 7))) == 2 * 3 * 2 * 9 * 5 * 7
@@ -80,11 +117,21 @@ def test_table_and_json_hold_the_rows(tmp_path, capsys):
     assert result["machine"]["torch"] == torch.__version__
 
 
+def make_work_and_tell(device, args, system, batch_size, way):
+    """A way's work; what its process has in the environment goes into a file of the way's name."""
+    args.json.with_name(way).write_text(os.environ.get("GLIBC_TUNABLES", ""))
+    return training_step.make_work(device, args, system, batch_size, way)
+
+
 @pytest.mark.slow
-def test_training_step(tmp_path):
+def test_training_step(tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(training_step, "make_work", make_work_and_tell)
     target = tmp_path / "step.json"
     tiny = ["--size", "64", "--batches", "2", "--rounds", "1", "--device", "cpu", "--amp", "off"]
     training_step.main([*tiny, "--systems", "u2net_lite", "--json", str(target)])
+    for way, is_set_up in (("plain", False), ("plain same env", True), ("ours", True)):
+        assert ("malloc" in (tmp_path / way).read_text()) == is_set_up, way
     (row,) = json.loads(target.read_text())["rows"]
     assert row["plain ms"] > 0 and row["ours ms"] > 0 and 0 < row["share"] < 1
     assert row["× plain"] == pytest.approx(row["plain ms"] / row["ours ms"])
@@ -92,15 +139,47 @@ def test_training_step(tmp_path):
     assert row["plain MB"] > 20 < row["ours MB"]  # weights, gradients and moments alone are 18
 
 
-def test_the_plain_step_has_the_loss_of_ours():
+@pytest.mark.parametrize("system", training_step.SYSTEMS)
+def test_the_plain_step_has_the_losses_and_the_flops_of_ours(system, monkeypatch):
+    if system == "pix2pix":  # which drops out at random, and halves images of 64 six times at most
+        same = training_step.SYSTEMS[system]._replace(values={"model": {"dropout": 0, "levels": 5}})
+        monkeypatch.setitem(training_step.SYSTEMS, system, same)
     args = training_step.parse_args(["--size", "64", "--device", "cpu", "--amp", "off"])
-    for system in ("u2net_lite", "fcn", "matting"):  # pix2pix drops out at random
-        losses = [training_step.make_way(args, system, 2, way)() for way in ("ours", "plain")]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4), system
+    losses, flops = {}, {}
+    for way in ("plain", "ours"):
+        train = training_step.make_way(args, system, 2, way)
+        flops[way] = common.flops(lambda way=way, train=train: losses.update({way: train()}))
+    assert {"loss", "D"} & losses["ours"].keys() == losses["plain"].keys()
+    for name, loss in losses["plain"].items():
+        assert losses["ours"][name] == pytest.approx(loss, rel=1e-4), name
+    assert flops["ours"] == flops["plain"] > 1e9
 
 
-def test_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "ceilings", lambda *of: {"conv float32": 50.0})  # takes seconds
+def test_where_ours_is_in_16_bits_it_is_compared_with_autocast_too(
+    one_process, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    target = tmp_path / "rows.json"
+    tiny = ["--rounds", "1", "--device", "cpu", "--json", str(target)]
+    plain = ["plain", "plain amp", "plain same env", "plain amp same env"]
+    for benchmark, unit, options in (
+        (training_step, "ms", "--size 32 --batches 2 --systems u2net_lite"),
+        (evaluation, "img/s", "--size 32 --images 1 --models u2net_lite"),
+        (prediction, "img/s", "--count 1 --set data.image_size=32"),
+    ):
+        benchmark.main([*options.split(), *tiny])
+        row = json.loads(target.read_text())["rows"][0]
+        assert [key[2:] for key in row if key.startswith("× ")] == plain
+        for way in plain:
+            ratio = row[f"ours {unit}"] / row[f"{way} {unit}"]
+            assert row[f"× {way}"] == pytest.approx(1 / ratio if unit == "ms" else ratio)
+        assert "× plain amp same env" in capsys.readouterr().out
+    args = training_step.parse_args(["--size", "32", "--device", "cpu"])
+    full, half = (training_step.make_way(args, "u2net_lite", 2, way)() for way in plain[:2])
+    assert half["loss"] != full["loss"] == pytest.approx(half["loss"], rel=0.02)
+
+
+def test_evaluation(one_process, tmp_path):
     target = tmp_path / "evaluation.json"
     tiny = ["--size", "40", "--images", "2", "--rounds", "1", "--device", "cpu", "--amp", "off"]
     evaluation.main([*tiny, "--models", "u2net_lite", "--json", str(target)])
@@ -160,6 +239,15 @@ def test_the_page_holds_the_tables_on_paper(capsys):
         scaling_model.with_values(scaling_model.Cluster(), ["dsk=1"])
 
 
+def test_the_model_on_paper_has_the_flops_of_torch_s_counter():
+    sides = {u2net_full: 288, u2net_lite: 288, UNetGenerator: 256}
+    for (network, side), system in zip(sides.items(), scaling_model.systems(), strict=True):
+        with torch.device("meta"):
+            model, images = network(), torch.empty(1, 3, side, side)
+        work = common.flops(lambda m=model, x=images: sum(y.sum() for y in m(x)).backward())
+        assert work / 1e9 == pytest.approx(system.gflop, abs=0.05)
+
+
 def test_a_console_that_cannot_show_a_table_gets_escapes(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", console)
@@ -205,12 +293,45 @@ def test_both_ways_load_the_same_pictures(tmp_path):
 
 
 @pytest.mark.slow
-def test_prediction_and_startup(tmp_path, monkeypatch):
+def test_headline(tmp_path, monkeypatch, capfd):
+    launch, commands, tiny = (
+        headline.launch,
+        headline.COMMANDS,
+        "--count 2 --size 32 --crop 28 --rounds 1 --workers 0",
+    )
+    monkeypatch.setattr(headline, "COMMANDS", [f"loading {tiny} --cache"])
+
+    def launch_training_only(*command):
+        if command[0] == "-m":
+            sys.modules[command[1]].main(command[2:])
+        else:
+            launch(*command)
+
+    monkeypatch.setattr(headline, "launch", launch_training_only)
+    few = ["data.image_size=32", "data.train_size=2", "data.val_size=1", "train.epochs=1"]
+    training = partial(headline.run_training, "-b2", "-j0", *(f"--set={each}" for each in few))
+    monkeypatch.setattr(headline, "run_training", training)
+    headline.main(["--json", str(target := tmp_path / "headline.json")])
+    found = json.loads(target.read_text())
+    (row,) = found["loading"][0]["rows"]
+    (trained,) = found["train.py"][0]["rows"]
+    assert re.fullmatch(r"\d+ min \d+ s", trained["time"]) and 0 <= trained["MAE"] <= 1
+    rate, page = common.shown(row["ours /s"]), capfd.readouterr().out
+    assert re.search(rf"\| work \| .*\n\| --- .*\n\| one process \| .* {rate} \|", page)
+    for command in commands:  # the options are there
+        name, *options = command.split()
+        sys.modules[f"benchmarks.{name}"].parse_args(options)
+    with pytest.raises(UserError, match=r"train\.py --sed=1: failed"):
+        launch("train.py", "--sed=1")
+
+
+@pytest.mark.slow
+def test_prediction_and_startup(one_process, tmp_path, monkeypatch):
     target = tmp_path / "rows.json"
     tiny = ["--rounds", "1", "--device", "cpu", "--json", str(target)]
     prediction.main(["--count", "2", "--set", "data.image_size=32", *tiny])
     folder, *stages = json.loads(target.read_text())["rows"]
-    assert folder["ratio"] == pytest.approx(folder["ours img/s"] / folder["plain img/s"])
+    assert folder["× plain"] == pytest.approx(folder["ours img/s"] / folder["plain img/s"])
     assert [row["work"] for row in stages] == ["read", "forward", "render", "write"]
     assert sum(row["share"] for row in stages) == pytest.approx(1)
     work = startup.make_work(tmp_path, "cpu")
