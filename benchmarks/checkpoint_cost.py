@@ -4,10 +4,10 @@
     python -m benchmarks.checkpoint_cost --model u2net_full --size 160 --every 4 --json cost.json
 
 "sync" is ours on the training's own thread: a bare torch.save does without its flush to the disk.
-Blocks of --every steps, each begun with a save, take turns between
-the three ways, so that what else the machine does meets all of them. Lost is the call, and by how
-much the steps taken while the file is written are longer than those of a training that does not
-save. All are medians. TMPDIR chooses the disk.
+Blocks of --every steps, each begun with a save, take turns between the three ways, so that what
+else the machine does meets all of them. Lost is the call, and by how much the steps taken while the
+file is written are longer than those of a training that does not save. All are medians. TMPDIR
+chooses the disk.
 """
 
 import argparse
