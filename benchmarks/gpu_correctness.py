@@ -373,9 +373,7 @@ def two_processes(device: torch.device, amp: str, shares: Sequence[tuple[int, in
     return f"off by {off:.1e}"
 
 
-def _rank(
-    rank: int, folder: Path, name: str, amp: str, shares: Sequence[tuple[int, int]]
-) -> None:
+def _rank(rank: int, folder: Path, name: str, amp: str, shares: Sequence[tuple[int, int]]) -> None:
     logging.disable(logging.INFO)
     device = torch.device(name)
     backend = "cpu:gloo,cuda:gloo" if device.type == "cuda" else "gloo"

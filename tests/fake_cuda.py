@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from src import layers
 from train_utils import losses, normalize
 
 CUDA = torch.device("cuda", 0)
@@ -332,7 +333,7 @@ def _numpy(tensor: Tensor, **_: Any) -> np.ndarray:
 
 def _forget_constants() -> None:
     """Forget the small tensors that the project keeps: they belong to one FakeTensorMode."""
-    for module in (losses, normalize):
+    for module in (layers, losses, normalize):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
