@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import load_vgg_stages, vgg_stages, vgg_widths
-from .layers import autocast_off
+from .layers import autocast_off, extend, unpool
 
 STRIDE = 32  # of the deepest map
 
@@ -47,16 +47,14 @@ class DeepMatting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        x = extend(x, STRIDE)
         indices = []
         for stage in self.backbone:
             x, maxima = F.max_pool2d(stage(x), 2, return_indices=True)
             indices.append(maxima)
         x = self.bottom(x)
         for conv in self.decoder:
-            # Windows do not overlap, so no two values meet: the order of writing is of no
-            # consequence, although torch calls every unpooling nondeterministic.
-            x = conv(F.max_unpool2d(x, indices.pop(), 2))
+            x = conv(unpool(x, indices.pop()))
         with autocast_off(x.device.type):  # bf16 would leave alpha some hundred levels
             logits = self.alpha(x.to(self.alpha.weight.dtype))[..., :height, :width]
         return logits if self.training else torch.sigmoid(logits)

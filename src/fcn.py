@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import load_vgg_stages, vgg_stages, vgg_widths
-from .layers import autocast_off
+from .layers import autocast_off, extend
 
 STRIDE = 32  # of the deepest map
 
@@ -42,7 +42,7 @@ class FCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        x = extend(x, STRIDE)
         pooled = []
         for stage in self.backbone:
             x = F.max_pool2d(stage(x), 2)

@@ -11,8 +11,9 @@ on another, in training or in evaluation. "batch" is ordinary batch norm with ru
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .layers import InstanceNorm, extend
 
 Norm = Literal["instance", "batch"]
 
@@ -62,8 +63,7 @@ class UNetGenerator(nn.Module):
 
     def forward(self, source: Tensor) -> Tensor:
         height, width = source.shape[-2:]
-        multiple = 2**self.levels
-        x = F.pad(source, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        x = extend(source, 2**self.levels)
         skips = []
         for down in self.encoder:
             x = down(x)
@@ -139,6 +139,4 @@ def _conv(
     conv = kind(in_ch, out_ch, 4, stride=stride, padding=1, bias=norm is None)
     if norm is None:
         return [conv]
-    # One group per channel is instance norm; torch's own InstanceNorm2d refuses empty batches.
-    normed = nn.BatchNorm2d(out_ch) if norm == "batch" else nn.GroupNorm(out_ch, out_ch)
-    return [conv, normed]
+    return [conv, nn.BatchNorm2d(out_ch) if norm == "batch" else InstanceNorm(out_ch)]

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from src import DeepMatting, UNetGenerator, fcn, u2net_lite, unet, unet_resnet50, unet_vgg16
-from src.layers import resize
+from src.layers import (
+    GatheredResize,
+    extend,
+    norm_by_image,
+    resize,
+    scatter_unpool,
+)
 
 LAST = torch.channels_last
 
@@ -60,6 +66,74 @@ def test_an_empty_batch_has_a_gradient():
     x = torch.zeros(0, 3, 4, 4, requires_grad=True)
     resize(x, torch.Size((8, 8))).sum().backward()
     assert x.grad.shape == x.shape
+
+
+# -- what GPUs run, by its results on a CPU -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((2, 3, 5, 7), (10, 14)),
+        ((2, 3, 1, 1), (2, 2)),
+        ((2, 4, 9, 4), (18, 7)),  # one side larger, one as it was and cut
+        ((1, 1, 3, 3), (24, 25)),
+        ((2, 3, 8, 9), (5, 4)),
+    ],
+)
+def test_gathered_gradient_of_resizing(shape, size):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=LAST).requires_grad_()
+    reference = x.detach().clone().requires_grad_()
+    # As `join` gives it: a part of the gradient of a wider map.
+    gradient = torch.randn(shape[0], shape[1] + 3, *size, dtype=torch.float64)
+    gradient = gradient.contiguous(memory_format=LAST)[:, :-3]
+    y = GatheredResize.apply(x, torch.Size(size))
+    y.backward(gradient)
+    expected = F.interpolate(reference, size=size, mode="bilinear")
+    expected.backward(gradient)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-12, atol=1e-12)
+    assert x.grad.is_contiguous(memory_format=LAST)
+
+
+def test_gathered_gradient_of_an_empty_batch():
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    GatheredResize.apply(x, torch.Size((8, 8))).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_unpooling_by_scattering_is_torch_s():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 8, 6, dtype=torch.float64).contiguous(memory_format=LAST)
+    x, indices = F.max_pool2d(maps, 2, return_indices=True)
+    results = []
+    for unpool in (scatter_unpool, lambda x, indices: F.max_unpool2d(x, indices, 2)):
+        values = x.clone().requires_grad_()
+        y = unpool(values, indices)
+        y.backward(maps)
+        results.append((y, values.grad))
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.equal(ours, torchs)
+        assert ours.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_norm_by_image_is_instance_norm(images):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(5, 5).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(images, 5, 4, 6, dtype=torch.float64).contiguous(memory_format=LAST)
+    y = norm_by_image(x, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(y, norm(x), rtol=1e-12, atol=1e-12)
+    assert y.is_contiguous(memory_format=LAST)
+
+
+def test_extending_repeats_the_border():
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    assert extend(x, 1) is x
+    assert extend(x, 2)[0, 0].tolist() == [[0, 1, 2, 2], [3, 4, 5, 5]]
 
 
 @pytest.mark.parametrize(

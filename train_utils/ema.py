@@ -5,6 +5,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from train_utils.foreach import copy_all
+
 
 class ExponentialMovingAverage:
     """Keeps `module`, a copy of a network whose parameters are the running average.
@@ -26,5 +28,4 @@ class ExponentialMovingAverage:
         averages: list[Tensor] = list(self.module.parameters())
         parameters: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, parameters, 1 - decay)
-        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+        copy_all(list(self.module.buffers()), list(model.buffers()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from train_utils.distributed_utils import all_gather, sum_over_ranks
 from train_utils.errors import UserError, shortened
+from train_utils.foreach import copy_all
 from train_utils.log import get_logger
 
 HOW_TO_TAME = (
@@ -62,12 +63,7 @@ class NonfiniteGuard:
             buffers = self._live_buffers()
             if not self._kept_buffers:
                 self._kept_buffers = [torch.empty_like(buffer) for buffer in buffers]
-            for kept, buffer in zip(self._kept_buffers, buffers, strict=True):
-                kept.copy_(buffer)
-
-    def _restore_buffers(self) -> None:
-        for kept, buffer in zip(self._kept_buffers, self._live_buffers(), strict=True):
-            buffer.copy_(kept)
+            copy_all(self._kept_buffers, buffers)
 
     def _live_buffers(self) -> list[Tensor]:
         return [buffer for model in self.models.values() for buffer in model.buffers()]
@@ -114,7 +110,7 @@ class NonfiniteGuard:
             raise UserError(f"{text}. {HOW_TO_TAME}")
         if self.in_a_row >= _MAX_IN_A_ROW:
             raise UserError(f"{text}, {self.in_a_row} steps in a row. {HOW_TO_TAME}")
-        self._restore_buffers()
+        copy_all(self._live_buffers(), self._kept_buffers)
         get_logger().info(f"{text}: the step is skipped")
 
     def review(self, where: Callable[[int], str], names: Callable[[int], list[str]]) -> None:
