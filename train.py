@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 import tasks
 from my_dataset import fingerprint, readable
 from tasks.settings import deciding_metric
-from train_utils import evaluate, init_distributed_mode, train_one_epoch
+from train_utils import evaluate, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.checkpoint import split_states
 from train_utils.config import to_dict
@@ -56,6 +56,7 @@ from train_utils.run_folder import (
 from train_utils.schedule import describe_schedules
 from train_utils.setup import (
     clean_errors,
+    launched,
     place_models,
     seed_everything,
     worker_count,
@@ -378,5 +379,5 @@ def score(
 if __name__ == "__main__":
     with clean_errors():
         refuse_launcher("train.py")
-        init_distributed_mode(args)
+    with launched(args):
         main(args)

@@ -24,18 +24,14 @@ if __name__ == "__main__":  # before the imports that take seconds
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from train import main
-from train_utils import init_distributed_mode
-from train_utils.distributed_utils import shutdown_distributed
-from train_utils.setup import clean_errors
+from train_utils.setup import launched
 
 
 @record
 def launch(args: argparse.Namespace) -> None:
     """Join the process group, then do what train.py does."""
-    with clean_errors():
-        init_distributed_mode(args)
+    with launched(args):
         main(args)
-        shutdown_distributed()
 
 
 if __name__ == "__main__":

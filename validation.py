@@ -29,11 +29,11 @@ from torch import Tensor
 import tasks
 from my_dataset import PairFolderDataset, check_pairs, readable
 from process_setup import keep_freed_memory
-from train_utils import evaluate, init_distributed_mode
+from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
 from train_utils.config import merge, parse_assignments
 from train_utils.data import eval_loader
-from train_utils.distributed_utils import call_on_main, is_main_process, shutdown_distributed
+from train_utils.distributed_utils import call_on_main, is_main_process
 from train_utils.errors import UserError
 from train_utils.files import write_text
 from train_utils.log import get_logger
@@ -46,7 +46,7 @@ from train_utils.metrics import (
     all_scores,
 )
 from train_utils.run_folder import newest_best_checkpoint
-from train_utils.setup import clean_errors, place_models, worker_count
+from train_utils.setup import launched, place_models, worker_count
 
 
 def main(args: argparse.Namespace) -> None:
@@ -160,7 +160,5 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        init_distributed_mode(args)
+    with launched(args):
         main(args)
-        shutdown_distributed()

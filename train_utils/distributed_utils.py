@@ -1,11 +1,13 @@
 """Processes: who am I, how many are we, on which device, and the few collectives in use."""
 
 import ctypes
+import gc
 import os
 import re
 import signal
 import socket
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -58,6 +60,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=31)  # more than the longest train.hang_t
 _JOIN_TIMEOUT = timedelta(minutes=10)
 _USED = "pixtrain/used"  # a key that processes leave in the store once all of them have met
 RING_PAYS = 3  # processes up to which gloo's all_reduce is the fastest sum of a few numbers
+_TIME_TO_LEAVE = 5.0  # seconds; without work under way it takes milliseconds
 _PATIENCE = timedelta(days=1)  # with what one rank does for all: downloads, scans of slow disks
 
 
@@ -428,7 +431,26 @@ def refuse_launcher(script: str) -> None:
         )
 
 
-def shutdown_distributed() -> None:
-    """Leave the process group, if there is one."""
-    if is_dist_avail_and_initialized():
+def shutdown_distributed() -> bool:
+    """Leave all process groups; False if that takes longer than a few seconds.
+
+    gloo's groups have threads of their own, which end with the last reference to their group. The
+    interpreter must not end before them: torch takes down beneath them what they use, and the
+    process aborts ("terminate called without an active exception"). So no caller may hold a group,
+    or a data-parallel network, any more. A group with work that waits for another process, which
+    an error may leave behind, cannot be ended: hence False.
+    """
+    if not is_dist_avail_and_initialized():
+        return True
+    groups = [dist.group.WORLD, *_patient.values()]
+    _patient.clear()
+    gc.collect()  # data-parallel networks are parts of reference cycles
+
+    def end() -> None:
         dist.destroy_process_group()
+        groups.clear()
+
+    thread = threading.Thread(target=end, name="leaving", daemon=True)
+    thread.start()
+    thread.join(_TIME_TO_LEAVE)
+    return not thread.is_alive()

@@ -4,6 +4,8 @@ import errno
 import inspect
 import os
 import sys
+import traceback
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
@@ -20,8 +22,10 @@ from train_utils.data import loader_errors
 from train_utils.device import Feature, choose_kernels, has
 from train_utils.distributed_utils import (
     cpu_cores,
+    init_distributed_mode,
     is_dist_avail_and_initialized,
     lost_peers,
+    shutdown_distributed,
 )
 from train_utils.errors import UserError, plain_message
 from train_utils.sync_batchnorm import convert_sync_batchnorm
@@ -102,6 +106,45 @@ def default_workers(device: torch.device, local_world_size: int) -> int:
 def worker_count(asked: int | None, device: torch.device, local_world_size: int) -> int:
     """The loader processes that were asked for, or the default."""
     return default_workers(device, local_world_size) if asked is None else asked
+
+
+@contextmanager
+def launched(args: Namespace) -> Iterator[None]:
+    """Run a block as one of the processes that a launcher starts, with `clean_errors`.
+
+    It is in a process group meanwhile (see `init_distributed_mode`), and in none afterwards,
+    whichever way the block ends. What the block called has lost its local variables by then.
+    """
+    error: BaseException | None = None
+    try:
+        with clean_errors():
+            init_distributed_mode(args)
+            yield
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        if is_dist_avail_and_initialized():
+            _clear_frames(error)
+            if not shutdown_distributed():
+                _end_at_once(error)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of all calls that an error has ended, networks among them."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _end_at_once(error: BaseException | None) -> NoReturn:
+    """End this process as the error would, without the interpreter's own end."""
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 @contextmanager
