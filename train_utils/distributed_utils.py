@@ -434,11 +434,11 @@ def refuse_launcher(script: str) -> None:
 def shutdown_distributed() -> bool:
     """Leave all process groups; False if that takes longer than a few seconds.
 
-    gloo's groups have threads of their own, which end with the last reference to their group. The
-    interpreter must not end before them: torch takes down beneath them what they use, and the
-    process aborts ("terminate called without an active exception"). So no caller may hold a group,
-    or a data-parallel network, any more. A group with work that waits for another process, which
-    an error may leave behind, cannot be ended: hence False.
+    gloo's groups have threads of their own, which end with the last reference to their group, not
+    by destroy_process_group. A process whose interpreter ends before them aborts now and then
+    ("terminate called without an active exception"), so no caller may hold a group, or a
+    data-parallel network, any more. A group with work that waits for another process, which an
+    error may leave behind, cannot be ended: hence False.
     """
     if not is_dist_avail_and_initialized():
         return True
