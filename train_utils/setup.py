@@ -85,7 +85,7 @@ def place_models(
 ) -> dict[str, nn.Module]:
     """Networks on the device, channels-last, with batch-norm synchronised if asked for."""
     if sync_bn:
-        models = {name: convert_sync_batchnorm(model, device) for name, model in models.items()}
+        models = {name: convert_sync_batchnorm(model) for name, model in models.items()}
     return {
         name: model.to(device).to(memory_format=torch.channels_last)
         for name, model in models.items()
