@@ -92,8 +92,10 @@ class Picture:
 
 def main(args: argparse.Namespace) -> int:
     """Predict on every input; returns the number of files (of a video: frames) that failed."""
+    import torch
+
     import tasks
-    from train_utils.amp import choose_amp_dtype
+    from train_utils.amp import allow_tf32, choose_amp_dtype
     from train_utils.config import parse_assignments
     from train_utils.distributed_utils import resolve_device
     from train_utils.image_io import printable
@@ -102,10 +104,13 @@ def main(args: argparse.Namespace) -> int:
 
     jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.trimap)
     device = resolve_device(args.device)
+    if device.type == "cuda":  # or the first GPU would be used, too
+        torch.cuda.set_device(device)
     keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
     check_flags(args, task.PREDICT_FLAGS, str(weights))
+    allow_tf32(cfg.eval.tf32)
     models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
     print(f"{weights} → {len(jobs)} file(s)", flush=True)
 
@@ -197,8 +202,9 @@ class Predictor:
         """Fill in predictions, inputs of one size together as far as evaluation would do it."""
         import torch
 
+        from train_utils.errors import is_out_of_memory
         from train_utils.image_io import printable
-        from train_utils.inference import chunk_size
+        from train_utils.inference import SPARE_MEMORY, chunk_size
 
         sound = [picture for picture in pictures if not picture.error]
         for shape in dict.fromkeys(picture.network_input.shape for picture in sound):
@@ -209,8 +215,10 @@ class Predictor:
                 try:
                     outputs, warning = self.forward(batch)
                 except (RuntimeError, MemoryError) as error:  # too little memory, above all
+                    short = is_out_of_memory(error)
+                    reason = f"out of memory: {SPARE_MEMORY}." if short else error
                     for picture in chunk:
-                        picture.error = f"{printable(picture.job.source)}: {error}"
+                        picture.error = f"{printable(picture.job.source)}: {reason}"
                     continue
                 for picture, output in zip(chunk, outputs, strict=True):
                     picture.prediction, picture.warning = output, warning

@@ -305,6 +305,28 @@ def test_synchronised_batch_norm_does_not_wait_and_matches_on_all_ranks(name, am
     assert {dtype for _, inputs in full for _, dtype, _ in inputs} <= {torch.float32, torch.float64}
 
 
+@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip"}], ids=str)
+def test_every_read_behind_a_collective_is_seen_by_the_hang_watch(options):
+    """A collective of GPUs is only queued: the host hangs where it reads what comes of it."""
+    _, second = on_rank(1, "unet", images=2, sync_bn=True, **options)
+    assert [wait.watched for wait in second.waits] == [True, True]
+
+
+def test_so_are_those_of_an_evaluation():
+    dist.init_process_group("cuda:fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        with fake_gpu(answer=lambda place: 0.0) as spy:  # nobody asks to stop
+            scored = system("unet")
+            metrics = scored.task.make_metrics(scored.cfg)
+            spy.waits.clear()
+            evaluate(scored.networks, [], CUDA, metrics=metrics)
+    finally:
+        dist.destroy_process_group()
+    reads = [wait for wait in spy.waits if "copy from" not in wait.what]
+    assert len(reads) == 3  # buffers of two dtypes; the scores
+    assert all(wait.watched for wait in reads), described(reads)
+
+
 def test_rank_0_has_images_whenever_any_rank_has():
     """What batch norm over several GPUs starts from."""
     for samples, batch, micro in ((9, 4, 1), (5, 12, 2), (13, 8, None), (1, 6, 1)):
@@ -400,10 +422,13 @@ PREDICTED = [
 ]
 
 
-def predicted(folder, name, options, kinds, before=None, **settings):
-    """Pictures that predict.py makes of three photographs of two sizes, on a fake GPU."""
+PHOTOGRAPHS = [(50, 40), (40, 50), (50, 40)]
+
+
+def predicted(folder, name, options, kinds, sizes=PHOTOGRAPHS, before=None):
+    """What predict.py makes of photographs of these sizes, on a fake GPU."""
     jobs = []
-    for number, size in enumerate([(50, 40), (40, 50), (50, 40)]):
+    for number, size in enumerate(sizes):
         paths = [folder / f"{number}_{what}.png" for what in ("image", "trimap")]
         for path, mode, colour in zip(paths, ("RGB", "L"), ("teal", 128), strict=True):
             Image.new(mode, size, colour).save(path)
@@ -427,9 +452,8 @@ def predicted(folder, name, options, kinds, before=None, **settings):
         mock.patch("train_utils.threads.in_threads", in_this_thread),
     ):
         trained = system(name)
-        cfg = replace(trained.cfg, eval=replace(trained.cfg.eval, **settings))
         networks = prepare(trained.networks, CUDA, trained.amp_dtype)
-        predictor = Predictor(trained.task, cfg, networks, CUDA, **options)
+        predictor = Predictor(trained.task, trained.cfg, networks, CUDA, **options)
         return list(predictor.run(jobs)), spy
 
 

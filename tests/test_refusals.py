@@ -505,6 +505,40 @@ def test_going_back_forgets_the_best_checkpoint_of_later(tmp_path):
     assert not Path("out/model_best.pth").exists()
 
 
+def test_srun_that_binds_each_task_to_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert resolve_device("auto", 3, 4) == torch.device("cuda", 0)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")  # the tasks would share it
+    with pytest.raises(UserError, match="4 processes on this node but 1 GPU"):
+        resolve_device("auto", 3, 4)
+
+
+def test_compiling_and_synchronised_batch_norm_exclude_each_other(monkeypatch):
+    args = train.parse_args(["--compile", "--sync-bn", "--device", "cpu"])
+    args.rank, args.world_size, args.local_world_size = 0, 2, 2
+    with pytest.raises(UserError, match="--compile, --sync-bn"):
+        train.main(args)
+
+
+def test_predictions_on_another_gpu_leave_the_first_one_alone(monkeypatch, tmp_path):
+    class Chosen(Exception):
+        pass
+
+    def choose(device):
+        raise Chosen(device)
+
+    image = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(image)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    args = predict.parse_args([str(image), "-o", str(tmp_path / "out"), "--device", "cuda:1"])
+    with pytest.raises(Chosen, match="cuda:1"):
+        predict.main(args)
+
+
 def test_torchrun_inside_srun_shares_out_the_gpus_of_its_task(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -123,7 +123,7 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
             if is_main_process():
                 vector = torch.stack(parts).sum(dim=0)
             dist.broadcast(vector, src=0)
-    return vector.tolist()
+        return vector.tolist()
 
 
 def shared_store() -> Any:
@@ -175,6 +175,7 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
         with waiting("taking over rank 0's tensors"):
             dist.broadcast(flat, src=0)
+            flat[:1].tolist()  # on a GPU the host waits here for what is only queued above
         for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -317,8 +318,7 @@ def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) ->
             f"--device {name}: torch sees no GPU. Use --device cpu, or install the GPU driver and "
             "a CUDA build of torch."
         )
-    # Each task sees its own GPU only, as number 0; unless a task is a torchrun.
-    if "SLURM_GPUS_PER_TASK" in os.environ and "LOCAL_RANK" not in os.environ:
+    if _is_bound_to_one_gpu(count):  # which is number 0 to this process
         local_rank, local_world_size = 0, 1
     if local_world_size > count:
         raise UserError(
@@ -329,6 +329,19 @@ def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) ->
     if index >= count:
         raise UserError(f"--device {name}: this node has {count} GPU(s), numbered from 0.")
     return torch.device("cuda", index)
+
+
+def _is_bound_to_one_gpu(count: int) -> bool:
+    """Whether Slurm shows each task of a node another GPU, and none but that.
+
+    By --gpus-per-task, or by --gpu-bind or a site's default of the same effect: then the node has
+    more GPUs than this task sees. A torchrun that is a task shows its processes all that it sees.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return False
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    more = on_node.isdecimal() and int(on_node) > count == 1
+    return "SLURM_GPUS_PER_TASK" in os.environ or more
 
 
 def init_distributed_mode(args: Namespace) -> None:

@@ -98,10 +98,11 @@ class _OnGpu(torch.autograd.Function):
             of_weight = of_bias = torch.zeros_like(weight)
         both = torch.cat(sums)
         _add_up(both)
+        sum_dy, sum_dy_xmu = both.chunk(2)
         if not x.numel():
             return torch.zeros_like(x), of_weight, of_bias, *[None] * 4
         of_x = torch.batch_norm_backward_elemt(
-            gradient, x, mean, inverse, weight.to(mean), *both.chunk(2), counts
+            gradient, x, mean, inverse, weight.to(mean), sum_dy, sum_dy_xmu, counts
         )
         return of_x, of_weight, of_bias, *[None] * 4
 
