@@ -92,10 +92,11 @@ class Picture:
 
 def main(args: argparse.Namespace) -> int:
     """Predict on every input; returns the number of files (of a video: frames) that failed."""
+
     import tasks
     from train_utils.amp import choose_amp_dtype
     from train_utils.config import parse_assignments
-    from train_utils.device import resolve_device, take_device
+    from train_utils.device import allow_tf32, resolve_device, take_device
     from train_utils.image_io import printable
     from train_utils.inference import prepare
     from train_utils.run_folder import newest_best_checkpoint
@@ -107,6 +108,7 @@ def main(args: argparse.Namespace) -> int:
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
     check_flags(args, task.PREDICT_FLAGS, str(weights))
+    allow_tf32(cfg.eval.tf32)
     models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
     print(f"{weights} → {len(jobs)} file(s)", flush=True)
 
@@ -198,8 +200,9 @@ class Predictor:
         """Fill in predictions, inputs of one size together as far as evaluation would do it."""
         import torch
 
+        from train_utils.errors import is_out_of_memory
         from train_utils.image_io import printable
-        from train_utils.inference import chunk_size
+        from train_utils.inference import SPARE_MEMORY, chunk_size
 
         sound = [picture for picture in pictures if not picture.error]
         for shape in dict.fromkeys(picture.network_input.shape for picture in sound):
@@ -210,8 +213,10 @@ class Predictor:
                 try:
                     outputs, warning = self.forward(batch)
                 except (RuntimeError, MemoryError) as error:  # too little memory, above all
+                    short = is_out_of_memory(error)
+                    reason = f"out of memory: {SPARE_MEMORY}." if short else error
                     for picture in chunk:
-                        picture.error = f"{printable(picture.job.source)}: {error}"
+                        picture.error = f"{printable(picture.job.source)}: {reason}"
                     continue
                 for picture, output in zip(chunk, outputs, strict=True):
                     picture.prediction, picture.warning = output, warning

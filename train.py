@@ -40,6 +40,7 @@ from train_utils.data import (
     loader_errors,
     train_loader,
 )
+from train_utils.device import allow_tf32, describe_precision, tf32
 from train_utils.distributed_utils import broadcast_tensors, call_on_main, refuse_launcher
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
@@ -86,8 +87,14 @@ def main(args: argparse.Namespace) -> None:
     device, log = torch.device(args.device), get_logger()
     task, cfg, resume, saved = configure(args)
     choose_amp_dtype(cfg.eval.amp, device, "eval.amp")  # refused now, not after an epoch
+    if cfg.train.compile and cfg.train.sync_bn and args.world_size > 1:
+        raise UserError(
+            "--compile, --sync-bn: synchronised batch norm waits for other processes in each of "
+            "its layers, and would cut what is compiled there. Leave one of them out."
+        )
     keep_freed_memory(device.type)
     seed_everything(cfg.train.seed, cfg.train.deterministic)
+    allow_tf32(cfg.train.tf32)
     if args.test_only:
         test(args, task, cfg, cfg.train.weights or str(resume))
         return
@@ -155,7 +162,8 @@ def main(args: argparse.Namespace) -> None:
         loader_errors(),
     ):
         log.info(
-            f"{args.world_size} process(es) on {device.type} in {amp_dtype or 'float32'}, "
+            f"{args.world_size} process(es) on {device.type} in "
+            f"{describe_precision(amp_dtype, device, cfg.train.tf32)}, "
             f"{workers} loader worker(s) each; {len(train_set)} training and {len(val_set)} "
             f"validation samples; {global_batch} images per step; run folder {path}"
         )
@@ -336,7 +344,8 @@ def save_samples(
     mark("drawing a sheet of samples")
     items = [dataset[SampleKey(0, index)] for index in range(min(SHEET_ROWS, len(dataset)))]
     amp_dtype = choose_amp_dtype(cfg.eval.amp, device, "eval.amp")
-    samples = predict_samples(networks, items, device, task.predict(cfg), amp_dtype)
+    with tf32(cfg.eval.tf32):
+        samples = predict_samples(networks, items, device, task.predict(cfg), amp_dtype)
     run.save_sheet(contact_sheet([task.sheet_row(cfg, sample) for sample in samples]), step)
 
 
@@ -352,17 +361,18 @@ def score(
 ) -> dict[str, float]:
     """Evaluate networks; returns the scores, and gives a run its pictures."""
     samples: list[Sample] = []
-    metrics = evaluate(
-        networks,
-        loader,
-        device,
-        metrics=task.make_metrics(cfg),
-        predict=task.predict(cfg),
-        keep=SHEET_ROWS if run and run.writes else 0,
-        samples=samples,
-        stop_requested=stop_requested,
-        amp_dtype=choose_amp_dtype(cfg.eval.amp, device, "eval.amp"),
-    )
+    with tf32(cfg.eval.tf32):
+        metrics = evaluate(
+            networks,
+            loader,
+            device,
+            metrics=task.make_metrics(cfg),
+            predict=task.predict(cfg),
+            keep=SHEET_ROWS if run and run.writes else 0,
+            samples=samples,
+            stop_requested=stop_requested,
+            amp_dtype=choose_amp_dtype(cfg.eval.amp, device, "eval.amp"),
+        )
     if samples:
         rows = [task.sheet_row(cfg, sample) for sample in samples]
         run.log_picture("val/sheet", contact_sheet(rows), step)

@@ -33,6 +33,7 @@ from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
 from train_utils.config import merge, parse_assignments
 from train_utils.data import eval_loader
+from train_utils.device import allow_tf32
 from train_utils.distributed_utils import call_on_main, is_main_process
 from train_utils.errors import UserError
 from train_utils.files import write_text
@@ -94,6 +95,7 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     weights = args.weights or newest_best_checkpoint()
     task, cfg, models = tasks.load_models(weights, overrides_of(args), args.config)
     amp_dtype = choose_amp_dtype(cfg.eval.amp, device, "eval.amp")
+    allow_tf32(cfg.eval.tf32)
     if args.post_norm and not hasattr(cfg.eval, "post_norm"):
         raise UserError(f"--post-norm: is for saliency maps, and {weights} is of another task.")
     if args.post_norm:

@@ -114,11 +114,12 @@ class TrainConfig:
     clip_value: float | None = None  # gradient clipping by value
     ema: float | None = None  # decay of a moving average of the weights, e.g. 0.999
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 where it is fast
+    tf32: bool = True  # GPUs may multiply fp32 in TF32, with 10 binary places; false: real fp32
     sync_bn: bool = False  # batch-norm statistics over all processes
     compile: bool = False  # torch.compile: pays on GPUs only
     bucket_mb: int | None = None  # MiB of gradients summed at a time; null: 1, then 25
     compress_gradients: Literal["none", "bf16", "fp16"] = "none"  # rounded for the sum
-    deterministic: bool = False  # refuse nondeterministic kernels where torch can
+    deterministic: bool = False  # reproducible kernels where there are; torch warns of others
     seed: int = 0
     print_freq: int = 10  # steps per line
     eval_interval: int = 1  # epochs per evaluation; the last epoch is always evaluated
@@ -159,6 +160,7 @@ class EvalConfig:
 
     batch_size: int = 8  # images read at a time; changes no result
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision, also of predict.py
+    tf32: bool = True  # as train.tf32
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", "must be at least 1")

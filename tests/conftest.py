@@ -9,6 +9,25 @@ import pytest
 # OpenMP threads wait for each other on the same cores are many times slower than single threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, also from processes that tests start, unless tests of GPUs are asked for.
+
+    Without --device the scripts take a GPU where there is one: tests would then depend on the
+    machine, and those of several processes be refused for want of a GPU each.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU; or it is hidden: run pytest -m gpu")
+
+
 REPO = Path(__file__).resolve().parents[1]
 
 

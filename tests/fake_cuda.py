@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from src import layers
 from train_utils import losses, normalize
+from train_utils.watch import doing
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -57,11 +58,11 @@ _BATCH_NORM: dict[str, Callable] = {
 
 
 class Wait(NamedTuple):
-    """A wait of the host for the device: for what, where, and `stack`, all functions under way."""
+    """A wait of the host for the device: for what, where, and whether the hang watch knows."""
 
     what: str
     where: str
-    stack: frozenset[str]
+    watched: bool
 
     def __str__(self) -> str:
         return f"{self.what} at {self.where}"
@@ -204,8 +205,7 @@ class Spy(TorchDispatchMode):
             self._note("copy from the host")
 
     def _note(self, what: str) -> None:
-        names = frozenset(frame.f_code.co_name for frame in _frames())
-        self.waits.append(Wait(what, _place(), names))
+        self.waits.append(Wait(what, _place(), doing().waits))
 
 
 def _frames() -> Iterator[FrameType]:

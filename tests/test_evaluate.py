@@ -16,6 +16,7 @@ from my_dataset import ShapesDataset
 from src import u2net_lite
 from train_utils import evaluate
 from train_utils.data import eval_loader
+from train_utils.device import tf32
 from train_utils.folding import folded
 from train_utils.inference import chunk_size, forward_chunk, in_order, prepare
 from train_utils.train_and_eval import _chunks, predict_samples
@@ -72,6 +73,13 @@ def test_no_samples_give_nan_and_no_crash():
     metrics = evaluate(nn.Identity(), [], CPU)
     assert [metric.count for metric in metrics] == [0, 0]
     assert all(metric.compute() != metric.compute() for metric in metrics)
+
+
+def test_no_algorithms_are_tried_out_for_sizes_that_may_not_come_again(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    found = list(in_order(lambda _: torch.backends.cudnn.benchmark, range(2), GPU))
+    assert found == [False, False]
+    assert torch.backends.cudnn.benchmark  # training's fixed size is worth it
 
 
 def test_jobs_come_back_in_order_and_errors_are_raised(threads):
@@ -191,22 +199,27 @@ def test_every_evaluation_takes_the_present_weights():
 
 
 def test_the_scripts_evaluate_in_the_precision_asked_for(monkeypatch):
-    asked = []
+    asked, backends = [], torch.backends
+
+    def evaluate(*args, amp_dtype, metrics, **rest):
+        asked.append((amp_dtype, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32))
+        return metrics
+
     for script in (train, validation):
-        monkeypatch.setattr(
-            script, "evaluate", lambda *a, amp_dtype, **kw: asked.append(amp_dtype) or kw["metrics"]
-        )
+        monkeypatch.setattr(script, "evaluate", evaluate)
     model = {"model": narrow_u2net()}
-    for mode in ("bf16", "off"):
+    for mode, allowed in (("bf16", True), ("off", False)):
         data = {"val_size": 1, "image_size": 40}
-        config = {"task": "saliency", "eval": {"amp": mode}, "data": data}
+        config = {"task": "saliency", "eval": {"amp": mode, "tf32": allowed}, "data": data}
         task, cfg = tasks.read_config(config, "test", {})
-        train.score(task, cfg, model, [], CPU)
         monkeypatch.setattr(tasks, "load_models", lambda *a, loaded=(task, cfg, model): loaded)
         args = validation.parse_args(["--weights", "any.pth", "-j0", "--device", "cpu"])
         args.rank, args.world_size, args.local_world_size = 0, 1, 1
-        validation.score_weights(args)
-    assert asked == [BF16, BF16, None, None]
+        with tf32(True):
+            train.score(task, cfg, model, [], CPU)
+            assert backends.cudnn.allow_tf32 and backends.cuda.matmul.allow_tf32  # as in training
+            validation.score_weights(args)
+    assert asked == [(BF16, True, True)] * 2 + [(None, False, False)] * 2
 
 
 def test_pictures_show_what_was_scored():

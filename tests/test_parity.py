@@ -409,7 +409,7 @@ def test_sync_batch_norm_equals_one_process(shares):
 def test_frozen_batch_norm_stays_frozen_when_it_is_synchronised():
     stages = vgg_stages(2, batch_norm=True)
     stages.freeze()
-    net = convert_sync_batchnorm(nn.Sequential(stages, nn.BatchNorm2d(3)), CPU)
+    net = convert_sync_batchnorm(nn.Sequential(stages, nn.BatchNorm2d(3)))
     synced = [m for m in net.modules() if isinstance(m, SyncBatchNorm2d)]
     assert len(synced) == 14
     assert [m.training for m in synced] == [False] * 13 + [True]

@@ -503,6 +503,33 @@ def test_going_back_forgets_the_best_checkpoint_of_later(tmp_path):
     assert not Path("out/model_best.pth").exists()
 
 
+def test_srun_that_binds_each_task_to_a_gpu_of_its_own(accelerator, monkeypatch):
+    accelerator("cuda", 1)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert resolve_device("auto", 3, 4) == torch.device("cuda", 0)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")  # the tasks would share it
+    with pytest.raises(UserError, match="4 processes on this node but 1 GPU"):
+        resolve_device("auto", 3, 4)
+
+
+def test_compiling_and_synchronised_batch_norm_exclude_each_other(monkeypatch):
+    args = train.parse_args(["--compile", "--sync-bn", "--device", "cpu"])
+    args.rank, args.world_size, args.local_world_size = 0, 2, 2
+    with pytest.raises(UserError, match="--compile, --sync-bn"):
+        train.main(args)
+
+
+def test_predictions_on_another_gpu_leave_the_first_one_alone(accelerator, tmp_path):
+    image = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(image)
+    chosen = accelerator("cuda", 2)
+    options = ["-o", str(tmp_path / "out"), "--weights", str(tmp_path / "none.pth")]
+    args = predict.parse_args([str(image), *options, "--device", "cuda:1"])
+    with pytest.raises(UserError, match=r"none\.pth"):
+        predict.main(args)
+    assert chosen == [1]
+
+
 def test_torchrun_inside_srun_shares_out_the_gpus_of_its_task(accelerator, monkeypatch):
     accelerator("cuda", 4)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "4")

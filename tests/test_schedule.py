@@ -1,6 +1,7 @@
 """The learning-rate schedule's values and the parameter groups."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -117,3 +118,36 @@ def test_the_header_shows_what_the_schedule_will_reach():
     assert "generator 0.5 → 0.125 (×0.25)" in text
     assert "discriminator 0.5 → 0.5 (×1)" in text
     assert "(×0.5)" in describe_schedules({"generator": halving}, steps=8)  # not yet the second
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_momentum_survives_an_overflow_in_the_first_step(resumed):
+    """A GradScaler skips that step, and fused SGD would leave momentum as memory happened to be."""
+    torch.manual_seed(0)
+    net = nn.Linear(8, 8)
+    optimizer = make_optimizer(net, OptimConfig(name="sgd", lr=0.1))
+    if resumed:  # from a file of torch's own SGD before its first step
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    scaler = torch.amp.GradScaler("cpu")
+    with mock.patch("torch.empty_like", lambda t, **_: torch.full_like(t, torch.nan)):
+        for factor in (math.inf, 1.0):
+            scaler.scale((net(torch.ones(1, 8)) * factor).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
+def test_momentum_that_starts_at_zeros_changes_no_bit():
+    torch.manual_seed(0)
+    nets = [nn.Linear(8, 8) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours = make_optimizer(nets[0], OptimConfig(name="sgd", lr=0.1, weight_decay=0.0))
+    others = torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, fused=True)
+    for _ in range(3):
+        for net, optimizer in zip(nets, (ours, others), strict=True):
+            net(torch.ones(1, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))

@@ -264,7 +264,7 @@ def train(mode, fault, spoilt=()):
     os.environ["PIXTRAIN_FAULT"] = fault
     faults._reached.clear()
     torch.manual_seed(0)
-    net = convert_sync_batchnorm(Net(), CPU)
+    net = convert_sync_batchnorm(Net())
     images, masks = torch.randn(12, 3, 4, 4), torch.rand(12, 1, 4, 4)
     for index in spoilt:
         images[index] = float("inf")

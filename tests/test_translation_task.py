@@ -261,7 +261,7 @@ def train(norm, sync=False):
     world = get_world_size()
     models = networks(norm)
     if sync:
-        models = {name: convert_sync_batchnorm(model, CPU) for name, model in models.items()}
+        models = {name: convert_sync_batchnorm(model) for name, model in models.items()}
     optimizers = sgd(models)
     if world > 1:
         models = {

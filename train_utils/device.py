@@ -6,6 +6,8 @@ What is said of those other than cuda is taken from torch's sources.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NoReturn
 
@@ -90,6 +92,35 @@ def choose_kernels(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may multiply fp32 in TF32, which keeps 10 of 23 binary places and is faster.
+
+    Of convolutions and matrix products alike; torch's own default is convolutions only. GPUs before
+    Ampere, and other devices, have none.
+    """
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """A block with `allow_tf32(allowed)`."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def describe_precision(amp_dtype: torch.dtype | None, device: torch.device, tf32: bool) -> str:
+    """What a run computes in, for its first line."""
+    name = str(amp_dtype or torch.float32).removeprefix("torch.")
+    if device.type != "cuda":
+        return name
+    return f"{name}, TF32 {'on' if tf32 else 'off'}"
+
+
 def peak_memory() -> int | None:
     """Bytes that the accelerator's allocator held at most; None: not in use or not counted."""
     accelerator = torch.accelerator.current_accelerator()
@@ -159,7 +190,9 @@ def _sees_only_its_own(count: int) -> bool:
     """
     if "SLURM_GPUS_PER_TASK" in os.environ and "LOCAL_RANK" not in os.environ:
         return True  # in a torchrun within a task several processes share the task's devices
-    return count == 1 and any(name in os.environ for name in _RESTRICTIONS)
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    hidden = on_node.isdecimal() and int(on_node) > count and "LOCAL_RANK" not in os.environ
+    return count == 1 and (hidden or any(name in os.environ for name in _RESTRICTIONS))
 
 
 def process_group_backend(device: torch.device) -> str | None:

@@ -131,7 +131,7 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
             if is_main_process():
                 vector = torch.stack(parts).sum(dim=0)
             dist.broadcast(vector, src=0)
-    return vector.tolist()
+        return vector.tolist()
 
 
 def shared_store() -> Any:
@@ -183,6 +183,7 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
         with waiting("taking over rank 0's tensors"):
             dist.broadcast(flat, src=0)
+            flat[:1].tolist()  # on a GPU the host waits here for what is only queued above
         for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
             tensor.copy_(part.view_as(tensor))
 

@@ -1,6 +1,7 @@
 """The one exception for what a user can put right."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -28,5 +29,24 @@ def is_out_of_memory(error: BaseException) -> bool:
         "not enough memory",
         "can't allocate memory",
         "cannot allocate memory",
+        # cuBLAS, cuDNN, and cuDNN where no algorithm's workspace found room
+        "alloc_failed",
+        "allocation_failed",
+        "unable to find an engine to execute this computation",
+        "unable to find a valid cudnn algorithm",
+        # NCCL
+        "failed to cuda calloc",
     )
-    return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts)
+    said = isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts)
+    return said or isinstance(error, MemoryError)
+
+
+@contextmanager
+def memory_errors(what: str, remedy: str) -> Iterator[None]:
+    """UserError that says what to do where memory does not suffice for `what`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {what}: {remedy}.") from error

@@ -17,6 +17,10 @@ from train_utils.folding import CONVS, folded, is_plain
 from train_utils.threads import Item, Result, in_threads
 
 GPU_CHUNK = 8
+SPARE_MEMORY = (
+    "use smaller images, a smaller eval.max_pixels where the recipe has it, or a device that no "
+    "other program uses"
+)
 _GPU_PIXELS = 2**20  # what a chunk of large images may hold: eight of 362 × 362, one of 1024 × 1024
 
 
@@ -77,12 +81,27 @@ def in_order(
 
     On CPUs the jobs run on one thread per core, each computing single-threaded, with a few items
     read ahead; elsewhere they run one after the other. A job's exception is raised here.
+    cuDNN chooses its algorithms by rule and not by trying them out: that takes long for each new
+    size, and the results would depend on which one happened to be the fastest.
     """
     inference = torch.inference_mode()(job)
     if device.type != "cpu":
-        yield from map(inference, items)
+        yield from map(_by_rule(inference), items)
         return
     yield from in_threads(inference, items, torch.get_num_threads())
+
+
+def _by_rule(job: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """A job during which cuDNN does not try out algorithms."""
+
+    def untuned(item: Item) -> Result:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        try:
+            return job(item)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return untuned
 
 
 def forward_chunk(

@@ -43,7 +43,8 @@ class SmoothedValue:
         """Sum count and total over ranks; the window stays this process's own."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             both: list = [None] * dist.get_world_size()
-            dist.all_gather_object(both, (self.count, self.total))
+            with waiting("adding up a meter"):
+                dist.all_gather_object(both, (self.count, self.total))
             self.count = sum(count for count, _ in both)
             self.total = math.fsum(total for _, total in both)
 
@@ -148,7 +149,8 @@ class MetricLogger:
         if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
             with waiting("averaging the losses"):
                 dist.all_reduce(stacked)
-            stacked /= dist.get_world_size()
+                # On a GPU the sum is only queued: it is here that the host waits for the others.
+                return (stacked / dist.get_world_size()).tolist()
         return stacked.tolist()
 
     def synchronize_between_processes(self) -> None:

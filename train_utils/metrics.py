@@ -144,11 +144,12 @@ def reduce_metrics(metrics: Iterable[ExactMetric], stop: bool = False) -> bool:
     total = torch.cat([*states, torch.tensor([int(stop)], device=device)])
     with waiting("adding up the scores"):
         dist.all_reduce(total)
-    *parts, stops = total.split([*map(len, states), 1])
+        *parts, stops = total.split([*map(len, states), 1])
+        stopped = bool(stops)  # where the sum was only queued, the host waits here
     for metric, part in zip(pending, parts, strict=True):
         metric.state = part.to(metric.state.device)
         metric.reduced = True
-    return bool(stops)
+    return stopped
 
 
 def all_scores(metrics: Iterable[ExactMetric]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from train_utils.distributed_utils import all_gather, sum_over_ranks
 from train_utils.errors import UserError, shortened
 from train_utils.foreach import copy_all
 from train_utils.log import get_logger
+from train_utils.watch import waiting
 
 HOW_TO_TAME = (
     "Lower --lr, try --amp off or gradient clipping (--set train.clip_norm=1), and check the "
@@ -77,7 +78,9 @@ class NonfiniteGuard:
         if not self.looks_at_once:
             self._noted.append((step, flag, losses))
             return False
-        bad = any(self._agreed([bool(flag)]))
+        with waiting("whether all gradients are finite"):  # on a GPU: for those of all processes
+            bad_here = bool(flag)
+        bad = any(self._agreed([bad_here]))
         self.in_a_row = self.in_a_row + 1 if bad else 0
         return bad
 
@@ -118,7 +121,9 @@ class NonfiniteGuard:
         noted, self._noted = self._noted, []
         if not noted:
             return
-        flags = self._agreed(torch.stack([flag.float() for _, flag, _ in noted]).tolist())
+        with waiting("whether all steps were finite"):  # on a GPU: for gradients of all processes
+            here = torch.stack([flag.float() for _, flag, _ in noted]).tolist()
+        flags = self._agreed(here)
         for bad, (step, _, losses) in zip(flags, noted, strict=True):
             if bad:
                 self.act(where(step), losses, names(step), bad_here=0)

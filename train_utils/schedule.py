@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -75,9 +76,27 @@ def make_optimizer(model: nn.Module, optim: Any) -> Optimizer:
     """The optimizer that an `OptimConfig` names, without decay on batch norm and biases."""
     groups = get_params_groups(model, optim.weight_decay)
     if optim.name == "sgd":
-        return SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+        optimizer = SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+        if optim.momentum:
+            _start_momentum(optimizer)
+            # A file may be of a step before a parameter's first.
+            optimizer.register_load_state_dict_post_hook(_start_momentum)
+        return optimizer
     kind = {"adam": Adam, "adamw": AdamW}[optim.name]
     return kind(groups, lr=optim.lr, betas=tuple(optim.betas), fused=True)
+
+
+def _start_momentum(optimizer: Optimizer) -> None:
+    """Start momentum at zeros, which gives the first step that torch's start gives.
+
+    Fused SGD takes whatever memory holds for a start, and fills it in its first step, unless a
+    GradScaler skips that: then its momentum may be NaN.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def make_schedule(optimizer: Optimizer, optim: Any, steps_per_epoch: int, epochs: int) -> LambdaLR:

@@ -27,8 +27,9 @@ from train_utils.distributed_utils import (
     lost_peers,
     shutdown_distributed,
 )
-from train_utils.errors import UserError, plain_message
+from train_utils.errors import UserError, is_out_of_memory, plain_message
 from train_utils.sync_batchnorm import convert_sync_batchnorm
+from train_utils.watch import doing, waiting
 
 # The option's name until torch 2.14, and since.
 _BUFFER_SYNC = next(
@@ -78,7 +79,8 @@ def wrap_models(
             options: dict[str, Any] = {_BUFFER_SYNC: False, "gradient_as_bucket_view": True}
             if device.type != "cpu":
                 options["device_ids"] = [device.index]
-            model = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, **options)
+            with waiting(f"all processes to have {name}"):
+                model = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, **options)
             if compress_gradients != "none":
                 model.register_comm_hook(None, _HOOKS[compress_gradients])
         wrapped[name] = model
@@ -90,7 +92,7 @@ def place_models(
 ) -> dict[str, nn.Module]:
     """Networks on the device, channels-last, with batch-norm synchronised if asked for."""
     if sync_bn:
-        models = {name: convert_sync_batchnorm(model, device) for name, model in models.items()}
+        models = {name: convert_sync_batchnorm(model) for name, model in models.items()}
     return {
         name: model.to(device).to(memory_format=torch.channels_last)
         for name, model in models.items()
@@ -155,7 +157,12 @@ def clean_errors() -> Iterator[None]:
             yield
     except UserError as error:
         _exit_with(plain_message(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            _exit_with(
+                f"out of memory ({doing().place}). Use a smaller network or smaller images, or a "
+                f"device that no other program uses. It said: {str(error)[:200]}"
+            )
         if not lost_peers(error):
             raise
         _exit_with(f"lost the other processes; their errors tell why ({str(error)[:200]})")

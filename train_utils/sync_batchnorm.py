@@ -1,14 +1,22 @@
 """Batch normalisation over the batch of all processes, on any device.
 
-torch's own SyncBatchNorm refuses to train on CPUs; this one needs nothing but an all-reduce, so
-that the promise "processes change only the time" can be kept and tested without a GPU.
+torch's own SyncBatchNorm refuses to train on CPUs, and on GPUs it makes the host wait three times
+per layer and sends other dtypes where a process has no image. Ours needs nothing but an all-reduce,
+and on GPUs runs on the same kernels as torch's.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from train_utils.device import fuses_sync_batch_norm
+from train_utils.watch import waiting
+
+# The function's name until torch 2.13, and since.
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -17,14 +25,92 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, values: Tensor) -> Tensor:
         total = values.clone()
-        dist.all_reduce(total)
+        _add_up(total)
         return total
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         total = gradient.contiguous()
-        dist.all_reduce(total)
+        _add_up(total)
         return total
+
+
+def _add_up(values: Tensor) -> None:
+    with waiting("batch norm's statistics"):
+        dist.all_reduce(values)
+
+
+class _OnGpu(torch.autograd.Function):
+    """The layer on CUDA's kernels, without a wait for the device.
+
+    An all-gather of each process's mean, 1/σ and count forward, an all-reduce of two sums
+    backward, both in the dtype that a GPU sums in, whatever the input's. A process without images
+    takes part with a count of 0 and a σ of 1, which the kernel weighs by 0; it starts from rank 0,
+    which has images whenever any process has (`data.GlobalBatchSampler`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=_layout(x))
+        channels = x.size(1)
+        if x.numel():
+            mean, inverse = torch.batch_norm_stats(x, eps)
+        else:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            mean, inverse = x.new_zeros(channels, dtype=dtype), x.new_ones(channels, dtype=dtype)
+        count = mean.new_full((1,), x.numel() // channels)
+        own = torch.cat([mean, inverse, count])
+        each = own.new_empty(dist.get_world_size(), len(own))
+        with waiting("batch norm's statistics"):
+            if dist.get_backend() == "gloo":  # gathers tensors on a GPU one by one only
+                dist.all_gather(list(each), own)
+            else:
+                getattr(dist, _GATHER)(each, own)
+        means, inverses, counts = each.split([channels, channels, 1], dim=1)
+        counts = counts.flatten()
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverses, running_mean, running_var, momentum, eps, counts.to(running_mean)
+        )
+        ctx.save_for_backward(x, weight, mean, inverse, counts.int())
+        if not x.numel():
+            return torch.empty_like(x)
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        x, weight, mean, inverse, counts = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=_layout(x))
+        if x.numel():
+            *sums, of_weight, of_bias = torch.batch_norm_backward_reduce(
+                gradient, x, mean, inverse, weight, True, True, True
+            )
+        else:
+            sums = [torch.zeros_like(mean)] * 2
+            of_weight = of_bias = torch.zeros_like(weight)
+        both = torch.cat(sums)
+        _add_up(both)
+        sum_dy, sum_dy_xmu = both.chunk(2)
+        if not x.numel():
+            return torch.zeros_like(x), of_weight, of_bias, *[None] * 4
+        of_x = torch.batch_norm_backward_elemt(
+            gradient, x, mean, inverse, weight.to(mean), sum_dy, sum_dy_xmu, counts
+        )
+        return of_x, of_weight, of_bias, *[None] * 4
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -41,6 +127,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
+        fused = fuses_sync_batch_norm(input.device)
+        return self._on_gpu(input) if fused else self._anywhere(input)
+
+    def _on_gpu(self, input: Tensor) -> Tensor:
+        weights = self.weight, self.bias, self.running_mean, self.running_var
+        return _OnGpu.apply(input, *weights, self._next_momentum(), self.eps)
+
+    def _anywhere(self, input: Tensor) -> Tensor:
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.new_tensor([x.numel() // x.size(1)])
         # Two passes (mean, then centred squares): one pass over Σx² would lose digits.
@@ -60,24 +154,25 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        self.num_batches_tracked += 1
-        momentum = self.momentum or 1 / self.num_batches_tracked.item()
+        momentum = self._next_momentum()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), momentum)
 
+    @torch.no_grad()
+    def _next_momentum(self) -> float:
+        self.num_batches_tracked += 1
+        if self.momentum is not None:
+            return self.momentum
+        return 1 / self.num_batches_tracked.item()  # a cumulative average
 
-def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every BatchNorm2d by one that is synchronised over processes; weights are kept.
 
-    GPUs get torch's own SyncBatchNorm where it has fused kernels; other devices get ours.
-    """
-    if fuses_sync_batch_norm(device):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm2d by one that is synchronised over processes; weights are kept."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:
             setattr(module, name, _converted(child))
         else:
-            convert_sync_batchnorm(child, device)
+            convert_sync_batchnorm(child)
     return module
 
 

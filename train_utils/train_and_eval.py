@@ -24,8 +24,15 @@ from train_utils.distributed_utils import (
     unwrap,
 )
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError, is_out_of_memory, shortened
-from train_utils.inference import GPU_CHUNK, chunk_size, forward_chunk, in_order, prepare
+from train_utils.errors import UserError, memory_errors, shortened
+from train_utils.inference import (
+    GPU_CHUNK,
+    SPARE_MEMORY,
+    chunk_size,
+    forward_chunk,
+    in_order,
+    prepare,
+)
 from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
@@ -154,9 +161,9 @@ def train_one_epoch(
         logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", start_step), start_step
     ):
         faults.reach("step")
+        mark(where(step))  # first: where settling waits, the loader is not to blame
         if logger.is_read:
             settle()
-        mark(where(step))
         seed = None
         if options.seed is not None:
             seed = stable_seed(options.seed, epoch * total + step, get_rank())
@@ -289,17 +296,20 @@ class _Step:
         """How many gradients are not finite in this process's own part of the last step."""
         self._forget_gradients()
         self._all_parts(synchronise=False)
-        bad = int(nonfinite_gradients(self.models.values()))
+        with waiting("gradients of this process alone"):  # batch norm may be over all of them
+            bad = int(nonfinite_gradients(self.models.values()))
         self._forget_gradients()
         return bad
 
     def update(self, skip: bool) -> None:
         """Step all optimizers, unless told to skip that, and what follows the steps."""
+        images = max(len(batch[0]) for batch in self._last[0])
         for name, optimizer in self.optimizers.items():
-            if not skip:
-                self._clip(name)
-                self.scalers[name].step(optimizer)
-                self.scalers[name].update()
+            if not skip:  # the first step makes the optimizer's state
+                with memory_errors("in an optimizer's step", _smaller_batches(images)):
+                    self._clip(name)
+                    self.scalers[name].step(optimizer)
+                    self.scalers[name].update()
             optimizer.zero_grad(set_to_none=True)
             if name in self.schedulers:
                 self.schedulers[name].step()
@@ -322,19 +332,11 @@ class _Step:
         return total
 
     def _forward_backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        try:
+        images = len(batch[0])
+        with memory_errors(f"in a forward pass of {images} images", _smaller_batches(images)):
             batch = to_device(batch, self.device)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
                 return self.train_step(self.models, batch, counts, self._backward)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            images = len(batch[0])
-            raise UserError(
-                f"out of memory in a forward pass of {images} images: use a smaller --batch-size "
-                f"(the same global batch: -b {max(1, images // 2)} and twice train.accumulate), or "
-                "smaller images."
-            ) from error
 
     def _backward(self, name: str, loss: Tensor) -> None:
         loss = spoilt_if_nonfinite(loss)
@@ -373,6 +375,11 @@ class _Step:
     def _forget_gradients(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+
+
+def _smaller_batches(images: int) -> str:
+    half = f"-b {max(1, images // 2)} and twice train.accumulate"
+    return f"use a smaller --batch-size (the same global batch: {half}), or smaller images"
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -447,10 +454,16 @@ def evaluate(
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
     for network in models.values():
         broadcast_buffers(network)
-    models, scored_on = prepare(models, device, amp_dtype), fp64_device(device)
+    with memory_errors("for a copy of the network", SPARE_MEMORY):
+        models, scored_on = prepare(models, device, amp_dtype), fp64_device(device)
 
     def score(chunk: _Chunk) -> tuple[list[list[Tensor]], dict[int, Sample]]:
         faults.reach("evaluate")
+        size = "×".join(map(str, chunk[0][1].shape[-2:]))
+        with memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY):
+            return score_chunk(chunk)
+
+    def score_chunk(chunk: _Chunk) -> tuple[list[list[Tensor]], dict[int, Sample]]:
         # Stacked on the device: one by one, images in page-locked memory come without waiting.
         images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
         outputs = forward_chunk(lambda x: predict(models, x), images, device)

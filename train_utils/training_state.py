@@ -37,6 +37,7 @@ _FREE = (
     "train.accumulate",
     "train.workers",
     "train.amp",
+    "train.tf32",
     "train.compile",
     "train.bucket_mb",
     "train.compress_gradients",

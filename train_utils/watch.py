@@ -49,6 +49,11 @@ def mark(place: str, details: Callable[[], str] = _nothing) -> None:
     _doing = Doing(place, False, time.monotonic(), details)
 
 
+def doing() -> Doing:
+    """What this process does at present."""
+    return _doing
+
+
 @contextmanager
 def waiting(place: str) -> Iterator[None]:
     """Note that this process waits for others in a block, and then goes on as before."""
