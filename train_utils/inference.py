@@ -7,17 +7,19 @@ whose length depends on that size only, the last one padded.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from train_utils.distributed_utils import cpu_cores
 from train_utils.folding import CONVS, folded, is_plain
 from train_utils.threads import Item, Result, in_threads
 
-GPU_CHUNK = 8
-_GPU_PIXELS = 2**20  # what a chunk of large images may hold: eight of 362 × 362, one of 1024 × 1024
+GPU_CHUNK = 16
+_GPU_PIXELS = 2**21  # what a chunk of large images may hold: 16 of 362 × 362, two of 1024 × 1024
 
 
 def prepare(
@@ -71,18 +73,29 @@ def chunk_size(device: torch.device, image: Tensor) -> int:
 
 
 def in_order(
-    job: Callable[[Item], Result], items: Iterable[Item], device: torch.device
-) -> Iterator[Result]:
-    """Yield job(item) for every item, in order, without gradients.
+    job: Callable[[Item], Result],
+    items: Iterable[Item],
+    device: torch.device,
+    finish: Callable[[Result], Any] | None = None,
+) -> Iterator[Any]:
+    """Yield job(item), or finish(job(item)), for every item, in order, without gradients.
 
     On CPUs the jobs run on one thread per core, each computing single-threaded, with a few items
-    read ahead; elsewhere they run one after the other. A job's exception is raised here.
+    read ahead; elsewhere they run one after the other, and `finish`, which works on the host, runs
+    on threads beside them. A job's exception is raised here.
     """
-    inference = torch.inference_mode()(job)
-    if device.type != "cpu":
-        yield from map(inference, items)
-        return
-    yield from in_threads(inference, items, torch.get_num_threads())
+    inference = torch.inference_mode()
+
+    def whole(item: Item) -> Any:
+        return job(item) if finish is None else finish(job(item))
+
+    if device.type == "cpu":
+        yield from in_threads(inference(whole), items, torch.get_num_threads())
+    elif finish is None:
+        yield from map(inference(job), items)
+    else:
+        threads = cpu_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        yield from in_threads(inference(finish), map(inference(job), items), threads)
 
 
 def forward_chunk(

@@ -395,7 +395,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 # -- evaluation -----------------------------------------------------------------------------------
 
 
-_MAX_WAITING = 4 * GPU_CHUNK  # images kept back in the hope of others of their size
+_MAX_WAITING = 2 * GPU_CHUNK  # images kept back in the hope of others of their size
 
 # Images of one size with their places in the loader's order and their targets.
 _Chunk = list[tuple[int, Tensor, Tensor]]
@@ -448,25 +448,35 @@ def evaluate(
         broadcast_buffers(network)
     models = prepare(models, device, amp_dtype)
 
-    def score(chunk: _Chunk) -> tuple[list[list[Tensor]], dict[int, Sample]]:
+    on_host = any(metric.on_host for metric in metrics)
+
+    def forward(chunk: _Chunk) -> tuple[_Chunk, Tensor]:
         faults.reach("evaluate")
         # Stacked on the device: one by one, images in page-locked memory come without waiting.
         images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
         outputs = forward_chunk(lambda x: predict(models, x), images, device)
+        return chunk, outputs.cpu() if on_host else outputs
+
+    def score(predicted: tuple[_Chunk, Tensor]) -> tuple[list[list[Tensor]], dict[int, Sample]]:
         states, pictures = [], {}
-        for (number, image, target), output in zip(chunk, outputs, strict=True):
-            on_device = target.to(device, non_blocking=True)
-            states.append([metric.sample_state(output, on_device) for metric in metrics])
+        for (number, image, target), output in zip(*predicted, strict=True):
+            beside = target.to(output.device, non_blocking=True)
+            states.append([metric.sample_state(output, beside) for metric in metrics])
             if number < keep:
                 pictures[number] = Sample(image, target, output.cpu())
         return states, pictures
 
+    if on_host:
+        scores = in_order(forward, _chunks(data_loader, device), device, finish=score)
+    else:
+        scores = in_order(lambda chunk: score(forward(chunk)), _chunks(data_loader, device), device)
     for metric in metrics:
-        metric.state = metric.state.to(device)  # or each image's would wait to come to the host
+        if not metric.on_host:  # or each image's state would wait to come to the host
+            metric.state = metric.state.to(device)
     mark("evaluating")
     kept: dict[int, Sample] = {}
     done = 0
-    for scored, pictures in in_order(score, _chunks(data_loader, device), device):
+    for scored, pictures in scores:
         for states in scored:
             for metric, state in zip(metrics, states, strict=True):
                 metric.merge(state)
