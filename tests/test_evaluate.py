@@ -1,6 +1,7 @@
 """Evaluation: the same bits however the samples are shared out over threads and batches."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -96,6 +97,26 @@ def test_jobs_come_back_in_order_and_errors_are_raised(threads):
     assert torch.get_num_threads() == 3
 
 
+def test_what_the_host_finishes_leaves_the_device_s_thread(threads):
+    threads(1)
+    here, others = threading.get_ident(), set()
+
+    def job(x):
+        assert threading.get_ident() == here
+        assert torch.is_inference_mode_enabled()
+        return x * x
+
+    def finish(x):
+        others.add(threading.get_ident())
+        assert torch.is_inference_mode_enabled()
+        return -x
+
+    assert list(in_order(job, range(20), GPU, finish)) == [-x * x for x in range(20)]
+    assert here not in others
+    job = torch.square  # on CPUs both are done on one of the threads
+    assert list(in_order(job, torch.arange(3), CPU, finish)) == [0, -1, -4]
+
+
 def scene_of(side, number):
     """An image and a mask whose every pixel is `number`."""
     shapes = (3, side, side), (1, 4, 4)
@@ -116,15 +137,15 @@ def numbers_of(sides):
 
 
 def test_images_of_several_sizes_wait_for_others_of_theirs():
-    even, odd = list(range(0, 20, 2)), list(range(1, 20, 2))
-    assert numbers_of([8, 9] * 10) == [even[:8], odd[:8], even[8:], odd[8:]]
+    even, odd = list(range(0, 40, 2)), list(range(1, 40, 2))
+    assert numbers_of([8, 9] * 20) == [even[:16], odd[:16], even[16:], odd[16:]]
     # 33 that wait are one too many: those of the size that came first go on.
     assert numbers_of([8, 9, 8, *range(10, 40), 9]) == [
         [0, 2],
         [1, 33],
         *([n] for n in range(3, 33)),
     ]
-    assert numbers_of([1024, 8, 1024]) == [[0], [2], [1]]  # large ones wait for nobody
+    assert numbers_of([1500, 8, 1500]) == [[0], [2], [1]]  # large ones wait for nobody
     assert numbers_of([]) == []
 
 
@@ -238,11 +259,11 @@ def test_pictures_show_what_was_scored():
 
 
 def test_gpu_chunks_depend_on_the_size_of_the_images_only():
-    for side, expected in ((64, 8), (362, 8), (512, 4), (1024, 1), (3000, 1)):
+    for side, expected in ((64, 16), (362, 16), (512, 8), (1024, 2), (3000, 1)):
         assert chunk_size(GPU, torch.empty(4, side, side, device="meta")) == expected
     assert chunk_size(CPU, torch.empty(3, 8, 8)) == 1
     seen = []
-    for image in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 1024, 1024)):
+    for image in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 1500, 1500)):
         output = forward_chunk(lambda x: seen.append(len(x)) or x, image, GPU)
         assert len(output) == 1
-    assert seen == [8, 1]  # one large image goes alone
+    assert seen == [16, 1]  # one large image goes alone

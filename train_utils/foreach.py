@@ -12,5 +12,5 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     Batch norm has floats and counters, and torch fuses copies of one dtype only.
     """
     for dtype in {target.dtype for target in targets}:
-        pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].dtype == dtype]
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+        chosen = [i for i, target in enumerate(targets) if target.dtype == dtype]
+        torch._foreach_copy_([targets[i] for i in chosen], [sources[i] for i in chosen])

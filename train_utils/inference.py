@@ -7,21 +7,23 @@ whose length depends on that size only, the last one padded.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from train_utils.distributed_utils import cpu_cores
 from train_utils.folding import CONVS, folded, is_plain
 from train_utils.threads import Item, Result, in_threads
 
-GPU_CHUNK = 8
+GPU_CHUNK = 16
 SPARE_MEMORY = (
     "use smaller images, a smaller eval.max_pixels where the recipe has it, or a device that no "
     "other program uses"
 )
-_GPU_PIXELS = 2**20  # what a chunk of large images may hold: eight of 362 × 362, one of 1024 × 1024
+_GPU_PIXELS = 2**21  # what a chunk of large images may hold: 16 of 362 × 362, two of 1024 × 1024
 
 
 def prepare(
@@ -75,20 +77,33 @@ def chunk_size(device: torch.device, image: Tensor) -> int:
 
 
 def in_order(
-    job: Callable[[Item], Result], items: Iterable[Item], device: torch.device
-) -> Iterator[Result]:
-    """Yield job(item) for every item, in order, without gradients.
+    job: Callable[[Item], Result],
+    items: Iterable[Item],
+    device: torch.device,
+    finish: Callable[[Result], Any] | None = None,
+) -> Iterator[Any]:
+    """Yield job(item), or finish(job(item)), for every item, in order, without gradients.
 
     On CPUs the jobs run on one thread per core, each computing single-threaded, with a few items
-    read ahead; elsewhere they run one after the other. A job's exception is raised here.
+    read ahead; elsewhere they run one after the other, and `finish`, which works on the host, runs
+    on threads beside them. A job's exception is raised here.
     cuDNN chooses its algorithms by rule and not by trying them out: that takes long for each new
     size, and the results would depend on which one happened to be the fastest.
     """
-    inference = torch.inference_mode()(job)
-    if device.type != "cpu":
-        yield from map(_by_rule(inference), items)
+    inference = torch.inference_mode()
+
+    def whole(item: Item) -> Any:
+        return job(item) if finish is None else finish(job(item))
+
+    if device.type == "cpu":
+        yield from in_threads(inference(whole), items, torch.get_num_threads())
         return
-    yield from in_threads(inference, items, torch.get_num_threads())
+    results = map(_by_rule(inference(job)), items)
+    if finish is None:
+        yield from results
+    else:
+        threads = cpu_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        yield from in_threads(inference(finish), results, threads)
 
 
 def _by_rule(job: Callable[[Item], Result]) -> Callable[[Item], Result]:

@@ -49,6 +49,7 @@ class MattingMetrics(ExactMetric):
     """
 
     name = "matting"
+    on_host = True
     num_sums = len(_BOUNDS) + 1  # the last one counts the images that are left out
 
     def __init__(self, policy: str = "") -> None:
@@ -56,7 +57,7 @@ class MattingMetrics(ExactMetric):
         self.policy = policy
 
     def sample_state(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """State of one image, on the CPU (a prediction on a GPU is waited for).
+        """State of one image, on the CPU.
 
         prediction: alpha [1, h, w] or [h, w]. target: uint8 [2, H, W], true alpha and trimap.
         """

@@ -37,12 +37,14 @@ class ExactMetric(ABC):
     """An average over images whose state is one int64 tensor that merges by addition.
 
     state: [images, images with invalid values, the metric's own sums ...]. A metric whose values
-    can exceed 1 per image chooses fewer `fraction_bits`, so that its sums still fit.
+    can exceed 1 per image chooses fewer `fraction_bits`, so that its sums still fit. `on_host`: it
+    computes on the CPU whatever it is given, and so on threads beside a device.
     """
 
     name: str
     num_sums: int
     fraction_bits = FRACTION_BITS
+    on_host = False
 
     def __init__(self) -> None:
         self.state = torch.zeros(2 + self.num_sums, dtype=torch.int64)

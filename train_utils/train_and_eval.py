@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -403,7 +403,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 # -- evaluation -----------------------------------------------------------------------------------
 
 
-_MAX_WAITING = 4 * GPU_CHUNK  # images kept back in the hope of others of their size
+_MAX_WAITING = 2 * GPU_CHUNK  # images kept back in the hope of others of their size
 
 # Images of one size with their places in the loader's order and their targets.
 _Chunk = list[tuple[int, Tensor, Tensor]]
@@ -455,32 +455,42 @@ def evaluate(
     for network in models.values():
         broadcast_buffers(network)
     with memory_errors("for a copy of the network", SPARE_MEMORY):
-        models, scored_on = prepare(models, device, amp_dtype), fp64_device(device)
+        models = prepare(models, device, amp_dtype)
+    on_host = any(metric.on_host for metric in metrics)
+    scored_on = torch.device("cpu") if on_host else fp64_device(device)
 
-    def score(chunk: _Chunk) -> tuple[list[list[Tensor]], dict[int, Sample]]:
-        faults.reach("evaluate")
+    def memory_for(chunk: _Chunk) -> AbstractContextManager:
         size = "×".join(map(str, chunk[0][1].shape[-2:]))
-        with memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY):
-            return score_chunk(chunk)
+        return memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY)
 
-    def score_chunk(chunk: _Chunk) -> tuple[list[list[Tensor]], dict[int, Sample]]:
-        # Stacked on the device: one by one, images in page-locked memory come without waiting.
-        images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
-        outputs = forward_chunk(lambda x: predict(models, x), images, device)
+    def forward(chunk: _Chunk) -> tuple[_Chunk, Tensor]:
+        faults.reach("evaluate")
+        with memory_for(chunk):
+            # Stacked on the device: one by one, images in page-locked memory come without waiting.
+            images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
+            outputs = forward_chunk(lambda x: predict(models, x), images, device)
+            return chunk, outputs.to(scored_on)
+
+    def score(predicted: tuple[_Chunk, Tensor]) -> tuple[list[list[Tensor]], dict[int, Sample]]:
         states, pictures = [], {}
-        for (number, image, target), output in zip(chunk, outputs, strict=True):
-            pair = output.to(scored_on), target.to(scored_on, non_blocking=True)
-            states.append([metric.sample_state(*pair) for metric in metrics])
-            if number < keep:
-                pictures[number] = Sample(image, target, output.cpu())
+        with memory_for(predicted[0]):
+            for (number, image, target), output in zip(*predicted, strict=True):
+                beside = target.to(scored_on, non_blocking=True)
+                states.append([metric.sample_state(output, beside) for metric in metrics])
+                if number < keep:
+                    pictures[number] = Sample(image, target, output.cpu())
         return states, pictures
 
+    if on_host:
+        scores = in_order(forward, _chunks(data_loader, device), device, finish=score)
+    else:
+        scores = in_order(lambda chunk: score(forward(chunk)), _chunks(data_loader, device), device)
     for metric in metrics:
         metric.state = metric.state.to(scored_on)  # or each image's would wait to come to the host
     mark("evaluating")
     kept: dict[int, Sample] = {}
     done = 0
-    for scored, pictures in in_order(score, _chunks(data_loader, device), device):
+    for scored, pictures in scores:
         for states in scored:
             for metric, state in zip(metrics, states, strict=True):
                 metric.merge(state)
