@@ -187,7 +187,8 @@ def test_predict_mirrors_folders_and_counts_failures(trained):
     apart = (plain - low) / (high - low) * 255 - stretched
     assert apart.abs().max() <= 0.5 + 1.5 * 255 / (high - low)
     assert set(cut.unique().tolist()) == {0, 255}
-    assert torch.equal(cut == 255, stretched > 0.25 * 255)  # 63.75: no code is rounded to it
+    surely = (stretched - 63.75).abs() > 0.5  # what rounds to the code beside 0.25 may be either
+    assert torch.equal(cut[surely] == 255, stretched[surely] > 63.75)
 
 
 def test_killed_run_continues_as_if_nothing_had_happened(tmp_path):
@@ -288,7 +289,10 @@ def test_two_processes_on_an_odd_number_of_samples_equal_one(trained, tmp_path):
     assert done.stdout.count("2 process(es) on cpu") == 1  # one rank speaks
     one, two = records(path), records(tmp_path / "run")
     assert [r["step"] for r in one] == [r["step"] for r in two]
-    assert one[0]["train/loss"] == pytest.approx(two[0]["train/loss"], rel=1e-3)
+    # The same samples, and so the same loss; then fp32's rounding grows from step to step.
+    first = [tensorboard(run).Scalars("train/loss")[0].value for run in (path, tmp_path / "run")]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert one[0]["train/loss"] == pytest.approx(two[0]["train/loss"], rel=1e-2)
     assert weights(tmp_path / "run")["global_batch"] == 4
     # Continued by one process, the run keeps its global batch.
     more = ("-b", "2", *TINY, "--epochs", "3", "--output-dir", "run", "--resume", "auto")
