@@ -1,12 +1,12 @@
-"""Kill a training at random, again and again, and compare its end with an undisturbed one.
+"""Kill trainings at random, again and again, and compare their ends with undisturbed ones.
 
     python tests/soak.py --minutes 60
 
-Every round trains the same small network on two processes until it has finished, whatever is
-killed meanwhile: one rank, all ranks, torchrun, everything, or a loader's worker. The number of
-loader workers changes from start to start. The final weights, optimizer, schedule, moving average
-and records must be those of the undisturbed run, bit for bit; the first difference ends the soak
-with exit code 1 and keeps the folder.
+Round after round, the systems take turns: each trains on two processes until it has finished,
+whatever is killed meanwhile: one rank, all ranks or a loader's worker, and in the starts by
+torchrun that one itself, or everything. The number of loader workers changes from start to start.
+The last and the best checkpoint and the records must be those of an undisturbed run, bit for bit;
+the first difference ends the soak with exit code 1 and keeps the folder.
 """
 
 import argparse
@@ -18,104 +18,160 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-from distributed import children  # noqa: E402
-from test_survival import OPTIONS, assert_same_run  # noqa: E402
+from distributed import Script, children  # noqa: E402
+from test_contract import CASES, OPTIONS, assert_equal  # noqa: E402
+from test_scripts import command, records, weights  # noqa: E402
 
-LONGER = ["--epochs", "6", "--set", "data.train_size=47", "--set", "data.val_size=9"]
-_PATIENCE = 12  # starts without a step: most are killed while they import
-TARGETS = ("rank 0", "rank 1", "all ranks", "torchrun", "everything", "loader worker")
-
-
-def start(folder: Path, workers: int) -> subprocess.Popen:
-    """One torchrun of the training in `folder`, which continues what is there."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
-    script = [str(REPO / "train_multi_GPU.py"), *map(str, OPTIONS), *LONGER]
-    where = ["-j", str(workers), "--output-dir", str(folder), "--resume", "auto"]
-    with (folder.parent / "output.txt").open("a") as output:
-        return subprocess.Popen(
-            [sys.executable, *launcher, *script, *where],
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+LONGER = ["--epochs", 3, "--set", "data.train_size=21"]  # six steps an epoch
+_PATIENCE = 12  # starts without a step: most are killed while they begin
+_TORCHRUN_STARTS = (
+    6  # one in so many starts; the others are forked, which takes a tenth of the time
+)
+_A_START = 600  # seconds after which it must have ended
+RANKS = ("rank 0", "rank 1", "all ranks", "loader worker")
+LAUNCHER = ("torchrun", "everything")
 
 
-def victims(target: str, launcher: int) -> Sequence[int]:
-    """The processes to kill."""
-    ranks = children(launcher)
-    workers = [pid for rank in ranks for pid in children(rank)]
-    return {
-        "rank 0": ranks[:1],
-        "rank 1": ranks[1:],
-        "all ranks": ranks,
-        "torchrun": [launcher],
-        "everything": [*ranks, launcher],
-        "loader worker": workers[:1],
-    }[target]
+class Start:
+    """One start of a training on two processes, which continues what is there."""
+
+    def __init__(self, folder: Path, name: str, workers: int, torchrun: bool) -> None:
+        config = REPO / "configs" / f"{name}.yaml"
+        arguments: list[Any] = ["--config", config, *OPTIONS, *CASES[name][0], *LONGER]
+        arguments += ["-j", workers, "--resume", "auto"]
+        self.torchrun, self._script = None, None
+        if not torchrun:
+            self._script = Script(folder, "train_multi_GPU.py", *arguments, processes=2)
+            return
+        launch = command("train_multi_GPU.py", *arguments, processes=2)
+        launch.insert(launch.index("--standalone"), "--max-restarts=3")
+        with (folder / "torchrun.txt").open("a") as output:
+            self.torchrun = subprocess.Popen(launch, cwd=folder, stdout=output, stderr=output)
+
+    def victims(self, target: str) -> Sequence[int]:
+        """The processes to kill."""
+        forked = self._script.processes if self._script else []
+        ranks = children(self.torchrun.pid) if self.torchrun else [each.pid for each in forked]
+        launcher = [self.torchrun.pid] if self.torchrun else []
+        workers = [pid for rank in ranks for pid in children(rank)]
+        return {
+            "rank 0": ranks[:1],
+            "rank 1": ranks[1:],
+            "all ranks": ranks,
+            "torchrun": launcher,
+            "everything": [*ranks, *launcher],
+            "loader worker": workers[:1],
+        }[target]
+
+    def wait(self) -> int:
+        """Its exit code. What a killed torchrun leaves behind has ended by then, too."""
+        if self._script:
+            return self._script.wait(timeout=_A_START).returncode
+        ranks = set()
+        end = time.monotonic() + _A_START
+        while self.torchrun.poll() is None or any(map(_runs, ranks)):
+            assert time.monotonic() < end, "a start by torchrun does not end"
+            ranks |= set(children(self.torchrun.pid))
+            time.sleep(0.05)
+        return self.torchrun.returncode
 
 
-def status(folder: Path) -> dict:
-    """What a run's status.json says; nothing where there is none yet."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / "status.json").read_text())
-    return {}
+def _runs(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def position(folder: Path) -> tuple[int, int]:
-    """The epoch and step of the last save."""
-    saved = status(folder)
-    return saved.get("epoch", 0), saved.get("step", 0)
+    """The epoch and step of the last save; (-1, -1) before the first, the largest at the end."""
+    with suppress(OSError, ValueError):
+        status = json.loads((folder / "run" / "status.json").read_text())
+        if status["state"] == "finished":
+            return sys.maxsize, 0
+    with suppress(OSError):
+        state = weights(folder / "run")
+        return state["next_epoch"], state["next_step"]
+    return -1, -1
 
 
-def one_start(folder: Path, draw: random.Random, kills: Counter[str], end: float) -> None:
-    """Start the training once, and kill something as long as it runs; AssertionError if it fails
-    although nothing was killed.
-    """
-    process, struck = start(folder, workers=draw.choice((0, 1, 2))), 0
-    try:
-        while process.poll() is None and time.monotonic() < end:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=draw.uniform(0.5, 25))
-                continue
-            target = draw.choice(TARGETS)
-            for pid in victims(target, process.pid):
+class Round:
+    """A training that is killed until it has finished all the same."""
+
+    def __init__(self, folder: Path, name: str, draw: random.Random) -> None:
+        self.folder, self.name, self.draw = folder, name, draw
+        self.kills: Counter[str] = Counter()
+
+    def run(self, end: float) -> bool:
+        """Whether it has finished before the time was over. AssertionError if it makes no way."""
+        stuck, last = 0, (-1, -1)
+        while position(self.folder)[0] != sys.maxsize:
+            if time.monotonic() > end:
+                return False
+            self._start()
+            stuck = stuck + 1 if position(self.folder) <= last else 0
+            last = max(last, position(self.folder))
+            assert stuck < _PATIENCE, f"{stuck} starts have not come beyond epoch, step {last}"
+        return True
+
+    def _start(self) -> None:
+        torchrun = self.draw.randrange(_TORCHRUN_STARTS) == 0
+        start = Start(self.folder, self.name, self.draw.choice((0, 0, 1, 2)), torchrun)
+        ended, before = threading.Event(), self.kills.total()
+        killer = threading.Thread(target=self._strike, args=(start, ended))
+        killer.start()
+        code = start.wait()
+        ended.set()
+        killer.join()
+        struck = self.kills.total() > before
+        assert struck or not code, f"a start ended with {code} although nothing was killed"
+
+    def _strike(self, start: Start, ended: threading.Event) -> None:
+        """Kill something, at any moment of a step that is drawn, again and again."""
+        targets = RANKS + (LAUNCHER if start.torchrun else ())
+        while not self._steps(ended, self.draw.randrange(8)):
+            target = self.draw.choice(targets)
+            for pid in start.victims(target):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    kills[target] += 1
-                    struck += 1
-    finally:
-        ended = process.poll()
-        for pid in [*children(process.pid), process.pid] if ended is None else []:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-    assert struck or not ended, f"a start ended with {ended} although nothing was killed"
+                    self.kills[target] += 1
+                    print(f"{self.name} at {position(self.folder)}: {target} killed", flush=True)
+
+    def _steps(self, ended: threading.Event, number: int) -> bool:
+        """Wait for so many saves, one a step, and a part of the next; whether the start ended."""
+        status, last, pause = self.folder / "run" / "status.json", None, 1.0
+        for _ in range(number):
+            begin, stamp = time.monotonic(), last
+            while stamp == last and not ended.wait(0.02):
+                with suppress(OSError):
+                    stamp = status.stat().st_mtime_ns
+            last, pause = stamp, time.monotonic() - begin
+        return ended.wait(self.draw.uniform(0, pause))
 
 
-def disturbed_run(folder: Path, draw: random.Random, kills: Counter[str], end: float) -> bool:
-    """Train in `folder` to the end through random kills; False when the time is over.
-
-    AssertionError if it makes no way: starts that hang or refuse would look like long ones.
-    """
+def train_undisturbed(folder: Path, name: str) -> None:
     folder.mkdir()
-    stuck, last = 0, (-1, -1)
-    while status(folder).get("state") != "finished":
-        if time.monotonic() > end:
-            return False
-        one_start(folder, draw, kills, end)
-        stuck = stuck + 1 if position(folder) <= last else 0
-        last = max(last, position(folder))
-        assert stuck < _PATIENCE, f"{stuck} starts have not come beyond epoch, step {last}"
-    return True
+    assert Start(folder, name, 0, torchrun=False).wait() == 0, f"{name} fails by itself"
+
+
+def compare(one: Path, other: Path) -> None:
+    one, other = one / "run", other / "run"
+    assert records(one) == records(other), "metrics.jsonl"
+    for file in ("last.pth", "model_best.pth"):
+        states = [weights(run, file) for run in (one, other)]
+        for state in states:
+            del state["args"]["train"]["workers"]  # which may change from start to start
+        assert_equal(*states, file)
 
 
 def main() -> int:
@@ -128,23 +184,31 @@ def main() -> int:
     draw, kills, rounds = random.Random(seed), Counter[str](), 0
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {seed}, in {folder}", flush=True)
-
-    (folder / "undisturbed").mkdir()
-    if start(folder / "undisturbed", workers=0).wait():
-        print((folder / "output.txt").read_text())
-        return 1
-    while True:
+    names = list(CASES)
+    while time.monotonic() < end:
+        name = names[rounds % len(names)]
+        disturbed = folder / "disturbed"
+        disturbed.mkdir()
         try:
-            if not disturbed_run(folder / "disturbed", draw, kills, end):
-                break
-            assert_same_run(folder / "undisturbed", folder / "disturbed")
-        except AssertionError as error:
+            if not (folder / name).exists():
+                train_undisturbed(folder / name, name)
+            this = Round(disturbed, name, draw)
+            finished = this.run(end)
+            if finished:
+                compare(folder / name, disturbed)
+        except Exception as error:
             print(f"round {rounds + 1}: not as the undisturbed run: {error}. Kept in {folder}")
             return 1
-        rounds += 1
-        shutil.rmtree(folder / "disturbed")
-        struck = ", ".join(f"{target}: {count}" for target, count in sorted(kills.items()))
-        print(f"round {rounds}: the same to the bit; killed so far: {struck}", flush=True)
+        kills += this.kills
+        shutil.rmtree(disturbed)
+        if finished:
+            rounds += 1
+            struck = ", ".join(f"{target}: {count}" for target, count in sorted(kills.items()))
+            print(
+                f"round {rounds}, {name}: the same to the bit; {kills.total()} kills so far "
+                f"({struck})",
+                flush=True,
+            )
     shutil.rmtree(folder)
     return 0 if rounds else 1
 

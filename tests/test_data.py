@@ -114,6 +114,29 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert not torch.equal(first, torch.cat(epoch_of(20, 4, seed=4)[0]))
 
 
+def test_the_order_differs_between_epochs_and_seeds():
+    orders = [GlobalBatchSampler(9, 2, seed=s).order(e) for s, e in ((3, 0), (3, 1), (4, 0))]
+    assert len(set(map(tuple, orders))) == 3
+    assert all(sorted(order) == list(range(9)) for order in orders)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
+def test_the_length_is_that_of_what_is_left_of_an_epoch(step):
+    """Three steps of two parts, and one of a single part."""
+    sampler = GlobalBatchSampler(13, 4, micro_batch=1, rank=1, world_size=2)
+    sampler.set_position(1, step)
+    assert len(sampler) == len(list(sampler)) == [7, 5, 3, 1, 0][step]
+
+
+def test_the_draws_of_a_sample_differ_between_epochs_and_seeds():
+    def draws(seed, epoch, index):
+        return tuple(KeyedDataset(Noise(9), seed)[SampleKey(epoch, index)][0][1:].tolist())
+
+    keys = [(3, 0, 5), (3, 1, 5), (3, 0, 6), (4, 0, 5)]
+    assert len({draws(*key) for key in keys}) == len(keys)
+    assert draws(3, 1, 5) == draws(3, 1, 5)
+
+
 def test_start_in_the_middle_of_an_epoch_continues_its_order():
     whole, rest = epoch_of(20, 6, epoch=2)[0], epoch_of(20, 6, epoch=2, step=2)[0]
     assert len(rest) == 2

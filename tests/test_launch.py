@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import yaml
-from distributed import children, free_port
-from test_scripts import REPO, records, run, weights
+from distributed import children, run_script
+from test_scripts import REPO, held_port, logged, records, wait_until, weights
 
 import arguments
 
@@ -45,14 +46,14 @@ def shims(tmp_path):
     return add
 
 
-def wait_until(condition, what, processes):
-    """Until a condition holds, while all processes run."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
-        time.sleep(0.05)
-        if condition():
-            return
-    raise AssertionError(f"waited in vain for {what}")
+@pytest.fixture
+def port():
+    with held_port() as number:
+        yield number
+
+
+def all_run(processes):
+    return all(process.poll() is None for process in processes)
 
 
 def wait_for_step(folder, step, processes):
@@ -64,13 +65,7 @@ def wait_for_step(folder, step, processes):
         status = json.loads((folder / "status.json").read_text())
         return status["step"] >= step and status.get("epoch") == 0
 
-    wait_until(reached, f"step {step}", processes)
-
-
-def wait_for_lines(folder, text, count, processes):
-    """Until a run's log holds a text so many times."""
-    log = folder / "log.txt"
-    wait_until(lambda: log.read_text().count(text) >= count, f"{count} × {text!r}", processes)
+    wait_until(reached, f"step {step}", lambda: all_run(processes))
 
 
 def assert_nearly_same_run(one, other):
@@ -84,32 +79,56 @@ def assert_nearly_same_run(one, other):
 def alone(tmp_path_factory):
     """Three epochs of four steps of four images, the last one short, on one process."""
     folder = tmp_path_factory.mktemp("alone")
-    run(folder, "train.py", *OPTIONS, "-b", 4, "--output-dir", "run")
+    run_script(folder, "train.py", *OPTIONS, "-b", 4, "--output-dir", "run")
     return folder / "run"
 
 
 @pytest.mark.slow
-def test_two_processes_then_one_then_three(alone, tmp_path):
-    """Each start ends by SIGTERM after a few steps; the last one finishes."""
+def test_two_machines_then_one_process_then_three(alone, tmp_path):
+    """The first start ends by SIGTERM to one of its torchruns, the second by one to itself."""
     arguments = (*OPTIONS, "-b", 2, "--output-dir", "run", "--resume", "auto")
-    stop = {"PIXTRAIN_FAULT": "step:term@3"}
-    run(tmp_path, "train_multi_GPU.py", *arguments, processes=2, code=1, **stop)
+    with held_port() as port:
+        where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost"]
+        where += [f"--master_port={port}"]
+        script = [REPO / "tests" / "struck.py", "step", "SIGTERM", *arguments]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
+        machines = [
+            subprocess.Popen(
+                [*torchrun, f"--node_rank={rank}", *map(str, script)],
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [machine.communicate(timeout=200)[0] for machine in machines]
+        finally:
+            for machine in machines:
+                machine.kill()
+    assert [machine.returncode for machine in machines] == [1, 1], outputs
+    assert "2 process(es) on cpu" in outputs[0] and "Epoch" not in outputs[1]
     state = weights(tmp_path / "run")
-    assert (state["next_epoch"], state["next_step"]) == (0, 3)
-    done = run(tmp_path, "train.py", *arguments, code=128 + signal.SIGTERM, **stop)
+    assert state["next_epoch"] == 0 and state["next_step"] in (3, 4)  # the third step, or the next
+    assert f"stopped by SIGTERM at epoch 0, step {state['next_step']}" in outputs[0]
+
+    stop = {"PIXTRAIN_FAULT": "step:term@3"}
+    code = 128 + signal.SIGTERM
+    done = run_script(tmp_path, "train.py", *arguments, code=code, **stop)
     assert "continuing with 1 process(es) instead of 2: the global batch stays 4" in done.stdout
-    done = run(tmp_path, "train_multi_GPU.py", *arguments, processes=3)
+    done = run_script(tmp_path, "train_multi_GPU.py", *arguments, processes=3)
     assert "continuing with 3 process(es) instead of 1: the global batch stays 4" in done.stdout
     assert_nearly_same_run(alone, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims):
+def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims, port):
     """torchrun agents by launch/nodes.sh; SIGKILL to one with its process, twice."""
     env = {**os.environ, "PATH": shims.path, "NPROC_PER_NODE": "1"}
     env["PET_RDZV_CONF"] = "last_call_timeout=10,keep_alive_interval=1"  # seconds, not so long
-    script = [str(REPO / "launch" / "nodes.sh"), f"localhost:{free_port()}", "lost"]
+    script = [str(REPO / "launch" / "nodes.sh"), f"localhost:{port}", "lost"]
     script += [*map(str, OPTIONS), "-b", "2"]
     run_folder = tmp_path / "runs" / "lost"
     log = (tmp_path / "output.txt").open("w")
@@ -129,8 +148,12 @@ def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims
         wait_for_step(run_folder, 1, agents)
         lose_the_last_one()
         start_agent()
-        wait_for_lines(run_folder, "2 process(es) on cpu", 2, [agents[0], agents[2]])
-        wait_for_lines(run_folder, "Epoch", 3, [agents[0], agents[2]])
+        for text, count in (("2 process(es) on cpu", 2), ("Epoch", 3)):
+            wait_until(
+                partial(logged, run_folder, text, count),
+                f"{count} × {text!r}",
+                partial(all_run, [agents[0], agents[2]]),
+            )
         lose_the_last_one()
         code = agents[0].wait(timeout=180)
     finally:
@@ -155,10 +178,10 @@ exit $code"""
 
 
 @pytest.mark.slow
-def test_slurm_job_saves_queues_again_and_continues(alone, tmp_path, shims):
+def test_slurm_job_saves_queues_again_and_continues(alone, tmp_path, shims, port):
     shims("srun", SRUN)
     shims("scontrol", 'echo "$@" >> scontrol.txt')
-    env = {**os.environ, "PATH": shims.path, "MASTER_PORT": str(free_port())}
+    env = {**os.environ, "PATH": shims.path, "MASTER_PORT": str(port)}
     env |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "job", "SLURM_SUBMIT_DIR": str(tmp_path)}
     script = ["bash", str(REPO / "launch" / "slurm.sh"), *map(str, OPTIONS)]
     script += ["-b", "2"]
@@ -174,7 +197,6 @@ def test_slurm_job_saves_queues_again_and_continues(alone, tmp_path, shims):
         process.kill()
     assert process.returncode == 128 + signal.SIGUSR1, output
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
-    env["MASTER_PORT"] = str(free_port())
     again = subprocess.run(script, env=env, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"  # not once more

@@ -15,9 +15,10 @@ What is compared, relative and in norm (see `error`):
   one process that start from weights whose last bits differ. Adam divides a gradient by its own
   size, so that one which is mere rounding becomes a step like any other.
 
-Batch norm over all processes is compared in fp64. It sums in another order, and in fp32 that tips
-some ReLU or maximum which stands on the edge: gradients then change by 1e-4 and more, as they do in
-one process when the weights' last bits change. So in fp32 each image is normalised by itself.
+Batch norm over all processes is compared in fp64, every layer of it. It sums in another order, and
+in fp32 that tips some ReLU or maximum which stands on the edge: gradients then change by 1e-4 and
+more, as they do in one process when the weights' last bits change. So in fp32 each image is
+normalised by itself.
 
 Not promised: dropout (pix2pix), whose masks are drawn by each process for its own images.
 """
@@ -247,9 +248,9 @@ FP64, FP32 = torch.float64, torch.float32
 QUANTITIES = {
     "gradients, fp64": (gradients, FP64, ALL, SGD),
     "gradients, fp32": (gradients, FP32, NONE, SGD),
-    "weights, fp64": (weights, FP64, FEW, SGD),
+    "weights, fp64": (weights, FP64, ALL, SGD),
     "weights, fp32": (weights, FP32, NONE, SGD),
-    "recipe's weights, fp64": (weights, FP64, FEW, None),
+    "recipe's weights, fp64": (weights, FP64, ALL, None),
     "recipe's weights, fp32": (weights, FP32, FEW, None),
 }
 ADAPTIVE = ("shapes", "matting", "pix2pix")  # whose recipes have AdamW, Adam, and two Adams

@@ -6,19 +6,22 @@ average and the records of a run that was left alone, bit for bit.
 """
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import children, on_ranks
+from distributed import Script, on_ranks, run_script
 from test_contract import assert_equal
-from test_scripts import REPO, command, records, run, weights
+from test_scripts import REPO, command, logged, records, wait_until, weights
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
@@ -47,7 +50,7 @@ def undisturbed(tmp_path_factory):
     """The run of two processes that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     arguments = (*OPTIONS, "-j", 0, "--output-dir", "run")
-    run(folder, "train_multi_GPU.py", *arguments, processes=2)
+    run_script(folder, "train_multi_GPU.py", *arguments, processes=2)
     return folder / "run"
 
 
@@ -58,6 +61,15 @@ def assert_same_run(one, other):
         assert_equal(first[part], second[part], part)
 
 
+def starts_of(log):
+    """(epoch, step) of the first step that each start of a run took, of those that took any."""
+    found = []
+    for start in log.split("process(es) on cpu")[1:]:
+        first = re.search(r"Epoch: \[(\d+)\]  \[(\d+)/3\]", start)
+        found += [tuple(map(int, first.groups()))] if first else []
+    return found
+
+
 def suffer(folder, ordered, *extra, timeout=280):
     """One torchrun that starts its two processes again after every fault; its run folder and log.
 
@@ -65,7 +77,7 @@ def suffer(folder, ordered, *extra, timeout=280):
     """
     ordered = [f"{fault}:start={start}" for start, fault in enumerate(ordered)]
     launch = command("train_multi_GPU.py", *OPTIONS, *extra, processes=2)
-    launch.insert(3, f"--max-restarts={len(ordered)}")
+    launch.insert(launch.index("--standalone"), f"--max-restarts={len(ordered)}")
     done = subprocess.run(
         launch,
         cwd=folder,
@@ -98,7 +110,7 @@ def _running_in(folder):
 def test_killed_anywhere(undisturbed, tmp_path):
     """SIGKILL in a step, in a loader's worker, in evaluation and in all phases of a save."""
     ordered = [
-        "step:kill@3:rank=1",
+        "step:kill@5:rank=1",  # in the second epoch
         "load:kill@2:rank=0",  # in its worker
         "evaluate:kill:rank=0",
         "save.write:kill:rank=0",
@@ -111,6 +123,9 @@ def test_killed_anywhere(undisturbed, tmp_path):
     assert_same_run(undisturbed, path)
     assert "a loader process was ended from outside" in log
     assert "hang: rank 1" in log and "at 'waiting for the loader's workers: images of epoch" in log
+    first, *others = starts_of(log)
+    assert first == (0, 1) and others == sorted(others)
+    assert others[0] in ((1, 1), (1, 2)) and others[-1] >= (2, 1)
 
 
 @pytest.mark.slow
@@ -133,94 +148,126 @@ def test_stopped_spoilt_and_hung_anywhere(undisturbed, tmp_path):
     assert "hang: rank 1" in log and "has been at 'evaluating" in log
 
 
+def read_status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
 def test_preempted_in_a_long_evaluation(tmp_path):
     """A signal to one rank, or to torchrun, ends an evaluation on all of them, well in time."""
-    options = (*OPTIONS, "--set", "data.val_size=20000", "-j", 0, "--output-dir", "run")
-    for sender in ("rank", "torchrun"):
-        launcher = subprocess.Popen(
-            command("train_multi_GPU.py", *options, "--resume", "auto", processes=2),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            status = _wait_for_status(tmp_path / "run", launcher, step=3)
-            time.sleep(1)
-            if sender == "rank":
-                os.kill(_other_rank(launcher.pid, status["pid"]), signal.SIGUSR1)
-            else:
-                launcher.terminate()
-            begin = time.monotonic()
-            output, _ = launcher.communicate(timeout=60)
-        finally:
-            launcher.kill()
-        assert time.monotonic() - begin < 25, output  # torchrun kills after 30 s
-        status = json.loads((tmp_path / "run" / "status.json").read_text())
-        assert (status["state"], status["epoch"], status["step"]) == ("stopped", 0, 3), output
-        assert weights(tmp_path / "run")["next_step"] == 3
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run = tmp_path / "run"
+    options = (*OPTIONS, "--set", "data.val_size=20000", "-j", 0, "--output-dir", run)
+    options += ("--resume", "auto")
+
+    def evaluates():
+        return (run / "status.json").exists() and read_status(run).get("step") == 3
+
+    ranks = Script(tmp_path, "train_multi_GPU.py", *options, processes=2)
+    wait_until(evaluates, "the evaluation", ranks.processes[0].is_alive)
+    os.kill(ranks.processes[1].pid, signal.SIGUSR1)
+    done = ranks.wait(timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert_stopped_in_evaluation(run, "SIGUSR1")
+
+    launcher = start_torchrun(tmp_path, *options)
+    try:  # only the evaluation is left
+        again = partial(logged, run, "learning rate", 2)
+        wait_until(again, "the second start", lambda: launcher.poll() is None)
+        launcher.send_signal(signal.SIGINT)
+        output, _ = launcher.communicate(timeout=60)  # torchrun kills after 30 s
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0, output
+    assert_stopped_in_evaluation(run, "SIGINT")
 
 
-def _wait_for_status(folder, launcher, step):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and launcher.poll() is None:
-        time.sleep(0.05)
-        if (folder / "status.json").exists():
-            status = json.loads((folder / "status.json").read_text())
-            if (status["state"], status["step"]) == ("running", step):
-                return status
-    raise AssertionError(f"step {step} was not reached: {launcher.communicate()[0]}")
+def assert_stopped_in_evaluation(run, reason):
+    status = read_status(run)
+    assert (status["state"], status["reason"]) == ("stopped", reason)
+    assert (status["epoch"], status["step"]) == (0, 3)
+    assert weights(run)["next_step"] == 3
+    assert not (run / "metrics.jsonl").exists()
 
 
-def _other_rank(launcher, main):
-    (other,) = set(children(launcher)) - {main}
-    return other
+def start_torchrun(folder, *options, script="train_multi_GPU.py", **env):
+    return subprocess.Popen(
+        command(script, *options, processes=2),
+        cwd=folder,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-def _wait_for(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"ended before {text!r}")
+@pytest.mark.slow
+def test_sigterm_to_torchrun_while_a_checkpoint_is_written(tmp_path):
+    """Rank 0 sends it when its third file is whole, but not yet in the old one's place."""
+    options = ("save", "SIGTERM", *OPTIONS, "-j", 0, "--output-dir", "run")
+    launcher = start_torchrun(tmp_path, *options, script="tests/struck.py")
+    output, _ = launcher.communicate(timeout=280)
+    assert launcher.returncode != 0, output
+    status, state = read_status(tmp_path / "run"), weights(tmp_path / "run")
+    assert (status["state"], status["reason"]) == ("stopped", "SIGTERM"), output
+    stands_at = state["next_epoch"], state["next_step"]
+    assert (status["epoch"], status["step"]) == stands_at
+    assert (0, 2) <= stands_at < (3, 0)  # the third save is that after the second step
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_interrupts_to_torchrun_in_one_step(tmp_path):
+    """It passes the first one on and sends SIGTERM for the second: all save, and end, once."""
+    options = ("hold", "SIGINT", *OPTIONS, "-j", 0, "--output-dir", "run")
+    launcher = start_torchrun(tmp_path, *options, script="tests/struck.py")
+    run = tmp_path / "run"
+    try:
+        for noted in ("SIGINT", "SIGTERM"):
+            text = f"{noted}: stopping after this step"
+            wait_until(partial(logged, run, text), noted, lambda: launcher.poll() is None)
+            if noted == "SIGINT":
+                launcher.send_signal(signal.SIGINT)
+        (tmp_path / "go").touch()
+        output, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0, output
+    status, state = read_status(run), weights(run)
+    stands_at = state["next_epoch"], state["next_step"]
+    assert (status["state"], status["epoch"], status["step"]) == ("stopped", *stands_at), output
+    assert stands_at in ((0, 2), (0, 3))  # the second step, or the next, if that had begun
 
 
 @pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(tmp_path):
     options = ("--set", "data.train_size=16", "-b", 8, "-j", 0, "--print-freq", 1)
-    process = subprocess.Popen(
-        command("train.py", *options, "--output-dir", "run", "--device", "cpu"),
-        cwd=tmp_path,
-        env={**os.environ, "PIXTRAIN_FAULT": "step:hang"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    options += ("--output-dir", "run", "--device", "cpu")
+    training = Script(tmp_path, "train.py", *options, PIXTRAIN_FAULT="step:hang")
+    (process,), run = training.processes, tmp_path / "run"
+    wait_until((run / "last.pth").exists, "the first save", process.is_alive)
+    os.kill(process.pid, signal.SIGINT)
+    wait_until(
+        lambda: logged(run, "SIGINT: stopping after this step"), "the signal", process.is_alive
     )
-    _wait_for(process, "learning rate")
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _wait_for(process, "SIGINT: stopping after this step")
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    os.kill(process.pid, signal.SIGINT)
+    done = training.wait(timeout=60)
+    output = done.stdout + done.stderr
+    assert done.returncode == 130, output
     assert "interrupted: stopped at once" in output and "Traceback" not in output
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    status, state = read_status(run), weights(run)
     assert (status["state"], status["reason"]) == ("stopped", "SIGINT, at once")
-    state = weights(tmp_path / "run")
     assert (state["next_epoch"], state["next_step"]) == (0, 0)  # as saved at the start
 
 
 BUSY = """
-import sys; sys.path.insert(0, {repo!r})
 import torch
 from pathlib import Path
 from train_utils.run_folder import RunFolder
 from train_utils.stop import Supervisor
-with RunFolder(Path("run"), {{}}) as run, Supervisor(run, 0):
+with RunFolder(Path("run"), {}) as run, Supervisor(run, 0):
     large = torch.rand(6000, 6000)
-    print("busy", flush=True)
+    Path("busy").touch()
     torch.linalg.svd(large)  # minutes, in one call
 """
 
@@ -228,22 +275,16 @@ with RunFolder(Path("run"), {{}}) as run, Supervisor(run, 0):
 @pytest.mark.slow
 def test_a_second_interrupt_ends_a_process_that_is_busy_inside_torch(tmp_path):
     (tmp_path / "run").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.format(repo=str(REPO))],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    _wait_for(process, "busy")
+    (tmp_path / "script.py").write_text(BUSY)
+    script = Script(tmp_path, tmp_path / "script.py")
+    (process,) = script.processes
+    wait_until((tmp_path / "busy").exists, "the long call", process.is_alive)
     for _ in range(2):
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-    begin = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - begin < 20
-    assert (process.returncode, output) == (130, "interrupted twice: stopped at once\n")
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+        os.kill(process.pid, signal.SIGINT)
+    done = script.wait(timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted twice: stopped at once\n")
+    status = read_status(tmp_path / "run")
     assert (status["state"], status["reason"]) == ("stopped", "SIGINT, at once")
 
 
@@ -259,8 +300,11 @@ class Net(nn.Module):
         return self.norm(self.conv(x))
 
 
-def train(mode, fault, spoilt=()):
-    """(weights and statistics, message, skipped share) of one epoch of six steps of 2 images."""
+def train(mode, fault="", spoilt=(), infinite=False, **options):
+    """(weights and statistics, message) of one epoch of six steps of 2 images.
+
+    infinite: the gradient of this process's images in the third step.
+    """
     os.environ["PIXTRAIN_FAULT"] = fault
     faults._reached.clear()
     torch.manual_seed(0)
@@ -271,10 +315,14 @@ def train(mode, fault, spoilt=()):
     sampler = GlobalBatchSampler(12, 2, None, get_rank(), get_world_size(), shuffle=False)
     loader = train_loader(TensorDataset(images, masks), sampler, 0, CPU)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    passes = count(1)  # the fourth one looks for the culprit of the third
+    net.conv.weight.register_hook(
+        lambda gradient: gradient * (math.inf if next(passes) in (3, 4) and infinite else 1)
+    )
     model = DistributedDataParallel(net) if get_world_size() > 1 else net
     message = ""
     try:
-        options = StepOptions(on_nonfinite=mode)
+        options = StepOptions(on_nonfinite=mode, **options)
         train_one_epoch(model, optimizer, loader, CPU, 0, None, 2, options=options)
     except UserError as error:
         message = str(error)
@@ -306,6 +354,18 @@ def test_a_skipped_step_leaves_weights_and_statistics_as_they_were():
     assert stopped[0] == after[0]
 
 
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 1.0}, {"clip_value": 0.1}])
+def test_an_infinite_gradient_is_found_before_it_is_clipped(clip):
+    """Clipping would divide by an infinite norm, or make of infinity a gradient like others."""
+    after, message = train("stop", infinite=True, **clip)
+    assert message.startswith("epoch 0, step 3 of 6: the gradient on rank 0 (sample 4, sample 5)")
+    before, _ = train("stop", "loss:nan@3", **clip)
+    assert after == before
+    after, message = train("skip", infinite=True, **clip)
+    assert message == "" and after[-1] == [5]
+    assert all(torch.tensor(values).isfinite().all() for values in after)
+
+
 def test_skipping_all_the_time_is_refused():
     _, message = train("skip", "", spoilt=range(12))
     assert message == ""  # six in a row
@@ -319,19 +379,24 @@ def test_skipping_all_the_time_is_refused():
 
 def _spoilt_on_ranks():
     runs = [("stop", "loss:nan@2:rank=1"), ("stop", "gradient:nan@4:rank=0")]
-    return [*(train(*each) for each in runs), train("skip", "", spoilt=(3,))]
+    found = [*(train(*each) for each in runs), train("skip", "", spoilt=(3,))]
+    infinite = {"infinite": get_rank() == 1, "clip_norm": 1.0}
+    return [*found, train("stop", **infinite), train("skip", **infinite)]
 
 
 @pytest.mark.slow
 def test_all_ranks_stop_or_skip_together_and_name_the_one():
     one, other = on_ranks(2, _spoilt_on_ranks)
     assert [message for _, message in one] == [message for _, message in other]
-    (_, loss), (_, gradient), (after, skipped) = one
+    (_, loss), (_, gradient), (after, skipped), (_, infinite), (clipped, nothing) = one
     assert loss.startswith("epoch 0, step 2 of 6: loss on rank 1 (sample 3) became NaN")
     assert gradient.startswith("epoch 0, step 4 of 6: the gradient on rank 0 (sample 6) became")
     assert skipped == "" and after[-1] == [5]
+    assert infinite.startswith("epoch 0, step 3 of 6: the gradient on rank 1 (sample 5) became")
+    assert nothing == "" and clipped[-1] == [5]
+    assert all(torch.tensor(values).isfinite().all() for values in clipped)
     # Both ranks kept the same weights and synchronised statistics, all of them finite.
-    assert after == other[2][0]
+    assert [values for values, _ in one] == [values for values, _ in other]
     assert all(torch.tensor(values).isfinite().all() for values in after)
 
 

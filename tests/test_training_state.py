@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_contract import assert_equal
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -58,6 +59,32 @@ def test_more_epochs_follow_the_new_schedule_from_the_first_step():
     assert new.optimizers["model"].param_groups[0]["lr"] == pytest.approx(0.25, rel=1e-5)
 
 
+def test_what_is_captured_is_restored():
+    def state_at(epoch, step, moved):
+        state = trained_state(scaler=torch.amp.GradScaler("cpu", init_scale=512.0 * moved))
+        average = ExponentialMovingAverage(state.models["model"], 0.9)
+        for _ in range(moved):
+            average.update(state.models["model"])
+            state.schedulers["model"].step()
+        state.ema, state.epoch, state.step = {"model": average}, epoch, step
+        state.lr, state.stale = 0.1 * moved, moved
+        state.best_scores, state.meters = {"MAE": 0.3 * moved}, {"loss": [2.5 * moved, 4.0]}
+        return state
+
+    saved = copy.deepcopy(state_at(3, 2, moved=3).capture())
+    assert (saved["next_epoch"], saved["next_step"], saved["epoch"]) == (3, 2, 3)
+    assert (saved["lr"], saved["stale"], saved["ema_steps"]) == (
+        pytest.approx(0.3),
+        3,
+        {"model": 3},
+    )
+    assert saved["scaler"]["scale"] == 1536 and saved["lr_scheduler"]["last_epoch"] == 3
+    fresh = state_at(0, 0, moved=1)
+    fresh.restore(copy.deepcopy(saved), "last.pth")
+    assert_equal(fresh.capture(), saved, "state")
+    assert state_at(3, 0, moved=1).capture()["epoch"] == 2  # of epoch 3 nothing is trained yet
+
+
 def test_an_fp16_checkpoint_continues_in_another_precision():
     saved = make_state().capture()
     saved["scaler"] = {"scale": 65536.0, "growth_factor": 2.0}
@@ -91,6 +118,7 @@ def test_global_batch_outlives_changes_of_the_world_size():
     assert resumed_global_batch(saved(2, 2), 4, 2) == 4
     assert resumed_global_batch(saved(2, 2), 2, 1) == 4  # a process less
     assert resumed_global_batch(saved(1, 2), 2, 1) == 4  # and once more with the same settings
+    assert resumed_global_batch(saved(2, 2), 3, 3) == 4  # another number, with any settings
     with pytest.raises(UserError, match="global batch of 4"):
         resumed_global_batch(saved(1, 4), 8, 1)
 
@@ -108,7 +136,10 @@ def test_synchronised_batch_norm_keeps_its_group_over_changes_of_the_world_size(
 
 def test_best_scores_follow_the_deciding_metric():
     state = make_state()
+    assert not state.note_scores({"MAE": 0.2, "maxF1": float("nan")}, "maxF1", "max")
+    assert (state.best_scores, state.stale) == ({}, 1)
     assert state.note_scores({"MAE": 0.3, "maxF1": 0.5}, "maxF1", "max")
+    assert not state.note_scores({"MAE": 0.1, "maxF1": 0.5}, "maxF1", "max")  # no better
     assert not state.note_scores({"MAE": 0.1, "maxF1": 0.4}, "maxF1", "max")
     assert not state.note_scores({"MAE": 0.1, "maxF1": float("nan")}, "maxF1", "max")
     assert state.best_scores == {"MAE": 0.3, "maxF1": 0.5}

@@ -1,0 +1,232 @@
+"""The training loop against the few lines of plain torch that it stands for, on one process."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from train_utils import criterion, train_one_epoch
+from train_utils.data import GlobalBatchSampler, train_loader
+from train_utils.ema import ExponentialMovingAverage
+from train_utils.metric_logger import MetricLogger
+from train_utils.train_and_eval import StepOptions, mean_losses
+
+CPU = torch.device("cpu")
+SAMPLES, BATCH = 10, 4  # three steps, the last one of two images
+LR = 0.1
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+def make_net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(1)
+    shape = (SAMPLES, 1, 4, 4)
+    images = torch.randn(SAMPLES, 3, 4, 4, generator=generator)
+    return images, torch.rand(shape, generator=generator)
+
+
+def train(net, epoch=0, start_step=0, micro_batch=None, schedule=None, data=None, **others):
+    """(mean loss, last rate) of an epoch in the order of the samples, by SGD."""
+    sampler = GlobalBatchSampler(SAMPLES, BATCH, micro_batch, shuffle=False)
+    sampler.set_position(epoch, start_step)
+    loader = train_loader(TensorDataset(*(data or pairs())), sampler, 0, CPU)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    scheduler = schedule and torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    others["options"] = StepOptions(accumulate=sampler.parts_per_step, **others.get("options", {}))
+    return train_one_epoch(
+        net, optimizer, loader, CPU, epoch, scheduler, 99, start_step=start_step, **others
+    )
+
+
+def plainly(net, rates=(LR, LR, LR), clip=lambda parameters: None):
+    """Losses of the same steps as every tutorial takes them."""
+    net.train()
+    losses = []
+    batches = zip(*(each.split(BATCH) for each in pairs()), strict=True)
+    for rate, (images, target) in zip(rates, batches, strict=True):
+        optimizer = torch.optim.SGD(net.parameters(), lr=rate)
+        loss = criterion(net(images), target)
+        loss.backward()
+        clip(list(net.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same(net, other, tolerance=1e-6):
+    for (name, value), expected in zip(
+        net.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        assert (value - expected).abs().max() <= tolerance, name
+
+
+def test_an_epoch_is_that_of_a_plain_loop():
+    net, other = make_net(), make_net().eval()
+    loss, rate = train(net.eval())  # the loop itself takes care of the mode
+    first, second, last = plainly(other)
+    assert_same(net, other)
+    assert loss == pytest.approx((4 * first + 4 * second + 2 * last) / 10)
+    assert rate == LR
+
+
+def test_the_schedule_steps_after_every_step():
+    net, other = make_net(), make_net()
+    _, rate = train(net, schedule=lambda step: 0.5**step)
+    plainly(other, rates=(LR, LR / 2, LR / 4))
+    assert_same(net, other)
+    assert rate == pytest.approx(LR / 4)  # that of the last step
+
+
+@pytest.mark.parametrize("clip", [{"clip_norm": 0.05}, {"clip_value": 0.02}])
+def test_gradients_are_clipped_as_torch_does(clip):
+    net, other = make_net(), make_net()
+    train(net, options=clip)
+    if "clip_norm" in clip:
+        plainly(other, clip=lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.05))
+    else:
+        plainly(other, clip=lambda parameters: nn.utils.clip_grad_value_(parameters, 0.02))
+    assert_same(net, other)
+    free = make_net()
+    plainly(free)
+    with pytest.raises(AssertionError):
+        assert_same(net, free, tolerance=1e-4)
+
+
+def test_a_scaled_loss_is_unscaled_before_it_is_clipped():
+    net, other = make_net(), make_net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    options = {"clip_norm": 0.05, "amp_dtype": torch.bfloat16}
+    train(net, options=options, scaler=scaler)
+    plainly(other, clip=lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.05))
+    assert_same(net, other, tolerance=1e-2)
+    start = make_net().conv.weight
+    moved = (other.conv.weight - start).norm()
+    assert (net.conv.weight - other.conv.weight).norm() < 0.1 * moved
+
+
+class Linear(nn.Module):
+    """Without batch norm, so that parts of a batch are a batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_parts_of_a_step_are_one_step(micro_batch):
+    net, other = Linear(), Linear()
+    loss, _ = train(net, micro_batch=micro_batch)
+    first, second, last = plainly(other)
+    assert_same(net, other)
+    assert loss == pytest.approx((4 * first + 4 * second + 2 * last) / 10, rel=1e-5)
+
+
+def test_progress_counts_steps_and_images_and_a_stop_ends_the_epoch():
+    seen, logger = [], MetricLogger(reduce=True)
+
+    def note(progress):
+        seen.append((progress.epoch, progress.step, progress.logger.images, progress.stop))
+
+    net, other = make_net(), make_net()
+    train(net, epoch=5, after_step=note, logger=logger, stop_requested=lambda: len(seen) == 1)
+    assert seen == [(5, 1, 4, False), (5, 2, 8, True)]
+    for images, target in [*zip(*(each.split(BATCH) for each in pairs()), strict=True)][:2]:
+        other.train()
+        optimizer = torch.optim.SGD(other.parameters(), lr=LR)
+        criterion(other(images), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(net, other)
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing():
+    def step(models, batch, counts, backward):
+        loss = (models["model"](batch[0]) * 0).sum() / counts["pixels"]
+        backward("model", loss)
+        return {"loss": loss.detach()}
+
+    net = Linear()
+    before = copy.deepcopy(net)
+    loss, _ = train(net, train_step=step, loss_counts=lambda batch: {"pixels": 0.0})
+    assert loss == 0
+    assert_same(net, before, tolerance=0)
+
+
+def test_the_average_passes_over_steps_that_are_skipped():
+    images, target = pairs()
+    images[5] = float("nan")  # in the second step
+    net = make_net()
+    average = ExponentialMovingAverage(net, 0.9)
+    loss, _ = train(
+        net,
+        data=(images, target),
+        options={"ema": {"model": average}, "on_nonfinite": "skip"},
+    )
+    assert average.steps == 2 and loss == loss
+    assert net.norm.num_batches_tracked == 2
+
+
+def test_losses_of_several_networks_and_their_rates():
+    def step(models, batch, counts, backward):
+        named = {}
+        for name, factor in (("first", 1), ("second", 3)):
+            named[name] = factor * models[name](batch[0]).square().mean()
+            backward(name, named[name])
+        return {name: loss.detach() for name, loss in named.items()}
+
+    nets = {"first": Linear(), "second": Linear()}
+    optimizers = {
+        name: torch.optim.SGD(net.parameters(), lr=rate)
+        for (name, net), rate in zip(nets.items(), (0.1, 0.01), strict=True)
+    }
+    loader = train_loader(TensorDataset(*pairs()), GlobalBatchSampler(SAMPLES, SAMPLES), 0, CPU)
+    expected = Linear()(pairs()[0]).square().mean().item()
+    logger = MetricLogger(reduce=True)
+    loss, rate = train_one_epoch(
+        nets, optimizers, loader, CPU, 0, None, train_step=step, logger=logger
+    )
+    assert (loss, rate) == (pytest.approx(expected), 0.1)
+    assert mean_losses(logger) == pytest.approx({"first": expected, "second": 3 * expected})
+    assert logger.read["lr_second"].value == 0.01
+
+
+class Drawing(Linear):
+    """Notes what dropout would draw."""
+
+    def forward(self, x):
+        self.drawn.append(torch.rand(()).item())
+        return super().forward(x)
+
+
+def draws(seed, epoch, start_step=0):
+    net = Drawing()
+    net.drawn = []
+    train(net, epoch=epoch, start_step=start_step, options={"seed": seed})
+    return net.drawn
+
+
+def test_dropout_is_drawn_by_seed_epoch_and_step_also_after_a_restart():
+    whole = draws(7, epoch=2)
+    assert len(set(whole)) == 3
+    assert draws(7, epoch=2, start_step=1) == whole[1:]
+    others = [*draws(7, epoch=1), *draws(8, epoch=2)]
+    assert not set(whole) & set(others)
