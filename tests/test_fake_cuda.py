@@ -59,11 +59,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 CHANNELS = {"saliency": (3, 1), "segmentation": (3, 1), "matting": (4, 2), "translation": (3, 3)}
-# The default of recent GPUs, and what is as long to run.
-PRECISIONS = (
-    "bf16",
-    *(pytest.param(amp, marks=pytest.mark.slow) for amp in ("fp16", "off")),
-)
+# Every system in every precision; two of them, as recent GPUs run them, are the quick ones.
+EVERYTHING = [
+    pytest.param(name, amp, marks=() if quick else pytest.mark.slow)
+    for name in RECIPES
+    for amp in ("off", "bf16", "fp16")
+    for quick in [amp == "bf16" and name in ("unet", "pix2pix")]
+]
 
 
 def fault(name, *values, reason):
@@ -197,13 +199,18 @@ def test_a_step_does_not_wait_for_the_device(name):
     assert len(first.waits) <= 3
 
 
-@pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("name", "amp"), EVERYTHING)
 def test_nor_with_accumulation_clipping_and_a_moving_average(name, amp):
     assert_reads_the_line_only(steps(name, amp=amp, **OPTIONS)[1])
 
 
-@pytest.mark.parametrize(("name", "amp"), [("fcn", "fp16"), ("unet", "bf16"), ("pix2pix", "off")])
+@pytest.mark.parametrize(
+    ("name", "amp"),
+    [
+        ("pix2pix", "bf16"),
+        *(pytest.param("fcn", amp, marks=pytest.mark.slow) for amp in ("off", "fp16")),
+    ],
+)
 def test_skipping_bad_steps_looks_once_in_each(name, amp):
     first, second = steps(name, amp=amp, on_nonfinite="skip")
     assert [wait.what for wait in first.waits if "nonfinite" in wait.where] == [
@@ -289,8 +296,7 @@ def collectives(step):
     ]
 
 
-@pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("name", "amp"), EVERYTHING)
 def test_synchronised_batch_norm_does_not_wait_and_matches_on_all_ranks(name, amp):
     """The last step of an epoch may leave ranks without an image; rank 0 has one even then."""
     ranks = [
@@ -463,7 +469,9 @@ def test_prediction_runs_from_file_to_file(tmp_path, name, options, kinds):
 # -- checkpoints change devices -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["unet", "fcn", "pix2pix"])
+@pytest.mark.parametrize(
+    "name", ["fcn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet", "pix2pix"))]
+)
 def test_a_run_goes_on_from_cpu_to_gpu_and_back(name):
     saved = None
     with fake_gpu() as spy:
