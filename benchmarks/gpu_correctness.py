@@ -356,7 +356,7 @@ def two_processes(device: torch.device, amp: str, shares: Sequence[tuple[int, in
             process.start()
         try:
             for process in ranks:
-                process.join(90)
+                process.join()
             codes = [process.exitcode for process in ranks]
             assert codes == [0, 0], f"exit codes {codes}: see the errors above"
             several = torch.load(folder / "weights.pt")
@@ -377,7 +377,7 @@ def _rank(rank: int, folder: Path, name: str, amp: str, shares: Sequence[tuple[i
     logging.disable(logging.INFO)
     device = torch.device(name)
     backend = "cpu:gloo,cuda:gloo" if device.type == "cuda" else "gloo"
-    store, limit = f"file://{folder / 'store'}", timedelta(seconds=60)
+    store, limit = f"file://{folder / 'store'}", timedelta(minutes=5)
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=2, timeout=limit)
     _, cfg = configured("unet")
     batches = []

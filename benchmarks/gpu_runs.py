@@ -27,7 +27,7 @@ from train_utils.train_and_eval import Progress
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = ("shapes", "fcn", "unet", "matting", "pix2pix")
-LIMIT = 200  # seconds of one program
+LIMIT = 200  # seconds of one program on a GPU's machine
 
 
 class Scripts:
@@ -40,6 +40,7 @@ class Scripts:
     def __init__(self, device: torch.device, out: Path) -> None:
         self.device, self.out = str(device), out
         self.tiny = device.type != "cuda"
+        self.limit = 20 * LIMIT if self.tiny else LIMIT
         images, val_images = (8, 2) if self.tiny else (96, 16)
         self.small = ["--set", f"data.train_size={images}", "--set", f"data.val_size={val_images}"]
         self.size = self.small if self.tiny else []
@@ -82,9 +83,9 @@ class Scripts:
             )
         self._running.add(process)
         try:
-            code = process.wait(LIMIT)
+            code: int | str = process.wait(self.limit)
         except subprocess.TimeoutExpired:
-            code = f"none after {LIMIT} s"
+            code = f"none after {self.limit} s"
         finally:
             process.kill()
             process.wait()

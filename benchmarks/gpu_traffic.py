@@ -9,7 +9,8 @@ its input, and its gradient both of its inputs, twice: for the statistics, and w
 
 "fused" is an estimate for `torch.compile`: what is left if elementwise operations that follow each
 other are one kernel, each joined by the reductions behind it. It reads what comes from elsewhere
-and writes what goes elsewhere. Convolutions, matrix products and optimizers stay as they are.
+and writes what goes elsewhere. Convolutions, matrix products and optimizers stay as they are. The
+places that pooling keeps for its gradient are a byte each there.
 """
 
 import argparse
@@ -161,6 +162,18 @@ def fused_bytes(nodes: Sequence[Node]) -> int:
     A node's stage is how many kernels must have ended before it. Joined are nodes of one stage of
     which one takes what the other makes: nothing then leads out of a kernel and back into it.
     """
+    pooled = "max_pool2d_with_indices"
+    kept = {node.writes[1].memory for node in nodes if node.name == pooled}
+    for node in nodes:
+        if node.name != f"{pooled}_backward":
+            kept -= {access.memory for access in node.reads}
+
+    def moved(accesses: list[Access]) -> int:
+        return distinct_bytes(
+            access._replace(nbytes=access.nbytes // 8) if access.memory in kept else access
+            for access in accesses
+        )
+
     stages: list[int] = []
     kernel = list(range(len(nodes)))  # by node: another one of its kernel, or itself
 
@@ -199,7 +212,7 @@ def fused_bytes(nodes: Sequence[Node]) -> int:
             if takers.get(member, set()) != {own}
             for access in nodes[member].writes
         ]
-        total += distinct_bytes(outside) + distinct_bytes(leaving)
+        total += moved(outside) + moved(leaving)
     return total
 
 
