@@ -178,6 +178,7 @@ def run_script(
 def _as_main(argv: list[str], folder: Path, env: dict[str, str], files: list[Path]) -> None:
     """Be a process of its own as far as a script can tell: its streams, folder and environment."""
     os.setsid()
+    mp.set_start_method(None, force=True)  # a script's loaders start their workers as by default
     for stream, file in enumerate(files, 1):
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, stream)

@@ -39,6 +39,13 @@ _TORCHRUN_STARTS = (
     6  # one in so many starts; the others are forked, which takes a tenth of the time
 )
 _A_START = 600  # seconds after which it must have ended
+# The training, which first notes its process's number.
+SCRIPT = f"""
+import os, runpy, sys
+open(os.environ["RANK"] + ".pid", "w").write(str(os.getpid()))
+sys.path.insert(0, {str(REPO)!r})
+runpy.run_path({str(REPO / "train_multi_GPU.py")!r}, run_name="__main__")
+"""
 RANKS = ("rank 0", "rank 1", "all ranks", "loader worker")
 LAUNCHER = ("torchrun", "everything")
 
@@ -50,19 +57,22 @@ class Start:
         config = REPO / "configs" / f"{name}.yaml"
         arguments: list[Any] = ["--config", config, *OPTIONS, *CASES[name][0], *LONGER]
         arguments += ["-j", workers, "--resume", "auto"]
-        self.torchrun, self._script = None, None
+        self.folder, self.torchrun, self._script = folder, None, None
+        script = folder / "script.py"
+        script.write_text(SCRIPT)
+        for number in folder.glob("*.pid"):
+            number.unlink()
         if not torchrun:
-            self._script = Script(folder, "train_multi_GPU.py", *arguments, processes=2)
+            self._script = Script(folder, script, *arguments, processes=2)
             return
-        launch = command("train_multi_GPU.py", *arguments, processes=2)
+        launch = command(script, *arguments, processes=2)
         launch.insert(launch.index("--standalone"), "--max-restarts=3")
         with (folder / "torchrun.txt").open("a") as output:
             self.torchrun = subprocess.Popen(launch, cwd=folder, stdout=output, stderr=output)
 
     def victims(self, target: str) -> Sequence[int]:
         """The processes to kill."""
-        forked = self._script.processes if self._script else []
-        ranks = children(self.torchrun.pid) if self.torchrun else [each.pid for each in forked]
+        ranks = self._ranks()
         launcher = [self.torchrun.pid] if self.torchrun else []
         workers = [pid for rank in ranks for pid in children(rank)]
         return {
@@ -74,6 +84,12 @@ class Start:
             "loader worker": workers[:1],
         }[target]
 
+    def _ranks(self) -> list[int]:
+        """The processes that train and run, as far as they have begun."""
+        numbers = [self.folder / f"{rank}.pid" for rank in range(2)]
+        found = [int(number.read_text() or 0) for number in numbers if number.exists()]
+        return [pid for pid in found if _runs(pid)]
+
     def wait(self) -> int:
         """Its exit code. What a killed torchrun leaves behind has ended by then, too."""
         if self._script:
@@ -82,7 +98,7 @@ class Start:
         end = time.monotonic() + _A_START
         while self.torchrun.poll() is None or any(map(_runs, ranks)):
             assert time.monotonic() < end, "a start by torchrun does not end"
-            ranks |= set(children(self.torchrun.pid))
+            ranks |= set(self._ranks())
             time.sleep(0.05)
         return self.torchrun.returncode
 

@@ -250,7 +250,7 @@ def test_a_run_without_better_scores_ends_and_keeps_what_was_asked_for(tmp_path)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["best"] == best_scores
 
 
-def wait_until(condition, what, running):
+def wait_until(condition, what, running=lambda: True):
     """Until a condition holds, while `running()` does; what is under way may take its time."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and running():
@@ -270,9 +270,8 @@ def test_sigterm_saves_after_a_step_and_says_so(tmp_path):
     """Also when, as torchrun and Slurm do it, the loader's workers get the signal too."""
     options = ["-b", "1", *TINY, "--epochs", "50", "-j", "2", "--output-dir", "run"]
     training = Script(tmp_path, "train.py", *options)
-    (process,) = training.processes
-    wait_until(lambda: logged(tmp_path / "run", "[ 3/11]"), "a step", process.is_alive)
-    os.killpg(process.pid, signal.SIGTERM)
+    wait_until(lambda: logged(tmp_path / "run", "[ 3/11]"), "a step")
+    os.killpg(json.loads((tmp_path / "run" / "status.json").read_text())["pid"], signal.SIGTERM)
     done = training.wait(timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
     assert "Continue with --resume run" in done.stdout

@@ -21,6 +21,7 @@ import pytest
 import torch
 from distributed import Script, on_ranks, run_script
 from test_contract import assert_equal
+from test_loop import draws
 from test_scripts import REPO, command, logged, records, wait_until, weights
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -153,22 +154,14 @@ def read_status(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
 def test_preempted_in_a_long_evaluation(tmp_path):
     """A signal to one rank, or to torchrun, ends an evaluation on all of them, well in time."""
     run = tmp_path / "run"
     options = (*OPTIONS, "--set", "data.val_size=20000", "-j", 0, "--output-dir", run)
     options += ("--resume", "auto")
-
-    def evaluates():
-        return (run / "status.json").exists() and read_status(run).get("step") == 3
-
-    ranks = Script(tmp_path, "train_multi_GPU.py", *options, processes=2)
-    wait_until(evaluates, "the evaluation", ranks.processes[0].is_alive)
-    os.kill(ranks.processes[1].pid, signal.SIGUSR1)
-    done = ranks.wait(timeout=60)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert_stopped_in_evaluation(run, "SIGUSR1")
+    fault = {"PIXTRAIN_FAULT": "evaluate:term@3:rank=1"}
+    run_script(tmp_path, "train_multi_GPU.py", *options, processes=2, code=1, **fault)
+    assert_stopped_in_evaluation(run, "SIGTERM")
 
     launcher = start_torchrun(tmp_path, *options)
     try:  # only the evaluation is left
@@ -244,13 +237,12 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     options = ("--set", "data.train_size=16", "-b", 8, "-j", 0, "--print-freq", 1)
     options += ("--output-dir", "run", "--device", "cpu")
     training = Script(tmp_path, "train.py", *options, PIXTRAIN_FAULT="step:hang")
-    (process,), run = training.processes, tmp_path / "run"
-    wait_until((run / "last.pth").exists, "the first save", process.is_alive)
-    os.kill(process.pid, signal.SIGINT)
-    wait_until(
-        lambda: logged(run, "SIGINT: stopping after this step"), "the signal", process.is_alive
-    )
-    os.kill(process.pid, signal.SIGINT)
+    run = tmp_path / "run"
+    wait_until((run / "last.pth").exists, "the first save")
+    process = read_status(run)["pid"]
+    os.kill(process, signal.SIGINT)
+    wait_until(partial(logged, run, "SIGINT: stopping after this step"), "the signal")
+    os.kill(process, signal.SIGINT)
     done = training.wait(timeout=60)
     output = done.stdout + done.stderr
     assert done.returncode == 130, output
@@ -267,6 +259,7 @@ from train_utils.run_folder import RunFolder
 from train_utils.stop import Supervisor
 with RunFolder(Path("run"), {}) as run, Supervisor(run, 0):
     large = torch.rand(6000, 6000)
+    run.status("running")
     Path("busy").touch()
     torch.linalg.svd(large)  # minutes, in one call
 """
@@ -277,11 +270,10 @@ def test_a_second_interrupt_ends_a_process_that_is_busy_inside_torch(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "script.py").write_text(BUSY)
     script = Script(tmp_path, tmp_path / "script.py")
-    (process,) = script.processes
-    wait_until((tmp_path / "busy").exists, "the long call", process.is_alive)
+    wait_until((tmp_path / "busy").exists, "the long call")
     for _ in range(2):
         time.sleep(0.5)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(read_status(tmp_path / "run")["pid"], signal.SIGINT)
     done = script.wait(timeout=60)
     assert (done.returncode, done.stderr) == (130, "interrupted twice: stopped at once\n")
     status = read_status(tmp_path / "run")
@@ -381,12 +373,13 @@ def _spoilt_on_ranks():
     runs = [("stop", "loss:nan@2:rank=1"), ("stop", "gradient:nan@4:rank=0")]
     found = [*(train(*each) for each in runs), train("skip", "", spoilt=(3,))]
     infinite = {"infinite": get_rank() == 1, "clip_norm": 1.0}
-    return [*found, train("stop", **infinite), train("skip", **infinite)]
+    return [*found, train("stop", **infinite), train("skip", **infinite)], draws(7, epoch=0)
 
 
 @pytest.mark.slow
 def test_all_ranks_stop_or_skip_together_and_name_the_one():
-    one, other = on_ranks(2, _spoilt_on_ranks)
+    (one, drawn), (other, drawn_by_other) = on_ranks(2, _spoilt_on_ranks)
+    assert not set(drawn) & set(drawn_by_other)  # each drops units of its own
     assert [message for _, message in one] == [message for _, message in other]
     (_, loss), (_, gradient), (after, skipped), (_, infinite), (clipped, nothing) = one
     assert loss.startswith("epoch 0, step 2 of 6: loss on rank 1 (sample 3) became NaN")
