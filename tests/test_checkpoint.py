@@ -1,7 +1,6 @@
 """Checkpoints: atomic, verified, never executed, and refused before anything is copied."""
 
 import copy
-import multiprocessing
 import os
 import pickle
 import random
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import Script, fork_server
 from torch import nn
 
 from train_utils import checkpoint, save_on_master
@@ -395,16 +395,12 @@ def test_a_failed_write_ends_the_run_and_masks_nothing(tmp_path, run_folder, own
 # -- kills and full disks -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes in which torch and all of ours that is needed are imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_utils.run_folder", "pytest"])
-    return context
+def save_until_killed(folder, fault="", saved=None):
+    """Save n, n + 1, … from where the folder's checkpoint stands, as a network full of that n.
 
-
-def save_until_killed(folder, fault=""):
-    """Save n, n + 1, … from where the folder's checkpoint stands, as a network full of that n."""
+    saved: a semaphore that is released after each.
+    """
+    done = saved.release if saved else lambda: None
     os.environ["PIXTRAIN_FAULT"] = fault
     checkpoint.remove_temporaries(folder)
     last, writer = folder / "last.pth", CheckpointWriter()
@@ -413,7 +409,7 @@ def save_until_killed(folder, fault=""):
     while True:
         n += 1
         weights.fill_(n)
-        writer.submit({"n": n, "weights": weights}, last, (folder / "model_best.pth",))
+        writer.submit({"n": n, "weights": weights}, last, (folder / "model_best.pth",), done)
 
 
 def saved_number(folder):
@@ -431,9 +427,9 @@ def saved_number(folder):
 @pytest.mark.parametrize(
     ("place", "number"), [("save.write", 2), ("save.replace", 2), ("saved", 3)]
 )
-def test_sigkill_in_a_save_leaves_the_old_file_or_the_new(tmp_path, processes, place, number):
+def test_sigkill_in_a_save_leaves_the_old_file_or_the_new(tmp_path, place, number):
     fault = f"{place}:kill@3"
-    process = processes.Process(target=save_until_killed, args=(tmp_path, fault))
+    process = fork_server().Process(target=save_until_killed, args=(tmp_path, fault))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -445,20 +441,20 @@ def test_sigkill_in_a_save_leaves_the_old_file_or_the_new(tmp_path, processes, p
 
 
 @pytest.mark.slow
-def test_sigkills_at_any_moment_of_saving(tmp_path, processes):
+def test_sigkills_at_any_moment_of_saving(tmp_path):
     draw, number = random.Random(0), 0
     for _ in range(10):
-        process = processes.Process(target=save_until_killed, args=(tmp_path,))
+        saves = fork_server().Semaphore(0)
+        arguments = (tmp_path, "", saves)
+        process = fork_server().Process(target=save_until_killed, args=arguments)
         process.start()
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "model_best.pth").exists() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0.2, 0.4))
+        for _ in range(3):
+            assert saves.acquire(timeout=60)
+        time.sleep(draw.uniform(0, 0.03))  # a save takes some hundredths of a second
         process.kill()
         process.join()
-        assert saved_number(tmp_path) >= number
+        assert saved_number(tmp_path) >= number + 3
         number = saved_number(tmp_path)
-    assert number > 20
 
 
 def save_and_leave(folder):
@@ -468,8 +464,8 @@ def save_and_leave(folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_finishes_its_write(tmp_path, processes):
-    process = processes.Process(target=save_and_leave, args=(tmp_path,))
+def test_a_process_that_ends_finishes_its_write(tmp_path):
+    process = fork_server().Process(target=save_and_leave, args=(tmp_path,))
     process.start()
     process.join(60)
     assert process.exitcode == 3
@@ -528,21 +524,15 @@ def test_a_training_whose_disk_fills_up_ends_with_one_line(tmp_path):
 
     small = [f"data.{key}" for key in ("image_size=48", "train_size=40", "val_size=2")]
     options = [f"--set={each}" for each in (*small, "train.save_steps=1", "train.keep=0")]
-    training = subprocess.Popen(
-        [sys.executable, REPO / "train.py", *options, "-b", "2", "-j", "0", "--output-dir", "run"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    last, deadline = tmp_path / "run" / "last.pth", time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline:
+    training = Script(tmp_path, "train.py", *options, "-b2", "-j0", "--output-dir", "run")
+    (process,), last = training.processes, tmp_path / "run" / "last.pth"
+    while process.is_alive() and not last.exists():
         time.sleep(0.01)
-    resource.prlimit(training.pid, resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-    _, errors = training.communicate(timeout=120)
-    assert training.returncode == 1
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    done = training.wait()
+    assert done.returncode == 1
     refused = "error: run/last.pth: the checkpoint could not be written (File too large). The"
-    assert errors.startswith(refused) and errors.count("\n") == 1
+    assert done.stderr.startswith(refused) and done.stderr.count("\n") == 1
     assert load_training_state(last)["next_step"] < 20  # an old one, and whole
     assert "could not be written" in (tmp_path / "run" / "status.json").read_text()
     assert not list((tmp_path / "run").glob(".*.tmp"))

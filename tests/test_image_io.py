@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
@@ -456,15 +455,17 @@ def png_of_zeros(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(("width", "height"), [(20000, 20000), (10001, 10000)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_huge_images_are_refused_before_they_are_decoded(tmp_path, width, height):
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch, width, height):
+    def never(self):
+        raise AssertionError("decoded")
+
     path = tmp_path / "huge.png"
     path.write_bytes(png_of_zeros(width, height))
     assert path.stat().st_size < 300_000
-    start = time.perf_counter()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
     for read in (read_image, read_mask, image_size):
         with pytest.raises(UserError, match=rf"huge\.png: .*{MAX_PIXELS:,} pixels\. Scale it down"):
             read(path)
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

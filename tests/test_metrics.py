@@ -2,13 +2,12 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from distributed import on_ranks
 from PIL import Image
 
 from train_utils.metrics import (
@@ -316,8 +315,9 @@ def test_threads_change_no_bit(index):
     assert torch.equal(metric.state, serial.state)
 
 
-def check_shares(rank, world_size):
+def check_shares():
     """This process's unpadded share, reduced, must be what one process makes of all images."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for count in (5, 1):  # uneven shares; then shares without an image
         preds, masks = random_images(count, seed=count)
         metrics = new_metrics()
@@ -337,23 +337,10 @@ def check_shares(rank, world_size):
         assert metrics[0].count == count * world_size
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    for world_size in (3, 2):
-        if rank < world_size:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{folder}/world{world_size}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=60),
-            )
-            check_shares(rank, world_size)
-            dist.destroy_process_group()
-
-
-def test_three_and_two_processes_change_no_bit(tmp_path):
-    mp.spawn(run_rank, (tmp_path,), nprocs=3)
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [3, 2])
+def test_several_processes_change_no_bit(world_size):
+    on_ranks(world_size, check_shares)
 
 
 @ALL

@@ -1,13 +1,12 @@
 """Bad input is refused before the first step, with its name, the cause and the fix."""
 
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import fork_server, run_script
 from PIL import Image
 
 import predict
@@ -59,11 +58,8 @@ def pairs(count, mask_size=(40, 30), missing=()):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("script", ["train.py", "train_multi_GPU.py", "validation.py"])
-def test_missing_gpu_is_one_line_and_a_failure(script):
-    done = subprocess.run(
-        [sys.executable, str(REPO / script), "--device", "cuda"], capture_output=True, text=True
-    )
-    assert done.returncode == 1
+def test_missing_gpu_is_one_line_and_a_failure(tmp_path, script):
+    done = run_script(tmp_path, script, "--device", "cuda", code=1)
     assert done.stderr.startswith("error: --device cuda: torch sees no GPU. Use --device cpu")
     assert "Traceback" not in done.stderr
 
@@ -455,21 +451,26 @@ def test_predict_leaves_files_alone_that_it_has_not_written():
     assert "empty" in refused(predict, "")
 
 
-def test_two_runs_in_one_folder_or_one_second():
-    holder = "from train_utils.run_folder import _lock; import pathlib, sys; "
-    holder += "_lock(pathlib.Path('out')); print('locked', flush=True); sys.stdin.read()"
-    Path("out").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", holder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-    )
-    assert process.stdout.readline() == "locked\n"
+def hold_a_run_folder(path, pipe):
+    """Be a process that has a run in this folder until it is told to go."""
+    pipe.send(str(choose_run_folder(path, None, "name")))
+    pipe.recv()
+
+
+@pytest.mark.slow
+def test_a_folder_in_which_a_run_is_under_way():
+    pipe, other = fork_server().Pipe()
+    folder = str(Path("out").absolute())
+    holder = fork_server().Process(target=hold_a_run_folder, args=(folder, other))
+    holder.start()
+    assert pipe.recv() == folder
     message = refused(train, *TINY, "--output-dir", "out")
-    process.communicate("")
-    assert f"process {process.pid} on" in message
+    pipe.send("go")
+    holder.join()
+    assert f"process {holder.pid} on" in message
+
+
+def test_two_runs_in_one_second():
     first, second = (choose_run_folder(None, None, "name") for _ in range(2))
     assert first != second and second.is_dir()
 

@@ -4,19 +4,16 @@ import dataclasses
 import hashlib
 import math
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from distributed import on_ranks
 
 import shapes
 from shapes import CLASS_NAMES, Scene, class_palette, render_scene
 
 SCENES = 200
-REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +68,13 @@ def test_the_number_of_threads_changes_no_byte():
     assert digests[0] == digests[1]
 
 
+def digests_of_a_seed():
+    return [digest(render_scene(5, index, 50)) for index in range(6)]
+
+
+@pytest.mark.slow
 def test_another_process_draws_the_same_bytes():
-    code = (
-        "from tests.test_shapes import digest; from shapes import render_scene;"
-        "print(*(digest(render_scene(5, index, 50)) for index in range(6)))"
-    )
-    other = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    assert other.stdout.split() == [digest(render_scene(5, index, 50)) for index in range(6)]
+    assert on_ranks(1, digests_of_a_seed) == [digests_of_a_seed()]
 
 
 def test_the_global_random_state_is_neither_used_nor_changed():
