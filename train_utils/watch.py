@@ -124,7 +124,7 @@ class Watch:
             while not self._ended.wait(_TICK):
                 _forget_suspension(time.monotonic() - last)
                 last = time.monotonic()
-                self._look()
+                self.look()
             self._report()
 
     def _report(self) -> Report:
@@ -138,7 +138,8 @@ class Watch:
             self.store.set(f"watch/{self.rank}", json.dumps(mine))
         return mine
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Pass this process's note on, and act on those of the others; a thread does so by itself."""
         self._looks += 1
         mine = self._report()
         if self.store is not None:
