@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -18,6 +17,7 @@ from train_utils.errors import UserError
 from train_utils.log import get_logger
 
 Work = Mapping[str, Callable[[], Any]]
+_HOST = "127.0.0.1"
 
 
 class World:
@@ -45,7 +45,8 @@ class World:
             context.set_forkserver_preload(["torch._dynamo", "benchmarks.processes", "src"])
         else:
             context = mp.get_context("spawn")
-        launch = (size, _free_port(), device, threads)
+        self._store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+        launch = (size, self._store.port, device, threads)
         self._pipes, self._processes = [], []
         for rank in range(size):
             mine, other = context.Pipe()
@@ -109,12 +110,6 @@ def _environment(set_up: bool) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _serve(
     rank: int,
     size: int,
@@ -133,8 +128,8 @@ def _serve(
         torch.cuda.set_device(device)
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
+        store = dist.TCPStore(_HOST, port, is_master=False)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     work = _answer(make, device, *args)
     answer = work if isinstance(work, UserError) else None
     while True:
