@@ -139,7 +139,7 @@ class Watch:
         return mine
 
     def look(self) -> None:
-        """Pass this process's note on and judge those of the others, as the thread does by itself."""
+        """Pass on this process's note and judge the others', as the thread does by itself."""
         self._looks += 1
         mine = self._report()
         if self.store is not None:
