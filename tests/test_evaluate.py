@@ -210,7 +210,7 @@ def test_every_evaluation_takes_the_present_weights():
 
 
 def test_the_scripts_evaluate_in_the_precision_asked_for(tmp_path, capsys):
-    values = {"task": "saliency", "model": {"name": "u2net_lite"}}
+    values = {"task": "segmentation", "model": {"name": "unet", "channels": 4}}
     values["data"] = {"image_size": 40, "val_size": 2}
     task, cfg = tasks.read_config(values, "test", {})
     torch.manual_seed(0)
