@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -19,6 +18,7 @@ from train_utils.errors import UserError
 from train_utils.log import get_logger
 
 Work = Mapping[str, Callable[[], Any]]
+_HOST = "127.0.0.1"
 
 
 class World:
@@ -46,7 +46,8 @@ class World:
             context.set_forkserver_preload(["torch._dynamo", "benchmarks.processes", "src"])
         else:
             context = mp.get_context("spawn")
-        launch = (size, _free_port(), device, threads)
+        self._store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+        launch = (size, self._store.port, device, threads)
         self._pipes, self._processes = [], []
         for rank in range(size):
             mine, other = context.Pipe()
@@ -110,12 +111,6 @@ def _environment(set_up: bool) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _serve(
     rank: int,
     size: int,
@@ -133,9 +128,8 @@ def _serve(
         device = torch.device(device.type, rank)
         take_device(device)
     if size > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        backend = process_group_backend(device)
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
+        backend, store = process_group_backend(device), dist.TCPStore(_HOST, port, is_master=False)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     work = _answer(make, device, *args)
     answer = work if isinstance(work, UserError) else None
     while True:

@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 REPO = Path(__file__).resolve().parents[1]
 _HOST = "127.0.0.1"
@@ -104,79 +107,98 @@ def _rank(rank: int, world: int, port: int, function: Callable, args: tuple, res
 
 
 class Script:
-    """A script of this repository that runs, on one process or on several as under torchrun.
+    """A script of this repository that runs, on one process or on several by torchrun's own agent.
 
-    Its output goes to files, so that no process waits for a reader. env: what is added to this
-    process's environment.
+    Its output goes to files, so that no process waits for a reader. restarts: as --max-restarts.
+    env: what is added to this process's environment. `process` is the script's, or the agent's.
     """
 
-    def __init__(self, folder: Path, name: str, *args: Any, processes: int = 0, **env: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, *args: Any, processes: int = 0, restarts: int = 0, **env: str
+    ) -> None:
         self.args = [str(REPO / name), *map(str, args)]
         self._output = tempfile.TemporaryDirectory()
         self._files = [Path(self._output.name, stream) for stream in ("stdout", "stderr")]
         for file in self._files:
             file.touch()
-        self._store = open_store() if processes else None
-        self.processes = []
-        for rank in range(processes or 1):
-            environment = {**os.environ, **self._launch(rank, processes), **env}
-            how = (self.args, folder, environment, self._files)
-            self.processes.append(fork_server().Process(target=_as_main, args=how))
-            self.processes[-1].start()
-
-    def _launch(self, rank: int, processes: int) -> dict[str, str]:
-        """What torchrun tells its processes, but for its own name: it would be their parent."""
-        if self._store is None:
-            return {}
-        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-        launch |= {"LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_USE_AGENT_STORE": True}
-        launch |= {"MASTER_ADDR": _HOST, "MASTER_PORT": self._store.port}
-        launch |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
-        return {name: str(value) for name, value in launch.items()}
+        how = (self.args, folder, {**os.environ, **env}, self._files)
+        main, more = (_as_agent, (processes, restarts)) if processes else (_as_main, ())
+        self.process = fork_server().Process(target=main, args=(*how, *more))
+        self.process.start()
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
-        """Its outcome; as under torchrun, the first process that fails ends the others."""
-        running, code = list(self.processes), 0
-        try:
-            while running and not code:
-                ended = wait([process.sentinel for process in running], timeout)
-                if not ended:
-                    raise subprocess.TimeoutExpired(self.args, timeout, *self._texts())
-                running = [process for process in running if process.sentinel not in ended]
-                for process in self.processes:
-                    process.join(0)
-                    code = code or process.exitcode or 0
-            for process in running:
-                process.terminate()
-                process.join(30)
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.join()
-        code = code if self._store is None or not code else 1
-        done = subprocess.CompletedProcess(self.args, code, *self._texts())
+        """Its outcome; the exit code is −N if signal N has killed it, as in subprocess."""
+        self.process.join(timeout)
+        ended = not self.process.is_alive()
+        self.process.kill()
+        self.process.join()
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in self._files]
         self._output.cleanup()
-        return done
-
-    def _texts(self) -> list[str]:
-        return [file.read_text(encoding="utf-8", errors="replace") for file in self._files]
+        if not ended:
+            raise subprocess.TimeoutExpired(self.args, timeout, *texts)
+        return subprocess.CompletedProcess(self.args, self.process.exitcode, *texts)
 
 
 def run_script(
-    folder: Path, name: str, *args: Any, processes: int = 0, code: int = 0, **env: str
+    folder: Path,
+    name: str,
+    *args: Any,
+    processes: int = 0,
+    restarts: int = 0,
+    code: int = 0,
+    **env: str,
 ) -> subprocess.CompletedProcess:
-    """Run a script of this repository in `folder` to its end, which must have exit code `code`.
-
-    The code is 1 whatever a process failed with if there are several, as under torchrun; and −N of
-    one process that signal N has killed, as in subprocess.
-    """
-    done = Script(folder, name, *args, processes=processes, **env).wait()
+    """Run a script of this repository in `folder` to its end, which must have exit code `code`."""
+    done = Script(folder, name, *args, processes=processes, restarts=restarts, **env).wait()
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def _as_main(argv: list[str], folder: Path, env: dict[str, str], files: list[Path]) -> None:
-    """Be a process of its own as far as a script can tell: its streams, folder and environment."""
+    """Be a process of its own that runs a script, as far as the script can tell."""
+    _settle(folder, env, files)
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+
+
+def _as_agent(
+    argv: list[str],
+    folder: Path,
+    env: dict[str, str],
+    files: list[Path],
+    processes: int,
+    restarts: int,
+) -> None:
+    """Be a torchrun --standalone, whose processes come from the fork server as well."""
+    _settle(folder, env, files)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        start_method="forkserver",
+    )
+    try:
+        elastic_launch(config, _as_rank)(argv, folder, env, files)
+    except (ChildFailedError, SignalException) as error:
+        sys.exit(f"torchrun: {error}")
+
+
+def _as_rank(argv: list[str], folder: Path, env: dict[str, str], files: list[Path]) -> None:
+    names = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_", "MASTER_", "TORCHELASTIC_")
+    launch = {name: value for name, value in os.environ.items() if name.startswith(names)}
+    _as_main(argv, folder, {**env, **launch}, files)
+
+
+def _settle(folder: Path, env: dict[str, str], files: list[Path]) -> None:
+    """Take streams, environment, folder and session of one's own."""
     os.setsid()
     mp.set_start_method(None, force=True)  # a script's loaders start their workers as by default
     for stream, file in enumerate(files, 1):
@@ -187,8 +209,3 @@ def _as_main(argv: list[str], folder: Path, env: dict[str, str], files: list[Pat
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
-    sys.argv = argv
-    try:
-        runpy.run_path(argv[0], run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()

@@ -524,8 +524,8 @@ def test_a_training_whose_disk_fills_up_ends_with_one_line(tmp_path):
 
     small = [f"data.{key}" for key in ("image_size=48", "train_size=40", "val_size=2")]
     options = [f"--set={each}" for each in (*small, "train.save_steps=1", "train.keep=0")]
-    training = Script(tmp_path, "train.py", *options, "-b2", "-j0", "--output-dir", "run")
-    (process,), last = training.processes, tmp_path / "run" / "last.pth"
+    training = Script(tmp_path, "train.py", *options, "-b2", "-j0", "--amp=off", "--output-dir=run")
+    process, last = training.process, tmp_path / "run" / "last.pth"
     while process.is_alive() and not last.exists():
         time.sleep(0.01)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))

@@ -99,7 +99,17 @@ def _collectives_of_a_training(folder):
         setattr(dist, name, recorded(name))
     size = ("--set", "data.image_size=40", "--set", "model.channels=4", "--set", "train.ema=0.9")
     uneven = ("--set", "data.train_size=7", "--set", "data.val_size=2", "-b", "1", "-j", "0")
-    often = ("--epochs", "2", "--set", "train.save_steps=1", "--print-freq", "1", "--sync-bn")
+    often = (
+        "--epochs",
+        "2",
+        "--set",
+        "train.save_steps=1",
+        "--print-freq",
+        "1",
+        "--sync-bn",
+        "--amp",
+        "off",
+    )
     args = train.parse_args(["--config", "configs/unet.yaml", *size, *uneven, *often])
     args.output_dir, args.device, args.gpu, args.distributed = folder, "cpu", 0, True
     args.rank, args.world_size, args.local_world_size = get_rank(), dist.get_world_size(), 3

@@ -1,6 +1,8 @@
 """Evaluation: the same bits however the samples are shared out over threads and batches."""
 
 import copy
+import json
+import sys
 import threading
 
 import pytest
@@ -15,12 +17,14 @@ import train
 import validation
 from my_dataset import ShapesDataset
 from src import u2net_lite
-from train_utils import evaluate
+from train_utils import evaluate, init_distributed_mode
+from train_utils.config import dump_yaml, to_dict
 from train_utils.data import eval_loader
 from train_utils.device import tf32
 from train_utils.folding import folded
 from train_utils.inference import chunk_size, forward_chunk, in_order, prepare
-from train_utils.train_and_eval import _chunks, predict_samples
+from train_utils.metrics import all_scores
+from train_utils.train_and_eval import predict_samples
 from transforms import SaliencyEval
 
 CPU = torch.device("cpu")
@@ -123,49 +127,64 @@ def scene_of(side, number):
     return tuple(torch.full(shape, number, dtype=torch.uint8) for shape in shapes)
 
 
-def numbers_of(sides):
-    """Which images share a chunk; checks that they are of one size, and in their places."""
-    batches = []
-    for start in range(0, len(sides), 3):
-        scenes = [scene_of(side, start + i) for i, side in enumerate(sides[start : start + 3])]
-        batches.append(list(zip(*scenes, strict=True)))
-    chunks = list(_chunks(batches, GPU))
-    for chunk in chunks:
-        assert len({image.shape for _, image, _ in chunk}) == 1
-        assert all(image.amax() == mask.amax() == number for number, image, mask in chunk)
-    return [[number for number, *_ in chunk] for chunk in chunks]
+@pytest.fixture
+def in_chunks_of(monkeypatch):
+    """Set how many images of one size go through a network together, as on a GPU."""
+
+    def set_size(size):
+        for module in list(sys.modules.values()):
+            if getattr(module, "chunk_size", None) is chunk_size:
+                monkeypatch.setattr(module, "chunk_size", lambda device, image: size)
+
+    return set_size
 
 
-def test_images_of_several_sizes_wait_for_others_of_theirs():
-    even, odd = list(range(0, 40, 2)), list(range(1, 40, 2))
-    assert numbers_of([8, 9] * 20) == [even[:16], odd[:16], even[16:], odd[16:]]
-    # 33 that wait are one too many: those of the size that came first go on.
-    assert numbers_of([8, 9, 8, *range(10, 40), 9]) == [
-        [0, 2],
-        [1, 33],
-        *([n] for n in range(3, 33)),
-    ]
-    assert numbers_of([1500, 8, 1500]) == [[0], [2], [1]]  # large ones wait for nobody
-    assert numbers_of([]) == []
+def evaluated(sides, keep=0):
+    """The shape of every forward pass over images of these sizes, how many images had been loaded
+    by then, and the samples that were kept; checks that all images were scored."""
+    forwards, loaded, kept = [], 0, []
 
-
-def test_samples_are_kept_in_order_though_chunks_overtake_each_other(monkeypatch):
-    for module in ("train_and_eval", "inference"):
-        monkeypatch.setattr(f"train_utils.{module}.chunk_size", lambda device, image: 3)
-    scenes = [scene_of(side, number) for number, side in enumerate((8, 9, 9, 8, 9, 8, 8))]
-    loader, kept = [list(zip(*scenes, strict=True))], []
+    def load():
+        nonlocal loaded
+        for number, side in enumerate(sides):
+            loaded += 1
+            yield list(zip(scene_of(side, number)))
 
     def predict(models, images):
-        assert len(images) == 3  # the last one is padded
+        forwards.append((tuple(images.shape), loaded))
         return images[:, :1].float() / 255
 
-    metrics = evaluate(nn.Identity(), loader, CPU, predict=predict, keep=4, samples=kept)
-    assert [metric.count for metric in metrics] == [7, 7]
-    for number, sample in enumerate(kept):
-        assert torch.equal(sample.image, scenes[number][0])
-        assert torch.equal(sample.target, scenes[number][1])
-        assert torch.equal(sample.prediction, scenes[number][0][:1].float() / 255)
+    metrics = evaluate(nn.Identity(), load(), CPU, predict=predict, keep=keep, samples=kept)
+    assert [metric.count for metric in metrics] == [len(sides)] * 2
+    return forwards, kept
+
+
+def test_images_of_one_size_go_together_though_others_come_between(in_chunks_of, threads):
+    threads(1)
+    in_chunks_of(3)
+    forwards, _ = evaluated([8, 9] * 5)
+    shapes = sorted(shape for shape, _ in forwards)
+    assert shapes == [(3, 3, 8, 8)] * 2 + [(3, 3, 9, 9)] * 2  # the last ones are filled up
+
+
+def test_few_images_wait_for_others_of_their_size(in_chunks_of, threads):
+    threads(1)
+    in_chunks_of(8)
+    forwards, _ = evaluated(list(range(8, 108)))  # 100 images of 100 sizes
+    assert [shape[0] for shape, _ in forwards] == [8] * 100
+    assert all(loaded - done <= 72 for done, (_, loaded) in enumerate(forwards))
+
+
+def test_samples_are_kept_in_order_though_chunks_overtake_each_other(in_chunks_of):
+    in_chunks_of(3)
+    sides = (8, 9, 9, 8, 9, 8, 8)
+    _, kept = evaluated(sides, keep=4)
     assert len(kept) == 4
+    for number, sample in enumerate(kept):
+        image, target = scene_of(sides[number], number)
+        assert torch.equal(sample.image, image)
+        assert torch.equal(sample.target, target)
+        assert torch.equal(sample.prediction, image[:1].float() / 255)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +238,43 @@ def test_every_evaluation_takes_the_present_weights():
     assert states(model, dataset, 1) == before
 
 
-def test_the_scripts_evaluate_in_the_precision_asked_for(monkeypatch):
+def test_the_scripts_evaluate_in_the_precision_asked_for(tmp_path, capsys):
+    values = {"task": "segmentation", "model": {"name": "unet", "channels": 4}}
+    values["data"] = {"image_size": 40, "val_size": 2}
+    task, cfg = tasks.read_config(values, "test", {})
+    torch.manual_seed(0)
+    models = task.build_models(cfg)
+    weights = str(tmp_path / "ours.pth")
+    state = models["model"].state_dict()
+    torch.save({"model": state, "args": to_dict(cfg), "next_epoch": 1}, weights)
+    dump_yaml(to_dict(cfg), tmp_path / "recipe.yaml")
+    loader, predict = eval_loader(task.build_val_dataset(cfg), 2, 0, CPU), task.predict(cfg)
+    scores = []
+    for mode, dtype in (("bf16", BF16), ("off", None)):
+        metrics = task.make_metrics(cfg)
+        evaluate(models, loader, CPU, metrics=metrics, predict=predict, amp_dtype=dtype)
+        expected = all_scores(metrics)
+        options = ["--weights", weights, "--device", "cpu", "-j0", "--set", f"eval.amp={mode}"]
+        file = tmp_path / f"{mode}.json"
+        run(validation, [*options, "--json", str(file)])
+        found = json.loads(file.read_text())
+        assert {name: found[name] for name in expected} == expected
+        capsys.readouterr()
+        run(train, [*options, "--config", str(tmp_path / "recipe.yaml"), "--test-only"])
+        printed = capsys.readouterr().out
+        assert all(f"{name}: {value:.5f}" in printed for name, value in expected.items())
+        scores.append(expected)
+    assert scores[0] != scores[1]
+
+
+def run(script, argv):
+    """What `python script argv` does, in this process."""
+    args = script.parse_args(argv)
+    init_distributed_mode(args)
+    script.main(args)
+
+
+def test_the_scripts_evaluate_in_tf32_where_asked_for(monkeypatch):
     asked, backends = [], torch.backends
 
     def evaluate(*args, amp_dtype, metrics, **rest):

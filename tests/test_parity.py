@@ -119,12 +119,12 @@ def narrow_u2net():
     return U2Net(encoder, {1: (RSU4, 16, 4, 8)}, 1)
 
 
-def build_networks(name, task, cfg, dtype, norms, nudge):
+def build_networks(name, task, cfg, dtype, norms, nudge, seed):
     """The case's networks with `norms` batch norms left, the others being norms of each image.
 
     nudge: a seed by which every weight moves to one of its two neighbours, or None.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     networks = task.build_models(cfg)
     if name == "shapes":
         networks = {"model": narrow_u2net()}
@@ -157,9 +157,11 @@ def keep_norms(network, left):
 class Training:
     """A case on the present process group, at its start."""
 
-    def __init__(self, name, dtype, norms, optim, micro, nudge=None, sync=True, own_counts=False):
+    def __init__(
+        self, name, dtype, norms, optim, micro, nudge=None, seed=0, sync=True, own_counts=False
+    ):
         self.task, self.cfg = read_case(name, optim)
-        networks = build_networks(name, self.task, self.cfg, dtype, norms, nudge)
+        networks = build_networks(name, self.task, self.cfg, dtype, norms, nudge, seed)
         self.networks = place_models(networks, CPU, sync_bn=sync)
         self.models = wrap_models(self.networks, CPU, compile=False)
         sampler = GlobalBatchSampler(
@@ -253,6 +255,9 @@ QUANTITIES = {
     "recipe's weights, fp64": (weights, FP64, ALL, None),
     "recipe's weights, fp32": (weights, FP32, FEW, None),
 }
+# First weights of other seeds than 0, with which some ReLU or maximum stands on the edge in fp32:
+# where it falls depends on the processor's instructions (see `test_no_gradient_stands_on_an_edge`).
+SEEDS = {("unet", "gradients, fp32"): 3, ("matting", "gradients, fp32"): 1}
 ADAPTIVE = ("shapes", "matting", "pix2pix")  # whose recipes have AdamW, Adam, and two Adams
 DEFECTS = {"sync": False, "own_counts": True}
 
@@ -273,7 +278,8 @@ def jobs(world):
 
 def compute(name, what, micro, **options):
     function, dtype, norms, optim = QUANTITIES[what]
-    return function(name, dtype, norms, optim, micro, **options)
+    seed = SEEDS.get((name, what), 0)
+    return function(name, dtype, norms, optim, micro, seed=seed, **options)
 
 
 def all_jobs():
@@ -319,6 +325,12 @@ def drift(name, what, micro):
     """How far runs of one process move apart for the last bits of their first weights."""
     straight = alone(name, what, micro)
     return max(error(alone(name, what, micro, nudge), straight) for nudge in (1, 2))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_gradient_stands_on_an_edge(name):
+    """What the bound in fp32 takes for granted; other seeds would fail, processes or not."""
+    assert drift(name, "gradients, fp32", None) <= BOUNDS[FP32] / 3
 
 
 def under_sgd(world):

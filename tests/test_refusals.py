@@ -273,7 +273,8 @@ def test_an_image_too_large_to_render_does_not_end_the_folder(monkeypatch, capsy
 
     monkeypatch.setattr(saliency, "render", out_of_memory)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    args = predict.parse_args(["a.png", "b.png", "c.png", "--weights", "lite.pth"])
+    small = ("--set", "data.image_size=40", "--set", "eval.amp=off")
+    args = predict.parse_args(["a.png", "b.png", "c.png", "--weights", "lite.pth", *small])
     assert predict.main(args) == 2
     printed = capsys.readouterr()
     assert "1 done, 2 failed" in printed.out
@@ -285,7 +286,8 @@ def test_a_recipe_beside_a_checkpoint_and_for_a_bare_state_dict():
     state = u2net_lite().state_dict()
     torch.save(state, "bare.pth")
     recipe = str(REPO / "configs" / "shapes.yaml")
-    args = predict.parse_args(["photo.png", "--weights", "bare.pth", "--config", recipe])
+    small = ("--set", "data.image_size=40", "--set", "eval.amp=off")
+    args = predict.parse_args(["photo.png", "--weights", "bare.pth", "--config", recipe, *small])
     assert predict.main(args) == 0
     assert Image.open("predictions/photo.png").size == (40, 30)
     torch.save({"model": state, "args": {"task": "saliency"}, "next_epoch": 1}, "ours.pth")

@@ -129,7 +129,7 @@ class Watch:
             while not self._ended.wait(_TICK):
                 _forget_suspension(time.monotonic() - last)
                 last = time.monotonic()
-                self._look()
+                self.look()
             self._report()
 
     def _report(self) -> Report:
@@ -143,7 +143,8 @@ class Watch:
             self.store.set(f"watch/{self.rank}", json.dumps(mine))
         return mine
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Pass on this process's note and judge the others', as the thread does by itself."""
         self._looks += 1
         mine = self._report()
         if self.store is not None:
