@@ -176,8 +176,8 @@ def norm_by_image(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 def autocast_off(device_type: str) -> AbstractContextManager:
     """Full precision for a block inside autocast."""
-    # Entered only where autocast is on: it would stay in an exported graph, and meta has none.
-    available = torch.amp.is_autocast_available(device_type)
-    if available and torch.is_autocast_enabled(device_type):
+    # Entered only where autocast is on: it would stay in an exported graph, and meta has none, for
+    # which torch's own is_autocast_available breaks the graph up to 2.11.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
