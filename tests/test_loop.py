@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from train_utils import criterion, train_one_epoch
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.ema import ExponentialMovingAverage
+from train_utils.errors import UserError
 from train_utils.metric_logger import MetricLogger
 from train_utils.train_and_eval import StepOptions, mean_losses
 
@@ -132,12 +133,13 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_parts_of_a_step_are_one_step(micro_batch):
+def test_parts_of_a_step_are_one_step(micro_batch, capsys):
     net, other = Linear(), Linear()
     loss, _ = train(net, micro_batch=micro_batch)
     first, second, last = plainly(other)
     assert_same(net, other)
     assert loss == pytest.approx((4 * first + 4 * second + 2 * last) / 10, rel=1e-5)
+    assert "[3/3]" in capsys.readouterr().out  # steps, not parts
 
 
 def test_progress_counts_steps_and_images_and_a_stop_ends_the_epoch():
@@ -169,6 +171,18 @@ def test_a_step_in_which_nothing_counts_changes_nothing():
     loss, _ = train(net, train_step=step, loss_counts=lambda batch: {"pixels": 0.0})
     assert loss == 0
     assert_same(net, before, tolerance=0)
+
+
+def test_a_loss_that_is_infinite_by_itself_stops_though_its_gradients_are_not():
+    def step(models, batch, counts, backward):
+        loss = models["model"](batch[0]).mean() + float("inf")
+        backward("model", loss)
+        return {"loss": loss.detach()}
+
+    net = Linear()
+    with pytest.raises(UserError, match=r"step 1 of 3: loss on rank 0"):
+        train(net, train_step=step)
+    assert_same(net, Linear(), tolerance=0)
 
 
 def test_the_average_passes_over_steps_that_are_skipped():
