@@ -87,17 +87,17 @@ def main(args: argparse.Namespace) -> None:
     device, log = torch.device(args.device), get_logger()
     task, cfg, resume, saved = configure(args)
     choose_amp_dtype(cfg.eval.amp, device, "eval.amp")  # refused now, not after an epoch
-    if cfg.train.compile and cfg.train.sync_bn and args.world_size > 1:
-        raise UserError(
-            "--compile, --sync-bn: synchronised batch norm waits for other processes in each of "
-            "its layers, and would cut what is compiled there. Leave one of them out."
-        )
     keep_freed_memory(device.type)
     seed_everything(cfg.train.seed, cfg.train.deterministic)
     allow_tf32(cfg.train.tf32)
     if args.test_only:
         test(args, task, cfg, cfg.train.weights or str(resume))
         return
+    if cfg.train.compile and cfg.train.sync_bn and args.world_size > 1:
+        raise UserError(
+            "--compile, --sync-bn: synchronised batch norm waits for other processes in each of "
+            "its layers, and would cut what is compiled there. Leave one of them out."
+        )
 
     # Data. What a step's samples are does not depend on the number of processes or workers.
     workers = worker_count(cfg.train.workers, device, args.local_world_size)

@@ -117,11 +117,12 @@ def has_settings(way: str) -> bool:
     return way == "ours" or way.endswith(SAME_ENV)
 
 
-def flops(work: Callable[[], Any]) -> int:
-    """Floating-point operations (a multiply–add counts as two) of convolutions and products."""
+def convolution_flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of convolutions; a multiply–add counts as two."""
     with FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if "convolution" in str(operation))
 
 
 def shortest(work: Callable[[], Any], device: torch.device | str, rounds: int = 5) -> float:

@@ -93,7 +93,7 @@ def make_work(device: torch.device, args: argparse.Namespace, system: str, way: 
     if common.has_settings(way):
         keep_freed_memory(device.type)  # as validation.py does
     score = make_way(args, system, way)
-    return {"score": score, "flops": lambda: common.flops(score)}
+    return {"score": score, "flops": lambda: common.convolution_flops(score)}
 
 
 def make_way(args: argparse.Namespace, system: str, way: str) -> Callable[[], Any]:

@@ -22,6 +22,7 @@ from predict import Predictor
 from src.u2net import u2net_full
 from train_utils import evaluate, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
+from train_utils.device import tf32
 from train_utils.errors import UserError
 from train_utils.inference import prepare
 from train_utils.metrics import F1Score, MeanAbsoluteError, ToolboxMetrics
@@ -160,17 +161,6 @@ def update(system: str, device: torch.device, amp: str, **options: Any) -> Tenso
 
 def distance(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Convolutions of fp32 in TF32, or in fp32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager
@@ -376,9 +366,8 @@ def two_processes(device: torch.device, amp: str, shares: Sequence[tuple[int, in
 def _rank(rank: int, folder: Path, name: str, amp: str, shares: Sequence[tuple[int, int]]) -> None:
     logging.disable(logging.INFO)
     device = torch.device(name)
-    backend = "cpu:gloo,cuda:gloo" if device.type == "cuda" else "gloo"
     store, limit = f"file://{folder / 'store'}", timedelta(minutes=5)
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=2, timeout=limit)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
     _, cfg = configured("unet")
     batches = []
     for step, split in enumerate(shares):

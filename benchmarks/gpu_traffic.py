@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 import tasks
 from arguments import new_parser
 from benchmarks import common
-from tests.fake_cuda import CUDA, fake_gpu
+from benchmarks.fake_cuda import CUDA, fake_gpu
 from train_utils import train_one_epoch
 from train_utils.setup import clean_errors, place_models
 from train_utils.train_and_eval import Progress, StepOptions
@@ -43,7 +43,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "pix2pix": {"task": "translation"},
 }
 CHANNELS = {"saliency": (3, 1), "segmentation": (3, 1), "matting": (4, 2, 3, 3)}
-COUNTS = {"pixels": 1.0, "images": 1.0, "unknown": 1.0}
+COUNTS = dict.fromkeys(("bce", "iou", "pixels", "images", "unknown"), 1.0)
 
 # Parts of operations' names. Whatever is neither is elementwise, or rearranges elements.
 _ALONE = ("convolution", "mm", "_fused_", "_foreach_", "_amp_", "index", "scatter", "gather")

@@ -94,9 +94,11 @@ def processes_of(
         name: World(1, device, threads, make, *args, set_up=name in set_up)
         for name, args in ways.items()
     }
-    yield worlds
-    for world in worlds.values():
-        world.close()
+    try:
+        yield worlds
+    finally:
+        for world in worlds.values():
+            world.close()
 
 
 @contextmanager

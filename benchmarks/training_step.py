@@ -32,6 +32,7 @@ from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.config import load_yaml, merge
 from train_utils.data import GlobalBatchSampler, train_loader
+from train_utils.device import allow_tf32
 from train_utils.metric_logger import MetricLogger, peak_memory_mb
 from train_utils.setup import (
     clean_errors,
@@ -90,7 +91,7 @@ def make_work(
     train = make_way(args, system, batch_size, way)
     return {
         "train": train,
-        "flops": lambda: common.flops(train),
+        "flops": lambda: common.convolution_flops(train),
         "memory": lambda: peak_memory_mb() if gpu else common.resident_mb("VmHWM") - before,
     }
 
@@ -152,6 +153,7 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
     models = wrap_models(networks, device, cfg.train.compile)
     dtype = choose_amp_dtype(cfg.train.amp, device)
     scalers = {name: make_scaler(dtype, device) for name in optimizers}
+    allow_tf32(cfg.train.tf32)
     options = StepOptions(dtype, clip_value=cfg.train.clip_value, seed=cfg.train.seed)
 
     def train() -> plain.Losses:

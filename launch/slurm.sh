@@ -3,9 +3,7 @@
 #
 #     sbatch launch/slurm.sh --config configs/u2net_full.yaml --data-path /data/DUTS
 #
-# Edit the resources below: one task is one training process with its GPU. All tasks of a node see all
-# its GPUs, and each takes its own: bound to one (--gpus-per-task), they could not reach each other's
-# memory, and gradients would go through the host. Slurm sends SIGUSR1 to
+# Edit the resources below: one task is one training process with its GPU. Slurm sends SIGUSR1 to
 # the tasks two minutes before the time limit, and SIGTERM when it preempts the job: the run saves
 # after the present step, status.json says "stopped", and the job queues again under its number, by
 # which it finds its run folder. All tasks of a node see its GPUs, and each takes its own: with

@@ -45,7 +45,7 @@ class GatheredResize(torch.autograd.Function):
 
     Scattering adds atomically, in 16 bits and in an order of chance, and copies a gradient that
     comes out of a `cat`. Resizing is a matrix product over columns and one over rows, and so is its
-    gradient: sums in fp32, always in the same order, channels-last to channels-last.
+    gradient: each product sums in fp32, always in the same order, channels-last to channels-last.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ def _weights(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Te
 
     That is 1 − the distance of their centres, and 0 beyond a distance of 1.
     """
-    counted = {"dtype": torch.float64, "device": device}
+    counted = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
     centres = ((torch.arange(new, **counted) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
     distances = centres - torch.arange(old, **counted)[:, None]
     return (1 - distances.abs()).clamp(min=0).to(dtype)

@@ -7,7 +7,6 @@ the launch itself is tested (a launcher's signals and restarts, glibc's settings
 import atexit
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,12 +39,6 @@ def children(process: int) -> list[int]:
         found = [pid for task in tasks for pid in (task / "children").read_text().split()]
         return sorted(map(int, found))
     return []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return probe.getsockname()[1]
 
 
 @cache

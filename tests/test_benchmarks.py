@@ -101,7 +101,7 @@ def test_a_wait_for_the_device_is_not_in_a_ceiling(monkeypatch):
 
 def test_flops_are_those_of_the_convolution():
     conv = torch.nn.Conv2d(2, 3, 3, padding=1)
-    assert common.flops(lambda: conv(torch.zeros(1, 2, 5, 7))) == 2 * 3 * 2 * 9 * 5 * 7
+    assert common.convolution_flops(lambda: conv(torch.zeros(1, 2, 5, 7))) == 2 * 3 * 2 * 9 * 5 * 7
 
 
 def test_table_and_json_hold_the_rows(tmp_path, capsys):
@@ -148,7 +148,9 @@ def test_the_plain_step_has_the_losses_and_the_flops_of_ours(system, monkeypatch
     losses, flops = {}, {}
     for way in ("plain", "ours"):
         train = training_step.make_way(args, system, 2, way)
-        flops[way] = common.flops(lambda way=way, train=train: losses.update({way: train()}))
+        flops[way] = common.convolution_flops(
+            lambda way=way, train=train: losses.update({way: train()})
+        )
     assert {"loss", "D"} & losses["ours"].keys() == losses["plain"].keys()
     for name, loss in losses["plain"].items():
         assert losses["ours"][name] == pytest.approx(loss, rel=1e-4), name
@@ -244,7 +246,9 @@ def test_the_model_on_paper_has_the_flops_of_torch_s_counter():
     for (network, side), system in zip(sides.items(), scaling_model.systems(), strict=True):
         with torch.device("meta"):
             model, images = network(), torch.empty(1, 3, side, side)
-        work = common.flops(lambda m=model, x=images: sum(y.sum() for y in m(x)).backward())
+        work = common.convolution_flops(
+            lambda m=model, x=images: sum(y.sum() for y in m(x)).backward()
+        )
         assert work / 1e9 == pytest.approx(system.gflop, abs=0.05)
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_utils.device
+from src.layers import resize
 from train_utils import evaluate, init_distributed_mode
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.data import eval_loader
@@ -150,11 +151,12 @@ class Ranks:
     def properties(self, device):
         return SimpleNamespace(uuid=self.ids[self.own.rank])
 
-    def meet(self, rank):
+    def meet(self, rank, on_node=None):
+        """What a rank with so many ranks on its node (by default all) is told."""
         self.own.rank = rank
         store = self.store.clone()
         try:
-            refuse_shared_device(CUDA, store, rank, len(self.ids), len(self.ids))
+            refuse_shared_device(CUDA, store, rank, len(self.ids), on_node or len(self.ids))
         except UserError as error:
             return str(error)
 
@@ -169,6 +171,9 @@ def test_processes_that_see_the_same_device_are_refused_together(accelerator, mo
         assert answers[1] is None  # ended by its launcher
         for ids in (["GPU-a", "GPU-b", "GPU-c"], ["", "", ""]):  # "": torch does not know
             assert list(pool.map(Ranks(monkeypatch, ids).meet, range(3))) == [None] * 3
+        # Two ranks on one node and one on another.
+        apart = Ranks(monkeypatch, ["GPU-a", "GPU-b", "GPU-c"])
+        assert list(pool.map(apart.meet, range(3), (2, 2, 1))) == [None] * 3
         accelerator("cuda", 3)  # all are seen by all, and each takes another number
         assert list(pool.map(Ranks(monkeypatch, ["GPU-a"] * 3).meet, range(3))) == [None] * 3
 
@@ -315,6 +320,14 @@ def test_nothing_is_computed_in_fp64_where_the_device_has_none(monkeypatch, work
             work()
         monkeypatch.setattr(train_utils.device, "has", lambda device, what: what != Feature.FP64)
         assert {state.device.type for state in work()} <= {"cpu"}
+
+
+def test_networks_train_where_the_device_has_no_fp64():
+    """Maps are resized without it; meta goes the ways that are for GPUs."""
+    x = torch.zeros(1, 2, 4, 4, device="meta", requires_grad=True)
+    with NoFp64():
+        resize(x, torch.Size((8, 7))).sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 def test_the_lack_of_fp64_is_told(accelerator, capsys):

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from fake_cuda import CUDA, fake_gpu
 
+from benchmarks.fake_cuda import CUDA, fake_gpu
 from benchmarks.gpu_traffic import Traffic, eager_bytes, fused_bytes
 
 

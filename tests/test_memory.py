@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from fake_cuda import CUDA, fake_gpu
 from test_fake_cuda import predicted, system
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.fake_cuda import CUDA, fake_gpu
 from train_utils import evaluate
 from train_utils.errors import UserError, is_out_of_memory
 from train_utils.setup import clean_errors, place_models

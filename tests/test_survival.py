@@ -71,23 +71,14 @@ def starts_of(log):
     return found
 
 
-def suffer(folder, ordered, *extra, timeout=280):
-    """One torchrun that starts its two processes again after every fault; its run folder and log.
+def suffer(folder, ordered, *extra):
+    """torchrun's agent, which starts its two processes again after every fault; run folder and log.
 
     The faults strike one after the other, each in the next start.
     """
-    ordered = [f"{fault}:start={start}" for start, fault in enumerate(ordered)]
-    launch = command("train_multi_GPU.py", *OPTIONS, *extra, processes=2)
-    launch.insert(launch.index("--standalone"), f"--max-restarts={len(ordered)}")
-    done = subprocess.run(
-        launch,
-        cwd=folder,
-        env={**os.environ, "PIXTRAIN_FAULT": ",".join(ordered)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    faults_on_order = ",".join(f"{fault}:start={start}" for start, fault in enumerate(ordered))
+    launch = {"processes": 2, "restarts": len(ordered), "PIXTRAIN_FAULT": faults_on_order}
+    run_script(folder, "train_multi_GPU.py", *OPTIONS, *extra, **launch)
     (path,) = (folder / "runs" / "unet").iterdir()  # every start continues in the same folder
     log = (path / "log.txt").read_text()
     assert log.count("process(es) on cpu") == len(ordered) + 1, log  # every fault struck

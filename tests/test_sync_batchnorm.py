@@ -148,7 +148,7 @@ def test_processes_of_any_share_give_what_one_gives(shares, layout):
     group = Group(len(shares))
     with (
         mock.patch.multiple(torch, **KERNELS),
-        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch("train_utils.sync_batchnorm.fuses_sync_batch_norm", lambda device: True),
         mock.patch.multiple(
             dist,
             create=True,  # the older of two names for a gather, or the newer

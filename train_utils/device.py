@@ -192,7 +192,7 @@ def _sees_only_its_own(count: int) -> bool:
         return True  # in a torchrun within a task several processes share the task's devices
     on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
     hidden = on_node.isdecimal() and int(on_node) > count and "LOCAL_RANK" not in os.environ
-    return count == 1 and (hidden or any(name in os.environ for name in _RESTRICTIONS))
+    return count == 1 and (hidden or any(os.environ.get(name) for name in _RESTRICTIONS))
 
 
 def process_group_backend(device: torch.device) -> str | None:
@@ -225,7 +225,7 @@ def refuse_shared_device(
     store: shared by all processes. Devices are told apart by the ids of the hardware, since each is
     number 0 to its process; where torch does not know them, the collectives will complain.
     """
-    if device.type == "cpu" or local_world_size == 1:
+    if device.type == "cpu":
         return
     properties = torch.get_device_module(device).get_device_properties(device)
     store.set(f"device/{rank}", str(getattr(properties, "uuid", "")))

@@ -447,7 +447,11 @@ def shutdown_distributed() -> bool:
     _patient.clear()
     gc.collect()  # data-parallel networks are parts of reference cycles
 
+    index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
     def end() -> None:
+        if index is not None:  # each thread has a device of its own: the first one, if not told
+            torch.accelerator.set_device_index(index)
         dist.destroy_process_group()
         groups.clear()
 

@@ -7,14 +7,13 @@ whose length depends on that size only, the last one padded.
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train_utils.distributed_utils import cpu_cores
+from train_utils.distributed_utils import cpu_cores, read_launch_environment
 from train_utils.folding import CONVS, folded, is_plain
 from train_utils.threads import Item, Result, in_threads
 
@@ -23,6 +22,7 @@ SPARE_MEMORY = (
     "use smaller images, a smaller eval.max_pixels where the recipe has it, or a device that no "
     "other program uses"
 )
+_FINISHING = 4  # threads on the host beside a GPU: each has two chunks under way
 _GPU_PIXELS = 2**21  # what a chunk of large images may hold: 16 of 362 × 362, two of 1024 × 1024
 
 
@@ -102,8 +102,9 @@ def in_order(
     if finish is None:
         yield from results
     else:
-        threads = cpu_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        yield from in_threads(inference(finish), results, threads)
+        launch = read_launch_environment()
+        cores = cpu_cores(launch.local_world_size if launch else 1)
+        yield from in_threads(inference(finish), results, min(cores, _FINISHING))
 
 
 def _by_rule(job: Callable[[Item], Result]) -> Callable[[Item], Result]:
