@@ -40,12 +40,11 @@ class World:
         set_up: bool = True,
     ) -> None:
         set_up = torch.device(device).type == "cpu" and set_up
-        if set_up:
-            # Forked from one that is set up and has imported what takes seconds; DDP needs dynamo.
-            context: Any = mp.get_context("forkserver")
+        # One process starts anew, in the environment that it is to have. Several are forked from one
+        # that is set up and has imported what takes seconds; DDP needs dynamo.
+        context: Any = mp.get_context("forkserver" if set_up and size > 1 else "spawn")
+        if set_up and size > 1:
             context.set_forkserver_preload(["torch._dynamo", "benchmarks.processes", "src"])
-        else:
-            context = mp.get_context("spawn")
         self._store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
         launch = (size, self._store.port, device, threads)
         self._pipes, self._processes = [], []
