@@ -40,7 +40,7 @@ class World:
         set_up: bool = True,
     ) -> None:
         set_up = torch.device(device).type == "cpu" and set_up
-        # One process starts anew, in the environment that it is to have. Several are forked from one
+        # One process starts anew, in the environment it is to have. Several are forked from one
         # that is set up and has imported what takes seconds; DDP needs dynamo.
         context: Any = mp.get_context("forkserver" if set_up and size > 1 else "spawn")
         if set_up and size > 1:
