@@ -20,11 +20,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two workers more than cores, for -n auto: half the time tests wait for other processes."""
-    return len(os.sched_getaffinity(0)) + 2 if hasattr(os, "sched_getaffinity") else 4
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuse a pytest with which xdist's groups have no effect: what they share is made twice."""
