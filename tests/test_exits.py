@@ -100,6 +100,9 @@ def trained(tmp_path_factory):
 def test_a_group_has_threads_by_which_it_is_seen():
     before = gloo_threads()
     group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)
+    deadline = time.monotonic() + 60  # threads take their names once they run
+    while len(gloo_threads()) <= len(before) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(gloo_threads()) > len(before)
     del group
     assert gloo_threads() == before
