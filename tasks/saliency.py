@@ -32,6 +32,7 @@ from train_utils.train_and_eval import (
     Batch,
     Models,
     Sample,
+    minimise_sum,
     saliency_predict,
 )
 from transforms import SaliencyEval, SaliencyTrain, predict_input
@@ -218,10 +219,7 @@ def _step(
     images, target = batch
     outputs = models["model"](normalize(images))
     losses = {name: _TERMS[name](outputs, target, counts[name]) for name in terms}
-    total = torch.stack(list(losses.values())).sum()
-    backward("model", total)
-    named = {"loss": total, **(losses if len(losses) > 1 else {})}
-    return {name: loss.detach() for name, loss in named.items()}
+    return minimise_sum(losses, backward)
 
 
 _TERMS = {"bce": criterion, "iou": soft_iou_loss}

@@ -45,7 +45,7 @@ from train_utils.normalize import normalize_images
 from train_utils.pretrained import Arch, backbone_state
 from train_utils.schedule import make_optimizers
 from train_utils.tiles import by_rows
-from train_utils.train_and_eval import Backward, Batch, Models, Sample
+from train_utils.train_and_eval import Backward, Batch, Models, Sample, minimise_sum
 from transforms import SegmentationEval, SegmentationTrain, restore_logits, segmentation_input
 
 METRICS = {"mIoU": "max", "accuracy": "max", "mPA": "max", "precision": "max", "loss": "min"}
@@ -417,10 +417,7 @@ def segmentation_step(
     images, target = batch
     logits = models["model"](normalize(images))
     losses = {name: term(logits, target, counts) for name, term in terms.items()}
-    total = torch.stack(list(losses.values())).sum()
-    backward("model", total)
-    named = {"loss": total, **(losses if len(losses) > 1 else {})}
-    return {name: loss.detach() for name, loss in named.items()}
+    return minimise_sum(losses, backward)
 
 
 def _loss_terms(cfg: Config) -> dict[str, Callable]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import REPO
+from distributed import fork_server, open_store
 
 from train_utils.setup import launched
 
@@ -64,14 +64,12 @@ def _rank(rank, environment, folder, function, args):
 def launch(folder, function, *args, **environment):
     """function(*args) on two processes under a launcher's store: their exit codes, their output."""
     folder.mkdir(exist_ok=True)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = open_store()
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "train"])
     ranks = [
-        context.Process(target=_rank, args=(rank, environment, folder, function, args))
+        fork_server().Process(target=_rank, args=(rank, environment, folder, function, args))
         for rank in (0, 1)
     ]
     for process in ranks:

@@ -105,6 +105,14 @@ def saliency_step(
     return {"loss": loss.detach()}
 
 
+def minimise_sum(terms: Mapping[str, Tensor], backward: Backward) -> dict[str, Tensor]:
+    """Gradients of the sum of named loss terms of the network `model`; what is logged of them."""
+    total = torch.stack(list(terms.values())).sum()
+    backward("model", total)
+    named = {"loss": total, **(terms if len(terms) > 1 else {})}
+    return {name: loss.detach() for name, loss in named.items()}
+
+
 def train_one_epoch(
     model: nn.Module | Models,
     optimizer: Optimizer | Mapping[str, Optimizer],
