@@ -27,9 +27,11 @@ from train_utils.data import eval_loader
 from train_utils.device import Feature, fp64_device, refuse_shared_device, resolve_device
 from train_utils.errors import UserError
 from train_utils.folding import folded
+from train_utils.inference import prepare
 from train_utils.metric_logger import MetricLogger, peak_memory_mb
 from train_utils.metrics import F1Score, MeanAbsoluteError
-from train_utils.setup import default_workers, wrap_models
+from train_utils.normalize import normalize_images
+from train_utils.setup import default_workers, place_models, wrap_models
 
 MPS, XPU, CUDA = (torch.device(kind, 0) for kind in ("mps", "xpu", "cuda"))
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
@@ -360,3 +362,22 @@ def test_devices_are_named_in_one_place_only():
     ]
     named = {path.name for path in files if naming.search(Path(path).read_text(encoding="utf-8"))}
     assert named == {"device.py"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "trained"), [("AVX2", torch.contiguous_format), ("AVX512", torch.channels_last)]
+)
+def test_networks_train_in_the_layout_that_the_cpu_is_fast_in(monkeypatch, capability, trained):
+    """Their weights and the images that they are given; evaluation is channels-last on both."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    (net,) = place_models({"model": nn.Conv2d(3, 8, 3)}, device, sync_bn=False).values()
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    last = images.contiguous(memory_format=torch.channels_last)
+    for codes in (images, last):
+        for tensor in (net.weight, normalize_images(codes), net(normalize_images(codes))):
+            assert tensor.is_contiguous(memory_format=trained)
+    (prepared,) = prepare({"model": net.eval()}, device, None).values()
+    with torch.inference_mode():
+        for tensor in (prepared.weight, normalize_images(images), prepared(normalize_images(last))):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from torch.nn.parallel import DistributedDataParallel
 
 from train_utils.data import loader_errors
-from train_utils.device import Feature, choose_kernels, has
+from train_utils.device import Feature, choose_kernels, fast_layout, has
 from train_utils.distributed_utils import (
     cpu_cores,
     init_distributed_mode,
@@ -90,13 +90,11 @@ def wrap_models(
 def place_models(
     models: dict[str, nn.Module], device: torch.device, sync_bn: bool
 ) -> dict[str, nn.Module]:
-    """Networks on the device, channels-last, with batch-norm synchronised if asked for."""
+    """Networks as they train fast on a device, with batch norm synchronised if asked for."""
     if sync_bn:
         models = {name: convert_sync_batchnorm(model) for name, model in models.items()}
-    return {
-        name: model.to(device).to(memory_format=torch.channels_last)
-        for name, model in models.items()
-    }
+    layout = fast_layout(device, training=True)
+    return {name: model.to(device).to(memory_format=layout) for name, model in models.items()}
 
 
 def default_workers(device: torch.device, local_world_size: int) -> int:
