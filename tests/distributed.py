@@ -176,7 +176,7 @@ def _as_agent(
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=restarts,
-        start_method="forkserver",
+        start_method="fork",  # a fork server of the agent's own would import everything anew
     )
     try:
         elastic_launch(config, _as_rank)(argv, folder, env, files)

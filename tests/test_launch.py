@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -127,7 +126,7 @@ def test_two_machines_then_one_process_then_three(alone, tmp_path):
 def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims, port):
     """torchrun agents by launch/nodes.sh; SIGKILL to one with its process, twice."""
     env = {**os.environ, "PATH": shims.path, "NPROC_PER_NODE": "1"}
-    env["PET_RDZV_CONF"] = "last_call_timeout=10,keep_alive_interval=1"  # seconds, not so long
+    conf = "last_call_timeout=10,keep_alive_interval=1"  # seconds, not so long
     script = [str(REPO / "launch" / "nodes.sh"), f"localhost:{port}", "lost"]
     script += [*map(str, OPTIONS), "-b", "2"]
     run_folder = tmp_path / "runs" / "lost"
@@ -135,6 +134,9 @@ def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims
     agents = []
 
     def start_agent():
+        # On one host torchrun cannot tell who is to hold the store: the one that binds the port
+        # first, and if that is one which is lost, the other one ends with it.
+        env["PET_RDZV_CONF"] = f"{conf},is_host={not agents}"
         agents.append(subprocess.Popen(script, cwd=tmp_path, env=env, stdout=log, stderr=log))
 
     def lose_the_last_one():
@@ -143,7 +145,6 @@ def test_two_machines_of_which_one_comes_back_and_is_lost(alone, tmp_path, shims
 
     try:
         start_agent()
-        time.sleep(1)  # the first one holds the store
         start_agent()
         wait_for_step(run_folder, 1, agents)
         lose_the_last_one()

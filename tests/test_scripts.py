@@ -194,16 +194,18 @@ def test_predict_mirrors_folders_and_counts_failures(trained):
 def test_killed_run_continues_as_if_nothing_had_happened(tmp_path):
     """One process in bf16; TensorBoard and the files have no step twice either."""
     options = [*TINY, "--set", "train.ema=0.9", "--amp", "bf16", "--deterministic", "-b", "2"]
+    # Without units for it a step in bf16 takes many times longer than in fp32: four an epoch do.
+    options += ["--set", "data.image_size=40", "--set", "data.train_size=7"]
     options += ["--set", "train.save_steps=1", "--output-dir"]
     run_script(tmp_path, "train.py", *options, "whole")
-    fault = {"PIXTRAIN_FAULT": "step:kill@11"}  # in the second epoch, of six steps
+    fault = {"PIXTRAIN_FAULT": "step:kill@8"}  # the last step of the second epoch
     run_script(tmp_path, "train.py", *options, "run", code=-signal.SIGKILL, **fault)
     state = weights(tmp_path / "run")
-    assert state["next_epoch"] == 1 and state["next_step"] in (3, 4)
+    assert state["next_epoch"] == 1 and state["next_step"] in (2, 3)
     # Steps that will be done again have left their traces already.
-    assert [e.step for e in tensorboard(tmp_path / "run").Scalars("train/loss")][-1:] >= [9]
+    assert [e.step for e in tensorboard(tmp_path / "run").Scalars("train/loss")][-1:] >= [6]
     done = run_script(tmp_path, "train.py", *options, "run", "--resume", "auto")
-    assert f"Epoch: [1]  [{state['next_step'] + 1}/6]" in done.stdout
+    assert f"Epoch: [1]  [{state['next_step'] + 1}/4]" in done.stdout
     assert "Epoch: [0]" not in done.stdout
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     results = [(tmp_path / name / "results.txt").read_text() for name in ("whole", "run")]
@@ -450,17 +452,14 @@ print("MAE", mae.compute(), "maxF1", f1.compute(), mae.count)
 
 
 def test_official_weights_on_photographs(tmp_path, shared_data):
-    """The reference figures, from one process and, to the last bit, from two."""
+    """The reference figures, from two processes (`test_exactness`: one has them to the bit)."""
     options = [
         *("--weights", shared_data / "weights" / "u2netp_official_keys.pth"),
         *("--data-path", shared_data / "saliency", "--json", "scores.json"),
         *("--set", "data.mean=[0,0,0]", "--set", "data.std=[1,1,1]", "--device", "cpu"),
     ]
-    results = []
-    for processes in (0, 2):
-        run_script(tmp_path, "validation.py", *options, processes=processes)
-        results.append(json.loads((tmp_path / "scores.json").read_text()))
-    assert results[0]["n"] == 80
-    assert results[0]["MAE"] == pytest.approx(0.1324, abs=0.002)
-    assert results[0]["maxF1"] == pytest.approx(0.8048, abs=0.002)
-    assert results[1] == results[0]
+    run_script(tmp_path, "validation.py", *options, processes=2)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["n"] == 80
+    assert scores["MAE"] == pytest.approx(0.1324, abs=0.002)
+    assert scores["maxF1"] == pytest.approx(0.8048, abs=0.002)

@@ -84,7 +84,7 @@ def suffer(folder, ordered, *extra):
     assert log.count("process(es) on cpu") == len(ordered) + 1, log  # every fault struck
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
     assert not list(path.glob(".*.tmp"))
-    deadline = time.monotonic() + 60  # the agent's fork server ends a moment after it
+    deadline = time.monotonic() + 60  # workers end a moment after their ranks
     while _running_in(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _running_in(folder) == []  # no hung worker outlives its rank either
