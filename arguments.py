@@ -7,8 +7,10 @@ The scripts read their command lines before they import what takes seconds, torc
 import argparse
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train_utils.task import BaseTask
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
 
@@ -105,23 +107,23 @@ def parse_validation_args(
     return args
 
 
-def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, dict | None]:
-    """Task and config, and the checkpoint to continue from with its content, if any.
+def configure(args: argparse.Namespace) -> "tuple[BaseTask, Path | None, dict | None]":
+    """The task, with its config, and the checkpoint to continue from with its content, if any.
 
     Precedence: defaults, the checkpoint's settings, --config, flags and --set.
     """
     import tasks
-    from tasks.settings import deciding_metric
     from train_utils.checkpoint import load_training_state
     from train_utils.config import load_yaml, merge, parse_assignments
     from train_utils.errors import UserError
     from train_utils.run_folder import LAST, find_resume, restarted_run
+    from train_utils.settings import deciding_metric
 
     flags = [(*key.split("."), value) for key, value in vars(args).items() if "." in key]
     overrides = merge(
         {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
     )
-    name = Path(args.config or DEFAULT_CONFIG).stem
+    name = args.run_name = Path(args.config or DEFAULT_CONFIG).stem
     if not args.test_only and (run := restarted_run(args.resume, args.output_dir, name)):
         args.output_dir = str(run)
         args.resume = str(run) if (run / LAST).exists() else args.resume
@@ -137,8 +139,8 @@ def configure(args: argparse.Namespace) -> tuple[ModuleType, Any, Path | None, d
             f"{resume}: is a run of {base['task']}, and {source} is for "
             f"{recipe.get('task', 'saliency')}. Resume it without --config, or name its own."
         )
-    task, cfg = tasks.read_config(recipe or base, source, overrides, base)
-    deciding_metric(cfg, task.METRICS)  # refuses a metric that is not tracked
-    if args.test_only and not (saved or cfg.train.weights):
+    task = tasks.read_config(recipe or base, source, overrides, base)
+    deciding_metric(task.cfg, task.METRICS)  # refuses a metric that is not tracked
+    if args.test_only and not (saved or task.cfg.train.weights):
         raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
-    return task, cfg, resume, saved
+    return task, resume, saved

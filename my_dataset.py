@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass
@@ -44,6 +45,8 @@ from train_utils.image_io import (
 )
 from train_utils.log import get_logger
 from train_utils.sample_cache import SampleCache, open_cache
+from train_utils.setup import worker_count
+from train_utils.task import BaseTask
 from transforms import TwoParts
 
 JointTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -379,6 +382,19 @@ def pairs_of(dataset: Dataset) -> Sequence[Pair]:
     return dataset.pairs
 
 
+def prepare_datasets(
+    args: Namespace, task: BaseTask, train_set: Dataset | None, val_set: Dataset
+) -> tuple[BaseTask, Any, Dataset]:
+    """The data checked and cached as the recipe says, and the task with what they decide."""
+    device = torch.device(args.device)
+    workers = worker_count(task.cfg.train.workers, device, args.local_world_size)
+    given = [dataset for dataset in (train_set, val_set) if dataset is not None]
+    *first, val_set = readable(task.cfg.data, *given)
+    train_set = first[0] if first else None
+    found = call_on_main(lambda: task.prepare_data(train_set, val_set, workers))
+    return task.with_values(found), train_set, val_set
+
+
 def readable(data: Any, *datasets: Dataset) -> list[Dataset]:
     """Datasets, `cached`, whose files have all been decoded if `data` (a `FolderData`) says so.
 
@@ -454,7 +470,7 @@ def _code_of(*parts: Any) -> str:
     """
     parts = tuple(part.func if isinstance(part, partial) else part for part in parts)
     names = {part.__module__ for part in parts} | {__name__, TwoParts.__module__}
-    names |= {read_image.__module__, "train_utils.label_maps"}
+    names |= {read_image.__module__, "tasks.segmentation.label_maps"}
     files = {getattr(sys.modules.get(name), "__file__", None) for name in names}
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(filter(None, files), key=lambda file: Path(file).name):

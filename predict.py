@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from glob import glob, has_magic
 from itertools import count, islice
@@ -106,14 +106,15 @@ def main(args: argparse.Namespace) -> int:
     take_device(device)
     keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
-    task, cfg, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
+    task, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
+    cfg = task.cfg
     check_flags(args, task.PREDICT_FLAGS, str(weights))
     allow_tf32(cfg.eval.tf32)
     models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
     print(f"{weights} → {len(jobs)} file(s)", flush=True)
 
     done = failed = 0
-    predictor = Predictor(task, cfg, models, device, args.threshold)
+    predictor = Predictor(task, models, device, args.threshold)
     with closing(predictor.run(jobs)) as pictures:
         for picture in pictures:
             source = printable(picture.job.source)
@@ -135,7 +136,6 @@ class Predictor:
     """A network with its task and settings, and the steps that take a job from file to files."""
 
     task: Any
-    cfg: Any
     models: "dict[str, torch.nn.Module]"
     device: "torch.device"
     threshold: float | None = None
@@ -186,12 +186,12 @@ class Predictor:
         picture = Picture(job, error=job.error)
         if not picture.error:
             try:
-                at_least, sides = self.cfg.data.at_least, {}
+                at_least, sides = self.task.cfg.data.at_least, {}
                 images = picture.images = read_inputs(job, at_least)
                 if at_least:
                     picture.images = at_own_size(job, images)
                     sides["sides"] = picture.images["image"].shape[-2:]
-                picture.network_input = self.task.network_input(self.cfg, **images, **sides)
+                picture.network_input = self.task.network_input(**images, **sides)
             except UserError as error:
                 picture.error = str(error)
         return picture
@@ -230,17 +230,18 @@ class Predictor:
         from train_utils.inference import forward_chunk
         from train_utils.tiles import MIN_PIXELS
 
-        cfg, warning = self.cfg, ""
+        task, warning = self.task, ""
         while True:
-            forward = partial(self.task.predict(cfg), self.models)
+            forward = partial(task.predict, self.models)
             try:
                 return forward_chunk(forward, batch.to(self.device), self.device), warning
             except RuntimeError as error:
-                pixels = min(getattr(cfg.eval, "max_pixels", 0), batch.shape[-2] * batch.shape[-1])
+                limit = getattr(task.cfg.eval, "max_pixels", 0)
+                pixels = min(limit, batch.shape[-2] * batch.shape[-1])
                 if not is_out_of_memory(error) or pixels // 2 < MIN_PIXELS:
                     raise
             # Behind the except block, which keeps alive what the failed attempt has allocated.
-            cfg = replace(cfg, eval=replace(cfg.eval, max_pixels=pixels // 2))
+            task = task.with_values({"eval": {"max_pixels": pixels // 2}})
             warning = (
                 f"too little memory for {pixels:,} pixels at a time; predicted, with the same "
                 f"result, in tiles of {pixels // 2:,} (to begin with them: --set "
@@ -258,7 +259,6 @@ class Predictor:
                 # A device has room for one map at the size of a large photograph, not for many.
                 with nullcontext() if self.device.type == "cpu" else self._rendering:
                     rendered = self.task.render(
-                        self.cfg,
                         prediction=picture.prediction,
                         kinds=list(job.outputs),
                         threshold=self.threshold,

@@ -15,10 +15,12 @@ from torchvision.transforms.v2 import functional as F
 
 from train_utils.errors import UserError
 from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
-from train_utils.losses import IGNORE
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 
+IGNORE = 255  # the class index of pixels that count in no loss and no score
+
 __all__ = [
+    "IGNORE",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MattingEval",

@@ -93,27 +93,27 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
-    task, cfg, models = tasks.load_models(weights, overrides_of(args), args.config)
+    task, models = tasks.load_models(weights, overrides_of(args), args.config)
+    cfg = task.cfg
     amp_dtype = choose_amp_dtype(cfg.eval.amp, device, "eval.amp")
     allow_tf32(cfg.eval.tf32)
     if args.post_norm and not hasattr(cfg.eval, "post_norm"):
         raise UserError(f"--post-norm: is for saliency maps, and {weights} is of another task.")
     if args.post_norm:
         cfg.eval.post_norm = True
-    if args.toolbox and not hasattr(task, "make_toolbox_metrics"):
+    if args.toolbox and not task.make_toolbox_metrics():
         raise UserError(f"--toolbox: scores saliency maps, and {weights} is of another task.")
     models = place_models(models, device, sync_bn=False)
     cfg.data.cache = "none"  # nothing is read twice
-    (dataset,) = readable(cfg.data, task.build_val_dataset(cfg, all_pairs=bool(args.images)))
+    (dataset,) = readable(cfg.data, task.build_val_dataset(all_pairs=bool(args.images)))
     workers = worker_count(args.workers, device, args.local_world_size)
-    call_on_main(lambda: task.prepare_data(cfg, None, dataset, workers))
+    call_on_main(lambda: task.prepare_data(None, dataset, workers))
     loader = eval_loader(dataset, args.batch_size, workers, device, args.rank, args.world_size)
     get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
-    metrics = task.make_metrics(cfg)
+    metrics = task.make_metrics()
     if args.toolbox:
         metrics += task.make_toolbox_metrics()
-    predict = task.predict(cfg)
-    evaluate(models, loader, device, metrics=metrics, predict=predict, amp_dtype=amp_dtype)
+    evaluate(models, loader, device, metrics=metrics, predict=task.predict, amp_dtype=amp_dtype)
     return report(metrics)
 
 

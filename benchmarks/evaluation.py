@@ -101,17 +101,18 @@ def make_way(args: argparse.Namespace, system: str, way: str) -> Callable[[], An
     device = torch.device(args.device)
     data = {"name": "shapes", "image_size": args.size, "val_size": args.images}
     data |= {"fit": "stretch"} if SYSTEMS[system]["task"] == "segmentation" else {}
-    task, cfg = tasks.read_config({**SYSTEMS[system], "data": data}, "benchmark", {})
+    task = tasks.read_config({**SYSTEMS[system], "data": data}, "benchmark", {})
+    cfg = task.cfg
     torch.manual_seed(0)
-    models = {name: model.to(device).eval() for name, model in task.build_models(cfg).items()}
-    samples = [_sample(image, target) for image, target in task.build_val_dataset(cfg)]
+    models = {name: model.to(device).eval() for name, model in task.build_models().items()}
+    samples = [_sample(image, target) for image, target in task.build_val_dataset()]
     if way == "ours":
         return lambda: evaluate(
             models,
             samples,  # type: ignore[arg-type]
             device,
-            metrics=task.make_metrics(cfg),
-            predict=task.predict(cfg),
+            metrics=task.make_metrics(),
+            predict=task.predict,
             amp_dtype=choose_amp_dtype(args.amp, device),
         )
     hosted = [plain.host_batch(cfg.task, sample) for sample in samples]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import tasks
 from predict import Predictor
 from src.u2net import u2net_full
+from tasks.translation.metrics import TranslationMetrics
 from train_utils import evaluate, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.device import tf32
@@ -27,8 +28,7 @@ from train_utils.errors import UserError
 from train_utils.inference import prepare
 from train_utils.metrics import F1Score, MeanAbsoluteError, ToolboxMetrics
 from train_utils.setup import place_models, seed_everything, wrap_models
-from train_utils.train_and_eval import Progress, StepOptions
-from train_utils.translation_metrics import TranslationMetrics
+from train_utils.train_and_eval import EpochRun, Progress, StepOptions
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "u2net_lite": {"task": "saliency"},
@@ -75,7 +75,8 @@ def configured(system: str, size: int = SIDE, plain: bool = False, **train: Any)
     values = {**SYSTEMS[system], "data": data, "train": train}
     if plain:
         values |= {"optim": PLAIN} | ({"optim_d": PLAIN} if task_name == "translation" else {})
-    return tasks.read_config(values, "check", {})
+    task = tasks.read_config(values, "check", {})
+    return task, task.cfg
 
 
 def batch_of(task: str, images: int, size: int, device: torch.device, seed: int = 0) -> list:
@@ -102,9 +103,21 @@ def started(system: str, **options: Any) -> tuple[Any, Any, dict[str, nn.Module]
     """Task, config and networks that begin as those of every other call."""
     task, cfg = configured(system, **options)
     torch.manual_seed(0)
-    networks = task.build_models(cfg)
-    task.initialise(cfg, networks)
+    networks = task.build_models()
+    task.initialise(networks)
     return task, cfg, networks
+
+
+class Hooked(EpochRun):
+    """Calls a function after every step."""
+
+    def __init__(self, hook: Callable[[Progress], None] | None) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def after_step(self, progress: Progress) -> None:
+        if self.hook:
+            self.hook(progress)
 
 
 def train(
@@ -127,7 +140,7 @@ def train(
     networks = place_models(networks, device, sync_bn)
     if double:
         networks = {name: Double(network) for name, network in networks.items()}
-    optimizers, schedules = task.build_optimizers(cfg, networks, 100)
+    optimizers, schedules = task.build_optimizers(networks, 100)
     dtype = choose_amp_dtype(amp, device)
     train_one_epoch(
         wrap(wrap_models(networks, device, compile=False)),
@@ -138,10 +151,10 @@ def train(
         schedules,
         10**6,
         {name: scaler(dtype, device) for name in optimizers},
-        train_step=task.train_step(cfg),
-        loss_counts=task.loss_counts(cfg),
+        losses=task.losses,
+        weight=task.weight,
         options=StepOptions(dtype, seed=0, clip_value=cfg.train.clip_value),
-        after_step=after_step,
+        run=Hooked(after_step),
     )
     return networks
 
@@ -283,7 +296,7 @@ def tiles(device: torch.device) -> str:
     need_gpu(device)
     task, cfg, networks = started("matting")
     models = prepare(networks, device, None)
-    predictor = Predictor(task, cfg, models, device)
+    predictor = Predictor(task, models, device)
     image = torch.randint(0, 256, (1, 4, 1536, 2048), dtype=torch.uint8)
     image[:, 3] = 128
     with torch.inference_mode(), tf32(False):

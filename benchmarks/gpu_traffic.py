@@ -32,7 +32,7 @@ from benchmarks import common
 from benchmarks.fake_cuda import CUDA, fake_gpu
 from train_utils import train_one_epoch
 from train_utils.setup import clean_errors, place_models
-from train_utils.train_and_eval import Progress, StepOptions
+from train_utils.train_and_eval import EpochRun, Progress, StepOptions
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "u2net_lite": {"task": "saliency", "model": {"name": "u2net_lite"}},
@@ -221,16 +221,18 @@ def step_of(system: str, batch: int, size: int) -> Traffic:
     values = SYSTEMS[system]
     data: dict[str, Any] = {"image_size": size}
     data |= {"crop_sizes": [size]} if values["task"] == "matting" else {}
-    task, cfg = tasks.read_config({**values, "data": data}, "benchmark", {})
+    task = tasks.read_config({**values, "data": data}, "benchmark", {})
+    cfg = task.cfg
     with fake_gpu(), Traffic() as traffic, common.quietly():
-        networks = place_models(task.build_models(cfg), CUDA, sync_bn=False)
-        optimizers, schedules = task.build_optimizers(cfg, networks, 10)
+        networks = place_models(task.build_models(), CUDA, sync_bn=False)
+        optimizers, schedules = task.build_optimizers(networks, 10)
         channels = CHANNELS.get(cfg.task, (3, 3))
         images = [torch.empty(batch, c, size, size, dtype=torch.uint8) for c in channels]
 
-        def after_step(progress: Progress) -> None:
-            if progress.step == 1:
-                traffic.forget()
+        class FirstForgotten(EpochRun):
+            def after_step(self, progress: Progress) -> None:
+                if progress.step == 1:
+                    traffic.forget()
 
         train_one_epoch(
             networks,
@@ -240,11 +242,11 @@ def step_of(system: str, batch: int, size: int) -> Traffic:
             0,
             schedules,
             1000,
-            train_step=task.train_step(cfg),
-            loss_counts=lambda batch: dict(COUNTS),
+            losses=task.losses,
+            weight=lambda batch: 1.0,
             # Of bf16 a fake GPU does not know the memory format; the bytes are the same.
             options=StepOptions(torch.float16, seed=0),
-            after_step=after_step,
+            run=FirstForgotten(),
         )
     return traffic
 

@@ -71,7 +71,8 @@ def predict_plainly(
     amp_dtype: torch.dtype | None,
 ) -> None:
     """The usual script, under autocast if there is a dtype for it."""
-    _, cfg, models = tasks.load_models(weights, settings)
+    task, models = tasks.load_models(weights, settings)
+    cfg = task.cfg
     model, side = models["model"].to(device), [cfg.data.image_size] * 2
     for file in files:
         picture = TF.to_dtype(TF.pil_to_tensor(Image.open(file).convert("RGB")), scale=True)
@@ -101,9 +102,10 @@ def stage_times(
     weights: Path, settings: dict[str, Any], files: list[Path], output: Path, device: torch.device
 ) -> dict[str, float]:
     """Median seconds of every step of ours, alone on one thread."""
-    task, cfg, models = tasks.load_models(weights, settings)
+    task, models = tasks.load_models(weights, settings)
+    cfg = task.cfg
     models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
-    predictor = predict.Predictor(task, cfg, models, device)
+    predictor = predict.Predictor(task, models, device)
     times: dict[str, list[float]] = {"read": [], "forward": [], "render": [], "write": []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -122,7 +124,7 @@ def stage_times(
             timed("forward", lambda picture=picture: predictor.predict([picture]))
             maps = {"kinds": ["map"], "threshold": None, "prediction": picture.prediction}
             maps |= picture.images
-            timed("render", lambda maps=maps, done=done: done.update(task.render(cfg, **maps)))
+            timed("render", lambda maps=maps, done=done: done.update(task.render(**maps)))
             timed("write", lambda job=job, done=done: save_image(done["map"], job.outputs["map"]))
     torch.set_num_threads(threads)
     return {stage: median(each[1:] or each) for stage, each in times.items()}
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.images:
             write_scenes(folder / "photographs", args.count)
         files = list_images(args.images or folder / "photographs")[: args.count]
-        amp_dtype = choose_amp_dtype(tasks.load_models(weights, settings)[1].eval.amp, device)
+        amp_dtype = choose_amp_dtype(tasks.load_models(weights, settings)[0].cfg.eval.amp, device)
         ways: dict[str, tuple] = {}
         for name in common.names_of_ways(device, amp_dtype):
             dtype = amp_dtype if name.startswith("plain amp") else None

@@ -1,7 +1,7 @@
 """How training speeds up from one process to several, and what communication takes of it.
 
     python -m benchmarks.scaling                              u2net_lite on 1 and 2 processes
-    python -m benchmarks.scaling --processes 1 2 4 --size 288 --bucket-mb 1 25 --compress none bf16
+    python -m benchmarks.scaling --processes 1 2 4 --size 288
 
 Real processes (gloo on CPUs, nccl on GPUs) run the product's training loop on a batch in memory,
 each with --threads threads. All stay alive and take turns, in blocks of --steps steps, so that
@@ -13,7 +13,6 @@ bandwidth measured in the same run, without any overlap, as on CPUs, whose cores
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
 from statistics import median
 
 import torch
@@ -27,7 +26,7 @@ from train_utils import create_lr_scheduler, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.distributed_utils import no_sync, sum_over_ranks
 from train_utils.schedule import get_params_groups
-from train_utils.setup import Compression, clean_errors, place_models, wrap_models
+from train_utils.setup import clean_errors, place_models, wrap_models
 from train_utils.train_and_eval import StepOptions
 
 MESSAGES = (64, 2**12, 2**16, 2**20, 2**23)  # bytes
@@ -43,14 +42,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--size", type=positive, default=64, help="side of the images")
     add("--steps", type=positive, default=4, help="steps per block")
     add("--threads", type=positive, default=1, help="per process")
-    add(
-        "--bucket-mb",
-        type=positive,
-        nargs="+",
-        default=[None],
-        help="default: torch's, 1 and then 25",
-    )
-    add("--compress", nargs="+", default=["none"], choices=("none", "bf16", "fp16"))
     args = parser.parse_args(argv)
     if 1 not in args.processes:
         parser.error("--processes: 1 must be among them, to compare with")
@@ -58,17 +49,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def training_loop(
-    device: torch.device,
-    model: str,
-    batch_size: int,
-    size: int,
-    bucket_mb: int | None = None,
-    compress: Compression = "none",
+    device: torch.device, model: str, batch_size: int, size: int
 ) -> tuple[Callable[[int], None], nn.Module]:
     """The product's loop over so many steps of one batch in memory, and the network it trains."""
     torch.manual_seed(0)
     networks = place_models({"model": MODELS[model]()}, device, sync_bn=False)
-    wrapped = wrap_models(networks, device, False, bucket_mb, compress)
+    wrapped = wrap_models(networks, device, compile=False)
     optimizer = torch.optim.AdamW(get_params_groups(networks["model"]), lr=1e-3, fused=True)
     schedule = create_lr_scheduler(optimizer, 1000, epochs=1000)
     amp_dtype = choose_amp_dtype("auto", device)
@@ -94,25 +80,15 @@ def training_loop(
     return train, wrapped["model"]
 
 
-def make_work(
-    device: torch.device,
-    model: str,
-    batch_size: int,
-    size: int,
-    steps: int,
-    variants: Sequence[tuple[int | None, Compression]],
-) -> Work:
+def make_work(device: torch.device, model: str, batch_size: int, size: int, steps: int) -> Work:
     """Blocks of training steps, with and without exchange of gradients, and of messages."""
-    work: dict[str, Callable[[], None]] = {}
-    for variant in variants:
-        train, network = training_loop(device, model, batch_size, size, *variant)
+    train, network = training_loop(device, model, batch_size, size)
 
-        def alone(train: Callable = train, network: nn.Module = network) -> None:
-            with no_sync(network):
-                train(steps)
+    def alone() -> None:
+        with no_sync(network):
+            train(steps)
 
-        work[f"step {variant}"] = partial(train, steps)
-        work[f"alone {variant}"] = alone
+    work: dict[str, Callable[[], None]] = {"step": partial(train, steps), "alone": alone}
 
     def send(message: torch.Tensor) -> None:
         for _ in range(REPEATS):
@@ -139,16 +115,13 @@ def fit_link(seconds: Mapping[int, float], processes: int) -> tuple[float, float
 
 def measure(args: argparse.Namespace) -> dict[int, dict[str, float]]:
     """Median seconds of a step, of a message and of an agreement, by processes and name."""
-    variants = list(product(args.bucket_mb, args.compress))
-    steps = [f"{kind} {variant}" for variant in variants for kind in ("step", "alone")]
     messages = [f"message {count}" for count in MESSAGES]
     settings = (args.model, args.batch_size, args.size, args.steps)
     worlds, ways = [], {}
     for n in args.processes:
-        mine = variants[: len(variants) if n > 1 else 1]
-        world = World(n, args.device, args.threads, make_work, *settings, mine)
+        world = World(n, args.device, args.threads, make_work, *settings)
         worlds.append(world)
-        for name in [*steps, *messages, "agree"] if n > 1 else steps[:1]:
+        for name in ["step", "alone", *messages, "agree"] if n > 1 else ["step"]:
             ways[f"{n} {name}"] = partial(world, name)
     times = take_turns(ways, args.rounds)
     for world in worlds:
@@ -156,29 +129,25 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {n: {} for n in args.processes}
     for way, each in times.items():
         n, _, name = way.partition(" ")
-        repeats = args.steps if name.startswith(("step", "alone")) else REPEATS
+        repeats = args.steps if name in ("step", "alone") else REPEATS
         found[int(n)][name] = median(each) / repeats
     return found
 
 
 def summarise(args: argparse.Namespace, found: Mapping[int, Mapping[str, float]]) -> list[dict]:
-    """A row per number of processes and variant; `predicted` for gloo's exact sums only."""
-    single = next(iter(found[1].values()))
+    """A row per number of processes; `predicted` for gloo's sums."""
+    single = found[1]["step"]
     rows = [{"processes": 1, "step ms": single * 1e3, "img/s": args.batch_size / single}]
     gradients = 4 * sum(p.numel() for p in MODELS[args.model]().parameters())
-    for n, variant in product(args.processes, product(args.bucket_mb, args.compress)):
+    for n, times in found.items():
         if n == 1:
             continue
-        times, (bucket_mb, compress) = found[n], variant
-        step, alone = times[f"step {variant}"], times[f"alone {variant}"]
+        step, alone = times["step"], times["alone"]
         hop, bandwidth = fit_link({count: times[f"message {count}"] for count in MESSAGES}, n)
-        size = gradients if compress == "none" else gradients / 2
-        sums = sum(ring(part, n, hop, bandwidth) for part in buckets(size, bucket_mb))
+        sums = sum(ring(part, n, hop, bandwidth) for part in buckets(gradients))
         rows.append(
             {
                 "processes": n,
-                "bucket MB": bucket_mb or "1, 25",
-                "sent as": "fp32" if compress == "none" else compress,
                 "step ms": step * 1e3,
                 "alone ms": alone * 1e3,
                 "exchange": 1 - alone / step,

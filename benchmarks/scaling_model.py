@@ -39,7 +39,7 @@ class Cluster:
     host_hop: float = 30e-6  # α_h, … from one host process to another (gloo over TCP)
     host_message: float = 5e-6  # o_h, what one message costs the process that gathers all
     bucket_mb: float = 0  # MiB of gradients per all-reduce; 0: torch's, 1 and then 25
-    gradient_bytes: int = 4  # per parameter; 2 with train.compress_gradients
+    gradient_bytes: int = 4  # per parameter
     print_freq: int = 10  # steps per log line
     disk: float = 1e9  # bytes/s that rank 0 writes
     samples_per_core: float = 700  # decoded and augmented per second

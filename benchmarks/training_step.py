@@ -33,14 +33,14 @@ from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.config import load_yaml, merge
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.device import allow_tf32
-from train_utils.metric_logger import MetricLogger, peak_memory_mb
+from train_utils.metric_logger import peak_memory_mb
 from train_utils.setup import (
     clean_errors,
     place_models,
     seed_everything,
     wrap_models,
 )
-from train_utils.train_and_eval import StepOptions, mean_losses
+from train_utils.train_and_eval import EpochRun, StepOptions, mean_losses
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -107,7 +107,7 @@ def make_way(
     task, cfg = _configured(args, system, batch_size)
     seed_everything(cfg.train.seed, deterministic=False)
     sampler = GlobalBatchSampler(args.steps * batch_size, batch_size)
-    train_set, _ = task.build_datasets(cfg)
+    train_set, _ = task.build_datasets()
     batches = list(train_loader(train_set, sampler, workers=0, device=device))
     if way == "ours":
         return _ours(task, cfg, batches, device)
@@ -125,14 +125,15 @@ def _configured(args: argparse.Namespace, system: str, batch_size: int) -> tuple
         data |= {"crop_sizes": [args.size]} if system == "matting" else {}
     train = {"amp": args.amp, "compile": args.compile, "batch_size": batch_size}
     merged = merge(load_yaml(CONFIGS / f"{recipe}.yaml"), values, {"data": data, "train": train})
-    return tasks.read_config(merged, "benchmark", {})
+    task = tasks.read_config(merged, "benchmark", {})
+    return task, task.cfg
 
 
 def _plain(
     task: Any, cfg: Any, batches: list, device: torch.device, precision: Callable
 ) -> Callable[[], plain.Losses]:
     torch.manual_seed(cfg.train.seed)
-    models = {name: model.to(device) for name, model in task.build_models(cfg).items()}
+    models = {name: model.to(device) for name, model in task.build_models().items()}
     optimizers = plain.optimizers(models, cfg)
     hosted = [plain.host_batch(cfg.task, batch) for batch in batches]
     if device.type == "cuda":  # as ours, and as a stock DataLoader with pin_memory
@@ -148,8 +149,8 @@ def _plain(
 
 def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], plain.Losses]:
     torch.manual_seed(cfg.train.seed)
-    networks = place_models(task.build_models(cfg), device, sync_bn=False)
-    optimizers, schedulers = task.build_optimizers(cfg, networks, steps_per_epoch=1000)
+    networks = place_models(task.build_models(), device, sync_bn=False)
+    optimizers, schedulers = task.build_optimizers(networks, steps_per_epoch=1000)
     models = wrap_models(networks, device, cfg.train.compile)
     dtype = choose_amp_dtype(cfg.train.amp, device)
     scalers = {name: make_scaler(dtype, device) for name in optimizers}
@@ -157,7 +158,7 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
     options = StepOptions(dtype, clip_value=cfg.train.clip_value, seed=cfg.train.seed)
 
     def train() -> plain.Losses:
-        logger = MetricLogger(reduce=True)
+        run = EpochRun()
         train_one_epoch(
             models,
             optimizers,
@@ -166,12 +167,12 @@ def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[
             0,
             schedulers,
             scaler=scalers,
-            train_step=task.train_step(cfg),
-            loss_counts=task.loss_counts(cfg),
+            losses=task.losses,
+            weight=task.weight,
             options=options,
-            logger=logger,
+            run=run,
         )
-        return mean_losses(logger)
+        return mean_losses(run.logger)
 
     return train
 

@@ -1,23 +1,7 @@
-"""One module per task: what the shared scripts do not know.
+"""The systems that are trained here: a folder each, with all that only it knows.
 
-A task module defines `Config` (its sections of the YAML, `DataConfig` among them), `METRICS`
-(name → "max" or "min", the first one decides the best checkpoint by default), `PREDICT_FLAGS`
-(which of predict.py's `cutout`, `overlay`, `threshold`, `trimap` it takes → whether it needs them),
-and the functions
-
-    build_datasets(cfg), build_val_dataset(cfg, all_pairs)   the data
-    prepare_data(cfg, train_set, val_set, workers)           checks; settings that the data decide
-    build_models(cfg)                                        networks by name
-    initialise(cfg, models)                                  where a new training starts from
-    build_optimizers(cfg, models, steps_per_epoch)           optimizers and schedules by network
-    check_batches(cfg, smallest)                             refuses batches that cannot train
-    loss_counts(cfg), train_step(cfg)                        what the loop calls in every step
-    predict(cfg), make_metrics(cfg)                          what evaluation calls
-    sheet_row(cfg, sample)                                   a row of pictures
-    network_input(cfg, image), render(cfg, …)                what predict.py feeds and writes
-
-and, where there is something to do, `curves(metrics)` for TensorBoard, `adopt_weights(state_dict)`
-for weights of other projects, and `make_toolbox_metrics()` for the field's common protocol.
+A folder's module defines `Config`, the typed sections of its YAML, and `Task`, a
+`train_utils.task.BaseTask`.
 """
 
 from collections.abc import Sequence
@@ -30,17 +14,18 @@ from torch import Tensor, nn
 
 from train_utils.checkpoint import load_weights, split_states
 from train_utils.config import build, load_yaml, merge, to_dict
+from train_utils.distributed_utils import broadcast_tensors, call_on_main
 from train_utils.errors import UserError
-
-_NOT_TASKS = {"__init__", "settings"}
+from train_utils.log import get_logger
+from train_utils.task import BaseTask
 
 
 def task_names() -> list[str]:
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _NOT_TASKS)
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/__init__.py"))
 
 
 def load_task(name: str, source: str = "config") -> ModuleType:
-    """Import tasks/<name>.py; UserError lists the tasks there are."""
+    """Import tasks/<name>; UserError lists the tasks there are."""
     if name not in task_names():
         raise UserError(f"{source}: task: {name!r} is not one of {', '.join(task_names())}.")
     return import_module(f"tasks.{name}")
@@ -51,22 +36,17 @@ def read_config(
     source: str,
     overrides: dict[str, Any],
     base: dict[str, Any] | None = None,
-) -> tuple[ModuleType, Any]:
-    """Task and typed config that `values` describe, under the command line's `overrides`.
+) -> BaseTask:
+    """The task, with its typed config, that `values` describe under the command line's `overrides`.
 
     `values` are checked on their own first, so that their faults are reported under the name of
     their `source`; then they are laid over those of a checkpoint, the `base`, if there is one.
     """
-    task = load_task(str(merge(values, overrides).get("task", "saliency")), source)
-    build(task.Config, values, source)
-    data = meant_data(overrides.get("data", {}), task.DataConfig.sources)
+    module = load_task(str(merge(values, overrides).get("task", "saliency")), source)
+    build(module.Config, values, source)
+    data = meant_data(overrides.get("data", {}), module.DataConfig.sources)
     overrides = {**overrides, "data": data}
-    return task, build(task.Config, merge(base or {}, values, overrides), "command line")
-
-
-def with_values(cfg: Any, values: dict[str, Any]) -> Any:
-    """A config with some of its values replaced, e.g. by what `prepare_data` found."""
-    return build(type(cfg), merge(to_dict(cfg), values), "data") if values else cfg
+    return module.Task(build(module.Config, merge(base or {}, values, overrides), "command line"))
 
 
 def complete(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -91,8 +71,8 @@ def meant_data(flags: Any, sources: Sequence[str]) -> Any:
 
 def load_models(
     weights: str | Path, overrides: dict[str, Any], recipe: str | None = None
-) -> tuple[ModuleType, Any, dict[str, nn.Module]]:
-    """Task, config and networks (in evaluation mode) of a weights file, from the file alone.
+) -> tuple[BaseTask, dict[str, nn.Module]]:
+    """Task, with its config, and networks (for evaluation) of a weights file, from the file alone.
 
     A checkpoint of ours brings its config; a bare state_dict needs the `recipe`, unless it is
     recognised by its keys and gets the task's defaults. `overrides` come on top, e.g. to state a
@@ -106,47 +86,56 @@ def load_models(
         )
     if recipe:
         values = load_yaml(recipe)
-        adopted = _adopted(load_task(str(values.get("task", "saliency"))), state_dict)
+        module = load_task(str(values.get("task", "saliency")))
+        adopted = module.Task.adopt_weights(state_dict)
         state_dict = adopted[1] if adopted else state_dict
     elif values is None:
-        task, found, state_dict = _recognise(state_dict, weights)
-        values = {"task": task.__name__.removeprefix("tasks."), **found}
-    task, cfg = read_config(values, str(weights), overrides)
-    models = task.build_models(cfg)
+        name, found, state_dict = _recognise(state_dict, weights)
+        values = {"task": name, **found}
+    task = read_config(values, str(weights), overrides)
+    models = task.build_models()
     split_states(models, state_dict, str(weights))
     for model in models.values():
         model.eval()
-    return task, cfg, models
+    return task, models
 
 
-def read_weights(task: ModuleType, weights: str) -> dict[str, Tensor]:
+def read_weights(task: BaseTask, weights: str) -> dict[str, Tensor]:
     """Weights to start a training from, in the task's own names.
 
     Raises UserError for a checkpoint of another task.
     """
     state_dict, values = load_weights(weights)
-    name = task.__name__.removeprefix("tasks.")
-    if values is not None and values.get("task", name) != name:
+    if values is not None and values.get("task", task.name) != task.name:
         raise UserError(
-            f"{weights}: holds weights of {values['task']}, and this recipe is for {name}. Choose "
-            "other weights, or a recipe of their task with --config."
+            f"{weights}: holds weights of {values['task']}, and this recipe is for {task.name}. "
+            "Choose other weights, or a recipe of their task with --config."
         )
-    adopted = _adopted(task, state_dict)
+    adopted = task.adopt_weights(state_dict)
     return adopted[1] if adopted else state_dict
 
 
-def _adopted(task: ModuleType, state_dict: dict[str, Tensor]) -> tuple[dict, dict] | None:
-    """(config values, weights in the task's names) of foreign weights that the task knows."""
-    return task.adopt_weights(state_dict) if hasattr(task, "adopt_weights") else None
-
-
-def _recognise(state_dict: dict, weights: str | Path) -> tuple[ModuleType, dict, dict]:
+def _recognise(state_dict: dict, weights: str | Path) -> tuple[str, dict, dict]:
     for name in task_names():
-        task = load_task(name)
-        if found := _adopted(task, state_dict):
-            return task, *found
+        if found := load_task(name).Task.adopt_weights(state_dict):
+            return name, *found
     raise UserError(
         f"{weights}: says nothing of its network and is none that is recognised; it has "
         f"{len(state_dict)} tensors, such as {', '.join(list(state_dict)[:3])}. Name the recipe "
         "that it was trained with by --config, or use another file."
     )
+
+
+def start_models(task: BaseTask, resume: Path | None) -> dict[str, nn.Module]:
+    """A task's networks: at the start of a training, with the weights that it is to begin with."""
+    networks, weights = task.build_models(), task.cfg.train.weights
+    if resume:
+        if weights:
+            get_logger().info(f"--weights {weights}: not used, the run continues from {resume}")
+    elif weights:
+        split_states(networks, read_weights(task, weights), weights)
+    else:
+        call_on_main(lambda: task.initialise(networks))  # one download for all processes
+        for network in networks.values():
+            broadcast_tensors(list(network.state_dict().values()))
+    return networks

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import train
-from tasks.settings import EvalConfig, TrainConfig
 from train_utils.device import describe_precision, tf32
 from train_utils.errors import UserError
+from train_utils.settings import EvalConfig, TrainConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train_utils.confusion_matrix import ConfusionMatrix, most_likely
-from train_utils.losses import IGNORE, dice_loss, pixel_cross_entropy
+from tasks.segmentation.confusion_matrix import ConfusionMatrix, most_likely
+from tasks.segmentation.losses import dice_loss, pixel_cross_entropy
+from transforms import IGNORE
 
 NAMES = ["ground", "cat", "dog"]
 

@@ -142,15 +142,16 @@ def assert_predictions_are_what_validation_scored(folder, name, checkpoint, mode
     overrides["data"] |= {"trimaps": "trimaps"} if name == "matting" else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        task, cfg, models = tasks.load_models(checkpoint, overrides, None)
-        dataset = task.build_val_dataset(cfg, all_pairs=True)
+        task, models = tasks.load_models(checkpoint, overrides, None)
+        cfg = task.cfg
+        dataset = task.build_val_dataset(all_pairs=True)
         loader, samples = eval_loader(dataset, 8, 0, torch.device("cpu")), []
         metrics = evaluate(
             models,
             loader,
             "cpu",
-            metrics=task.make_metrics(cfg),
-            predict=task.predict(cfg),
+            metrics=task.make_metrics(),
+            predict=task.predict,
             keep=len(SIZES),
             samples=samples,
             amp_dtype=choose_amp_dtype(cfg.eval.amp, torch.device("cpu")),
@@ -160,7 +161,7 @@ def assert_predictions_are_what_validation_scored(folder, name, checkpoint, mode
             image = pixels_of(Image.open(folder / "photos" / f"{stem}.png"))
             given = {"trimap": sample.target[1:]} if name == "matting" else {}
             kinds = {"kinds": ["map"], "threshold": None}
-            expected = task.render(cfg, image, prediction=sample.prediction, **kinds, **given)
+            expected = task.render(image, prediction=sample.prediction, **kinds, **given)
             assert written[stem].tobytes() == expected["map"].tobytes(), stem
 
     # The files themselves have those scores, saliency's within the rounding to 8 bits.
@@ -176,7 +177,7 @@ def assert_predictions_are_what_validation_scored(folder, name, checkpoint, mode
     elif mode == "P":
         assert_scores(scores_of_labels(pairs), scores)
     else:
-        (metric,) = task.make_metrics(cfg)
+        (metric,) = task.make_metrics()
         for codes, target in pairs:
             metric.update([codes / 255 if name == "matting" else codes / 127.5 - 1], [target])
         assert_scores(metric.scores(), scores)

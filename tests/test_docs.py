@@ -115,7 +115,7 @@ def assert_keys_exist(settings, config):
         for key in values:
             assert any(
                 hasattr(
-                    getattr(tasks.read_config(load_yaml(recipe), "recipe", {})[1], section), key
+                    getattr(tasks.read_config(load_yaml(recipe), "recipe", {}).cfg, section), key
                 )
                 for recipe in recipes
             ), f"{section}.{key}"

@@ -241,17 +241,18 @@ def test_every_evaluation_takes_the_present_weights():
 def test_the_scripts_evaluate_in_the_precision_asked_for(tmp_path, capsys):
     values = {"task": "segmentation", "model": {"name": "unet", "channels": 4}}
     values["data"] = {"image_size": 40, "val_size": 2}
-    task, cfg = tasks.read_config(values, "test", {})
+    task = tasks.read_config(values, "test", {})
+    cfg = task.cfg
     torch.manual_seed(0)
-    models = task.build_models(cfg)
+    models = task.build_models()
     weights = str(tmp_path / "ours.pth")
     state = models["model"].state_dict()
     torch.save({"model": state, "args": to_dict(cfg), "next_epoch": 1}, weights)
     dump_yaml(to_dict(cfg), tmp_path / "recipe.yaml")
-    loader, predict = eval_loader(task.build_val_dataset(cfg), 2, 0, CPU), task.predict(cfg)
+    loader, predict = eval_loader(task.build_val_dataset(), 2, 0, CPU), task.predict
     scores = []
     for mode, dtype in (("bf16", BF16), ("off", None)):
-        metrics = task.make_metrics(cfg)
+        metrics = task.make_metrics()
         evaluate(models, loader, CPU, metrics=metrics, predict=predict, amp_dtype=dtype)
         expected = all_scores(metrics)
         options = ["--weights", weights, "--device", "cpu", "-j0", "--set", f"eval.amp={mode}"]
@@ -287,7 +288,8 @@ def test_the_scripts_evaluate_in_tf32_where_asked_for(monkeypatch):
     for mode, allowed in (("bf16", True), ("off", False)):
         data = {"val_size": 1, "image_size": 40}
         config = {"task": "saliency", "eval": {"amp": mode, "tf32": allowed}, "data": data}
-        task, cfg = tasks.read_config(config, "test", {})
+        task = tasks.read_config(config, "test", {})
+        cfg = task.cfg
         monkeypatch.setattr(tasks, "load_models", lambda *a, loaded=(task, cfg, model): loaded)
         args = validation.parse_args(["--weights", "any.pth", "-j0", "--device", "cpu"])
         args.rank, args.world_size, args.local_world_size = 0, 1, 1
@@ -301,7 +303,7 @@ def test_the_scripts_evaluate_in_tf32_where_asked_for(monkeypatch):
 def test_pictures_show_what_was_scored():
     torch.manual_seed(0)
     model = {"model": with_random_statistics(narrow_u2net())}
-    task, _ = tasks.read_config({"task": "saliency"}, "test", {})
+    task = tasks.read_config({"task": "saliency"}, "test", {})
     predict = task.predict(task.Config())
     dataset = ShapesDataset(48, 0, 2, transforms=SaliencyEval(40))
     for amp_dtype in (None, BF16):

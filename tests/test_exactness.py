@@ -46,7 +46,8 @@ def read_task(name, size, count=1):
     data = {"image_size": size, "val_size": count, "seed": size}
     task = name.partition(",")[0]
     data |= {"crop_sizes": [size], "eval_radius": 3} if task == "matting" else {}
-    return tasks.read_config({"task": task, "data": data, **TASKS[name]}, name, {})
+    task = tasks.read_config({"task": task, "data": data, **TASKS[name]}, name, {})
+    return task, task.cfg
 
 
 @cache  # drawing the scenes takes longer than scoring them
@@ -55,7 +56,7 @@ def samples(name):
     parts = []
     for size, count in SIZES.items():
         task, cfg = read_task(name, size, count)
-        parts.append(task.build_val_dataset(cfg))
+        parts.append(task.build_val_dataset())
         parts[-1].transforms = parts[0].transforms
     dataset = ConcatDataset(parts)
     return Ignoring(dataset, all_of=4) if cfg.task == "segmentation" else dataset
@@ -64,10 +65,10 @@ def samples(name):
 @cache
 def networks(name):
     """A task's networks; on each process with other statistics of batch norm."""
-    task, cfg = read_task(name, min(SIZES))
+    task, _ = read_task(name, min(SIZES))
     torch.manual_seed(0)
-    models = {"model": narrow_u2net()} if name == "saliency" else task.build_models(cfg)
-    task.initialise(cfg, models)
+    models = {"model": narrow_u2net()} if name == "saliency" else task.build_models()
+    task.initialise(models)
     with torch.no_grad():
         for network in models.values():
             for weight in network.parameters():
@@ -80,7 +81,7 @@ def networks(name):
 
 def make_metrics(task, cfg):
     """All that a task has: also of stretched maps, and by the toolbox's protocol."""
-    metrics = [*task.make_metrics(cfg)]
+    metrics = [*task.make_metrics()]
     if task is saliency:
         stretched = replace(cfg, eval=replace(cfg.eval, post_norm=True))
         metrics += [*task.make_metrics(stretched), *task.make_toolbox_metrics()]
@@ -92,7 +93,7 @@ def score(name, dataset, batch_size):
     task, cfg = read_task(name, min(SIZES))
     metrics = make_metrics(task, cfg)
     loader = eval_loader(dataset, batch_size, 0, CPU, get_rank(), get_world_size())
-    evaluate(networks(name), loader, CPU, metrics=metrics, predict=task.predict(cfg))
+    evaluate(networks(name), loader, CPU, metrics=metrics, predict=task.predict)
     return [metric.state.tolist() for metric in metrics], [metric.scores() for metric in metrics]
 
 

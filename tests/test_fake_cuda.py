@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from steps import Noting
 from test_parity import narrow_u2net
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
@@ -25,7 +26,6 @@ from train_utils.config import to_dict
 from train_utils.data import GlobalBatchSampler
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.inference import prepare
-from train_utils.metric_logger import MetricLogger
 from train_utils.setup import place_models, seed_everything
 from train_utils.threads import in_threads
 from train_utils.train_and_eval import StepOptions, train_one_epoch
@@ -58,7 +58,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {"channels": 4, "d_channels": 4, "levels": 4, "norm": "batch"},
     },
 }
-COUNTED = ("bce", "iou", "pixels", "images", "unknown")  # by the losses of all systems
 CHANNELS = {"saliency": (3, 1), "segmentation": (3, 1), "matting": (4, 2), "translation": (3, 3)}
 # Every system in every precision; two of them, as recent GPUs run them, are the quick ones.
 EVERYTHING = [
@@ -117,11 +116,10 @@ class System:
             self.schedules,
             1000,  # lines after the first and the last step
             self.scalers,
-            train_step=self.task.train_step(self.cfg),
-            loss_counts=lambda batch: dict.fromkeys(COUNTED, 5.0),
+            losses=self.task.losses,
+            weight=lambda batch: 5.0,
             options=options,
-            logger=MetricLogger(reduce=True),
-            **hooks,
+            run=Noting(**hooks),
         )
 
 
@@ -129,11 +127,12 @@ def system(name, device=CUDA, amp="bf16", sync_bn=False, model=None, **train) ->
     values = {**RECIPES[name], "train": {"amp": amp, **train}}
     if model:
         values["model"] = {**values.get("model", {}), **model}
-    task, cfg = tasks.read_config(values, "test", {})
+    task = tasks.read_config(values, "test", {})
+    cfg = task.cfg
     narrow = name == "u2net" and not model
-    networks = {"model": narrow_u2net()} if narrow else task.build_models(cfg)
+    networks = {"model": narrow_u2net()} if narrow else task.build_models()
     networks = place_models(networks, device, sync_bn)
-    optimizers, schedules = task.build_optimizers(cfg, networks, 10)
+    optimizers, schedules = task.build_optimizers(networks, 10)
     amp_dtype, decay = choose_amp_dtype(amp, device), cfg.train.ema
     scalers = {key: make_scaler(amp_dtype, device) for key in optimizers}
     ema = {key: ExponentialMovingAverage(m, decay) for key, m in networks.items() if decay}
@@ -163,7 +162,7 @@ def steps(name, images=2, number=2, **options) -> list[Step]:
             CUDA,
             images,
             number,
-            after_step=lambda progress: marks.append((len(spy.waits), len(spy.ops))),
+            note=lambda progress: marks.append((len(spy.waits), len(spy.ops))),
         )
     return [
         Step(spy.waits[old[0] : new[0]], spy.ops[old[1] : new[1]]) for old, new in pairwise(marks)
@@ -320,7 +319,7 @@ def test_so_are_those_of_an_evaluation():
     try:
         with fake_gpu(answer=lambda place: 0.0) as spy:  # nobody asks to stop
             scored = system("unet")
-            metrics = scored.task.make_metrics(scored.cfg)
+            metrics = scored.task.make_metrics()
             spy.waits.clear()
             evaluate(scored.networks, [], CUDA, metrics=metrics)
     finally:
@@ -393,14 +392,14 @@ def test_evaluation_reads_nothing_but_the_scores(name):
         images, targets = (
             [torch.empty(count, *size, dtype=torch.uint8) for size in sizes] for count in maps
         )
-        metrics = scored.task.make_metrics(scored.cfg)
+        metrics = scored.task.make_metrics()
         spy.waits.clear()
         evaluate(
             scored.networks,
             [(images, targets)],
             CUDA,
             metrics=metrics,
-            predict=scored.task.predict(scored.cfg),
+            predict=scored.task.predict,
             keep=1,
             samples=[],
             amp_dtype=scored.amp_dtype,
@@ -451,7 +450,7 @@ def predicted(folder, name, options, kinds, sizes=PHOTOGRAPHS, before=None):
     ):
         trained = system(name)
         networks = prepare(trained.networks, CUDA, trained.amp_dtype)
-        predictor = Predictor(trained.task, trained.cfg, networks, CUDA, **options)
+        predictor = Predictor(trained.task, networks, CUDA, **options)
         return list(predictor.run(jobs)), spy
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from train_utils.foreground import estimate_foreground
+from tasks.matting.foreground import estimate_foreground
 
 
 def composite(foreground, background, alpha):

@@ -21,6 +21,7 @@ from torchvision import tv_tensors
 
 import tasks
 from my_dataset import readable
+from tasks.segmentation.label_maps import LabelReader
 from train_utils import image_io
 from train_utils.config import build, load_yaml, to_dict
 from train_utils.data import collate
@@ -33,7 +34,6 @@ from train_utils.image_io import (
     read_mask,
     read_trimap,
 )
-from train_utils.label_maps import LabelReader
 
 REPO = Path(__file__).resolve().parents[1]
 FIXTURES_STAY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -354,10 +354,11 @@ def test_folders_of_random_pairs_are_refused_or_give_batches(tmp_path, name, see
     with warnings.catch_warnings(), within(30), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        task, cfg = tasks.read_config({"task": name, "data": data}, "test", {})
+        task = tasks.read_config({"task": name, "data": data}, "test", {})
+        cfg = task.cfg
         try:
-            datasets = readable(cfg.data, *task.build_datasets(cfg))
-            task.prepare_data(cfg, *datasets, 0)
+            datasets = readable(cfg.data, *task.build_datasets())
+            task.prepare_data(*datasets, 0)
         except UserError as error:
             assert str(folder) in str(error)
             return
@@ -453,7 +454,7 @@ def test_mutated_recipes_are_refused_or_valid(tmp_path, number, seed):
     path.write_bytes(mutated(RECIPES[number], rng).encode(encoding, "replace"))
     with within(20):
         try:
-            _, cfg = tasks.read_config(load_yaml(path), str(path), {})
+            cfg = tasks.read_config(load_yaml(path), str(path), {}).cfg
         except UserError as error:
             assert str(error).startswith(f"{path}: ") and len(str(error)) < 2000
             return

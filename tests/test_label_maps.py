@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from tasks.segmentation.label_maps import LabelReader, MaskScan, scan_masks
 from train_utils.errors import UserError
 from train_utils.image_io import read_label_file
-from train_utils.label_maps import LabelReader, MaskScan, scan_masks
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from steps import Noting
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -11,8 +12,7 @@ from train_utils import criterion, train_one_epoch
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
-from train_utils.metric_logger import MetricLogger
-from train_utils.train_and_eval import StepOptions, mean_losses
+from train_utils.train_and_eval import EpochRun, StepOptions, mean_losses
 
 CPU = torch.device("cpu")
 SAMPLES, BATCH = 10, 4  # three steps, the last one of two images
@@ -40,17 +40,16 @@ def pairs():
     return images, torch.rand(shape, generator=generator)
 
 
-def train(net, epoch=0, start_step=0, micro_batch=None, schedule=None, data=None, **others):
+def train(net, epoch=0, micro_batch=None, schedule=None, data=None, run=None, **others):
     """(mean loss, last rate) of an epoch in the order of the samples, by SGD."""
     sampler = GlobalBatchSampler(SAMPLES, BATCH, micro_batch, shuffle=False)
-    sampler.set_position(epoch, start_step)
+    run = run or EpochRun()
+    sampler.set_position(epoch, run.start_step)
     loader = train_loader(TensorDataset(*(data or pairs())), sampler, 0, CPU)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     scheduler = schedule and torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     others["options"] = StepOptions(accumulate=sampler.parts_per_step, **others.get("options", {}))
-    return train_one_epoch(
-        net, optimizer, loader, CPU, epoch, scheduler, 99, start_step=start_step, **others
-    )
+    return train_one_epoch(net, optimizer, loader, CPU, epoch, scheduler, 99, run=run, **others)
 
 
 def plainly(net, rates=(LR, LR, LR), clip=lambda parameters: None):
@@ -143,13 +142,13 @@ def test_parts_of_a_step_are_one_step(micro_batch, capsys):
 
 
 def test_progress_counts_steps_and_images_and_a_stop_ends_the_epoch():
-    seen, logger = [], MetricLogger(reduce=True)
+    seen = []
 
     def note(progress):
         seen.append((progress.epoch, progress.step, progress.logger.images, progress.stop))
 
     net, other = make_net(), make_net()
-    train(net, epoch=5, after_step=note, logger=logger, stop_requested=lambda: len(seen) == 1)
+    train(net, epoch=5, run=Noting(note, stops=lambda: len(seen) == 1))
     assert seen == [(5, 1, 4, False), (5, 2, 8, True)]
     for images, target in [*zip(*(each.split(BATCH) for each in pairs()), strict=True)][:2]:
         other.train()
@@ -160,28 +159,80 @@ def test_progress_counts_steps_and_images_and_a_stop_ends_the_epoch():
     assert_same(net, other)
 
 
-def test_a_step_in_which_nothing_counts_changes_nothing():
-    def step(models, batch, counts, backward):
-        loss = (models["model"](batch[0]) * 0).sum() / counts["pixels"]
-        backward("model", loss)
-        return {"loss": loss.detach()}
+@pytest.mark.parametrize("mean", [torch.mean, lambda x: x.sum() / 0], ids=["of some", "0/0"])
+def test_a_step_in_which_nothing_counts_changes_nothing(mean):
+    def losses(models, batch):
+        return {"loss": mean(models["model"](batch[0][:0]))}
 
     net = Linear()
     before = copy.deepcopy(net)
-    loss, _ = train(net, train_step=step, loss_counts=lambda batch: {"pixels": 0.0})
+    loss, _ = train(net, losses=losses, weight=lambda batch: 0.0)
     assert loss == 0
     assert_same(net, before, tolerance=0)
 
 
+def squares(models, batch):
+    """Means over images, and one over valid pixels: those whose target is above a half."""
+    outputs, target = models["model"](batch[0]), batch[1]
+    valid = target > 0.5
+    errors = (outputs - target).square()
+    return {
+        "all": errors.mean(),
+        "valid": (errors * valid).sum() / valid.sum(),
+        "shown": outputs.mean().detach(),
+    }
+
+
+def valid_pixels(batch):
+    return {"valid": float((batch[1] > 0.5).sum())}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_means_over_parts_are_weighed_by_what_they_are_over(micro_batch):
+    """Losses and values that are only logged, in parts of unlike size of which one has nothing."""
+    images, target = pairs()
+    target[1] = 0.25
+    runs = []
+    for micro in (None, micro_batch):
+        net, run = Linear(), EpochRun()
+        loss, _ = train(
+            net,
+            micro_batch=micro,
+            data=(images, target),
+            losses=squares,
+            weight=valid_pixels,
+            run=run,
+        )
+        runs.append((net, mean_losses(run.logger)))
+        assert loss == mean_losses(run.logger)["loss"]
+    (net, logged), (parted, logged_of_parts) = runs
+    assert_same(net, parted)
+    assert list(logged) == ["loss", "all", "valid", "shown"]
+    assert logged == pytest.approx(logged_of_parts, rel=1e-5)
+    assert logged["loss"] == pytest.approx(logged["all"] + logged["valid"], rel=1e-5)
+
+
+def test_a_single_loss_is_logged_as_loss_whatever_its_name():
+    run = EpochRun()
+    train(Linear(), losses=lambda models, batch: {"mse": models["model"](batch[0]).mean()}, run=run)
+    assert list(mean_losses(run.logger)) == ["loss"]
+
+
+def test_losses_without_a_gradient_are_refused():
+    def losses(models, batch):
+        return {"mse": models["model"](batch[0]).mean().detach()}
+
+    with pytest.raises(UserError, match=r"model: no loss has a gradient \(mse\)"):
+        train(Linear(), losses=losses)
+
+
 def test_a_loss_that_is_infinite_by_itself_stops_though_its_gradients_are_not():
-    def step(models, batch, counts, backward):
-        loss = models["model"](batch[0]).mean() + float("inf")
-        backward("model", loss)
-        return {"loss": loss.detach()}
+    def losses(models, batch):
+        return {"loss": models["model"](batch[0]).mean() + float("inf")}
 
     net = Linear()
     with pytest.raises(UserError, match=r"step 1 of 3: loss on rank 0"):
-        train(net, train_step=step)
+        train(net, losses=losses)
     assert_same(net, Linear(), tolerance=0)
 
 
@@ -200,12 +251,11 @@ def test_the_average_passes_over_steps_that_are_skipped():
 
 
 def test_losses_of_several_networks_and_their_rates():
-    def step(models, batch, counts, backward):
-        named = {}
+    def losses(models, batch):
         for name, factor in (("first", 1), ("second", 3)):
-            named[name] = factor * models[name](batch[0]).square().mean()
-            backward(name, named[name])
-        return {name: loss.detach() for name, loss in named.items()}
+            assert all(p.grad is None for p in models["second"].parameters())
+            yield name, {name: factor * models[name](batch[0]).square().mean()}
+            assert all(p.grad is not None for p in models[name].parameters())
 
     nets = {"first": Linear(), "second": Linear()}
     optimizers = {
@@ -214,13 +264,11 @@ def test_losses_of_several_networks_and_their_rates():
     }
     loader = train_loader(TensorDataset(*pairs()), GlobalBatchSampler(SAMPLES, SAMPLES), 0, CPU)
     expected = Linear()(pairs()[0]).square().mean().item()
-    logger = MetricLogger(reduce=True)
-    loss, rate = train_one_epoch(
-        nets, optimizers, loader, CPU, 0, None, train_step=step, logger=logger
-    )
+    run = EpochRun()
+    loss, rate = train_one_epoch(nets, optimizers, loader, CPU, 0, None, losses=losses, run=run)
     assert (loss, rate) == (pytest.approx(expected), 0.1)
-    assert mean_losses(logger) == pytest.approx({"first": expected, "second": 3 * expected})
-    assert logger.read["lr_second"].value == 0.01
+    assert mean_losses(run.logger) == pytest.approx({"loss": expected, "second": 3 * expected})
+    assert run.logger.read["lr_second"].value == 0.01
 
 
 class Drawing(Linear):
@@ -234,7 +282,7 @@ class Drawing(Linear):
 def draws(seed, epoch, start_step=0):
     net = Drawing()
     net.drawn = []
-    train(net, epoch=epoch, start_step=start_step, options={"seed": seed})
+    train(net, epoch=epoch, run=EpochRun(start_step=start_step), options={"seed": seed})
     return net.drawn
 
 

@@ -10,14 +10,14 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import shapes
-from matting_data import (
+from my_dataset import fingerprint
+from tasks.matting.data import (
     CompositionDataset,
     MattingShapesDataset,
     check_matting_files,
     composition_pairs,
     matting_pairs,
 )
-from my_dataset import fingerprint
 from train_utils.errors import UserError
 from train_utils.image_io import read_image, read_mask, read_trimap
 from transforms import MattingEval, MattingTrain, composite, cover, make_trimap, matting_input

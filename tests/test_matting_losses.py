@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from train_utils.losses import alpha_prediction_loss, compositional_loss
+from tasks.matting.losses import alpha_prediction_loss, compositional_loss
 
 
 def maps(*rows: list[float]) -> torch.Tensor:
@@ -45,14 +45,6 @@ def test_the_truth_costs_epsilon():
     assert loss.item() == pytest.approx(1e-6, rel=1e-3)
 
 
-def test_a_count_of_the_global_batch_divides():
-    # 3 of 12 unknown pixels on this process: a quarter of the mean of all.
-    loss = alpha_prediction_loss(PREDICTED, ALPHA, UNKNOWN, 12.0)
-    assert loss.item() == pytest.approx(ALPHA_LOSS / 4, abs=1e-6)
-    loss = compositional_loss(PREDICTED, FOREGROUND, BACKGROUND, IMAGE, UNKNOWN, 12.0)
-    assert loss.item() == pytest.approx(COMPOSITIONAL_LOSS / 4, abs=1e-6)
-
-
 def test_codes_mean_shares_of_255():
     predicted = torch.full((1, 1, 1, 1), 0.5)
     code = torch.full((1, 1, 1, 1), 51, dtype=torch.uint8)
@@ -71,20 +63,19 @@ def test_gradients_reach_unknown_pixels_only():
     assert predicted.grad.flatten().tolist() == pytest.approx([-1 / 3, 1 / 3, 0, 0], abs=1e-6)
 
 
-def both(predicted, alpha, colours, unknown, count=None):
+def both(predicted, alpha, colours, unknown):
     return [
-        alpha_prediction_loss(predicted, alpha, unknown, count),
-        compositional_loss(predicted, colours, colours, colours, unknown, count),
+        alpha_prediction_loss(predicted, alpha, unknown),
+        compositional_loss(predicted, colours, colours, colours, unknown),
     ]
 
 
-@pytest.mark.parametrize("count", [None, 1.0])
 @pytest.mark.parametrize("size", [0, 2], ids=["empty batch", "nothing unknown"])
-def test_nothing_to_learn_costs_nothing(size, count):
+def test_nothing_to_learn_costs_nothing(size):
     predicted = torch.rand(size, 1, 4, 4, requires_grad=True)
     colours = torch.rand(size, 3, 4, 4)
     unknown = torch.zeros(size, 1, 4, 4, dtype=torch.bool)
-    for loss in both(predicted, predicted.detach(), colours, unknown, count):
+    for loss in both(predicted, predicted.detach(), colours, unknown):
         assert loss.item() == 0
         predicted.grad = None
         loss.backward()

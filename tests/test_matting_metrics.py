@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from train_utils import matting_metrics
-from train_utils.image_io import read_mask, read_trimap
-from train_utils.matting_metrics import (
+from tasks.matting.metrics import (
     MattingMetrics,
     connectivity_errors,
     finish_alpha,
     gradient_errors,
     largest_component,
 )
+from tasks.matting import metrics as matting_metrics
+from train_utils.image_io import read_mask, read_trimap
 from train_utils.metrics import MAX_IMAGES, MAX_PIXELS
 
 NAMES = ["loss", "SAD", "MSE", "Grad", "Conn"]

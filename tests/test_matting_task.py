@@ -4,20 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import steps
 import torch
 from PIL import Image
 from torch import nn
 
 import shapes
 import tasks
-from matting_data import CompositionDataset, MattingShapesDataset
 from my_dataset import PairFolderDataset
 from tasks import matting
-from tasks.settings import FIRST_VAL_SCENE, deciding_metric
+from tasks.matting.data import CompositionDataset, MattingShapesDataset
+from tasks.matting.metrics import MattingMetrics, finish_alpha
 from train_utils.config import load_yaml
 from train_utils.data import collate, eval_loader
 from train_utils.errors import UserError
-from train_utils.matting_metrics import MattingMetrics, finish_alpha
+from train_utils.settings import FIRST_VAL_SCENE, deciding_metric
 from train_utils.train_and_eval import Sample, evaluate
 from transforms import composite
 
@@ -27,12 +28,12 @@ TINY = {"train_size": 4, "val_size": 2, "image_size": 40, "crop_sizes": [32, 40]
 
 def config(model: dict | None = None, **data) -> matting.Config:
     values = {"task": "matting", "data": data, "model": {"channels": 4, **(model or {})}}
-    return tasks.read_config(values, "", {})[1]
+    return tasks.read_config(values, "", {}).cfg
 
 
 def recipe(name: str, overrides: dict | None = None) -> matting.Config:
     path = CONFIGS / f"{name}.yaml"
-    return tasks.read_config(load_yaml(path), str(path), overrides or {})[1]
+    return tasks.read_config(load_yaml(path), str(path), overrides or {}).cfg
 
 
 def folders_of(root: Path, **colours: int) -> None:
@@ -64,7 +65,7 @@ def test_the_embedded_recipe():
     assert cfg.data.name == "shapes"
     assert (cfg.train.plateau_factor, cfg.train.plateau_patience) == (0.6, 2)
     assert (cfg.train.early_stop, cfg.train.clip_value) == (10, 5.0)
-    assert matting.trimap_policy(cfg) == f"made from alpha, radius {cfg.data.eval_radius}"
+    assert matting.Task(cfg).trimap_policy() == f"made from alpha, radius {cfg.data.eval_radius}"
 
 
 @pytest.mark.parametrize(
@@ -110,28 +111,28 @@ def test_settings_that_do_not_fit_are_refused(data, problem):
 
 
 def test_embedded_scenes_are_as_large_as_the_largest_crop():
-    train, val = matting.build_datasets(config(**TINY, eval_radius=2))
+    train, val = matting.Task(config(**TINY, eval_radius=2)).build_datasets()
     assert isinstance(train, MattingShapesDataset)
     assert (len(train), len(val)) == (4, 2)
     assert [x.shape for x in train[0]] == [(4, 40, 40), (2, 40, 40), (3, 40, 40), (3, 40, 40)]
     assert [x.shape for x in val[0]] == [(4, 40, 40), (2, 40, 40)]
     assert not set(train.scenes) & set(val.scenes)
-    assert matting.prepare_data(config(**TINY), train, val, workers=0) == {}
+    assert matting.Task(config(**TINY)).prepare_data(train, val, workers=0) == {}
 
 
 def test_composites_of_given_folders(tmp_path):
     folders_of(tmp_path, fg=200, alpha=51, bg=100)
     cfg = config(root=str(tmp_path), per_foreground=3, val_per_foreground=2)
-    train, val = matting.build_datasets(cfg)
+    train, val = matting.Task(cfg).build_datasets()
     assert isinstance(train.dataset, CompositionDataset)
     assert (len(train), len(val)) == (9, 2)
     inputs, target = val[0]
     assert (inputs[:3] == 120).all()  # 200/5 + 100·4/5
     assert (target[0] == 51).all()
-    assert matting.prepare_data(cfg, train, val, workers=0) == {}
+    assert matting.Task(cfg).prepare_data(train, val, workers=0) == {}
     folders = {"foregrounds": "fg", "alphas": "alpha", "backgrounds": "bg"}
     cfg = config(**{name: str(tmp_path / folder) for name, folder in folders.items()})
-    assert len(matting.build_val_dataset(cfg, all_pairs=True)) == 4 * 5
+    assert len(matting.Task(cfg).build_val_dataset(all_pairs=True)) == 4 * 5
 
 
 def test_a_recipe_of_composites_asks_for_folders():
@@ -142,13 +143,15 @@ def test_a_recipe_of_composites_asks_for_folders():
 def test_ready_images_have_no_compositional_loss(tmp_path):
     folders_of(tmp_path, fg=200, alpha=51)
     cfg = config(images=str(tmp_path / "fg"), masks=str(tmp_path / "alpha"))
-    train, val = matting.build_datasets(cfg)
+    train, val = matting.Task(cfg).build_datasets()
     assert isinstance(train.dataset, PairFolderDataset)
     assert len(train[0]) == len(val[0]) == 2
     cfg.loss.alpha_weight = 0.5
     with pytest.raises(UserError, match=r"loss\.alpha_weight 0\.5: .* Set it to null"):
-        matting.build_datasets(cfg)
-    assert len(matting.build_val_dataset(cfg)) == 1  # to be scored they may come all the same
+        matting.Task(cfg).build_datasets()
+    assert (
+        len(matting.Task(cfg).build_val_dataset()) == 1
+    )  # to be scored they may come all the same
 
 
 def test_damaged_files_are_found_before_the_first_step(tmp_path):
@@ -156,7 +159,7 @@ def test_damaged_files_are_found_before_the_first_step(tmp_path):
     cfg = config(root=str(tmp_path))
     (tmp_path / "bg" / "c.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"c\.png: the file is empty"):
-        matting.prepare_data(cfg, None, matting.build_val_dataset(cfg), workers=0)
+        matting.Task(cfg).prepare_data(None, matting.Task(cfg).build_val_dataset(), workers=0)
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -166,20 +169,20 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "file.pth")
     cfg = config(model={"weights": str(tmp_path / "file.pth")})
     with pytest.raises(UserError, match=r"model\.weights .*file\.pth: .*do not fit.*or null"):
-        matting.initialise(cfg, matting.build_models(cfg))
+        matting.Task(cfg).initialise(matting.Task(cfg).build_models())
     cfg = config()
-    before = matting.build_models(cfg)
+    before = matting.Task(cfg).build_models()
     copies = {name: value.clone() for name, value in before["model"].state_dict().items()}
-    matting.initialise(cfg, before)
+    matting.Task(cfg).initialise(before)
     after = before["model"].state_dict()
     assert all(torch.equal(after[name], value) for name, value in copies.items())
 
 
 def test_single_small_images_are_refused():
-    matting.check_batches(config(image_size=32), 2)
-    matting.check_batches(config(image_size=33), 1)
+    matting.Task(config(image_size=32)).check_batches(2)
+    matting.Task(config(image_size=33)).check_batches(1)
     with pytest.raises(UserError, match=r"data\.image_size: .* Use 33 pixels or more"):
-        matting.check_batches(config(image_size=32), 1)
+        matting.Task(config(image_size=32)).check_batches(1)
 
 
 # --- the step ------------------------------------------------------------------------------------
@@ -208,17 +211,11 @@ COMPOSITE = (codes(92, 92, 92, 128), codes(51, 128), codes(255, 255, 255), codes
 ALPHA, COMPOSITIONAL = 0.3, 0.6 - 92 / 255
 
 
-def take_step(batch, weight=None, counts=None, model=None):
+def take_step(batch, weight=None, model=None):
+    """Losses, and gradients by parameter."""
     cfg = config()
     cfg.loss.alpha_weight = weight
-    model = model or Constant()
-    counts = counts or matting.loss_counts(cfg)(batch)
-
-    def backward(name, loss):
-        assert name == "model"
-        loss.backward()
-
-    return matting.train_step(cfg)({"model": model}, batch, counts, backward), model
+    return steps.take_step(matting.Task(cfg), {"model": model or Constant()}, batch)
 
 
 @pytest.mark.parametrize(
@@ -226,64 +223,51 @@ def take_step(batch, weight=None, counts=None, model=None):
     [(None, (ALPHA + COMPOSITIONAL) / 2), (1.0, ALPHA), (0.0, COMPOSITIONAL), (0.25, None)],
 )
 def test_losses_by_hand(weight, expected):
-    losses, model = take_step(COMPOSITE, weight)
+    losses, gradients = take_step(COMPOSITE, weight)
     assert list(losses) == ["loss", "alpha", "compositional"]
-    assert losses["alpha"].item() == pytest.approx(ALPHA, abs=1e-5)
-    assert losses["compositional"].item() == pytest.approx(COMPOSITIONAL, abs=1e-5)
+    assert losses["alpha"] == pytest.approx(ALPHA, abs=1e-5)
+    assert losses["compositional"] == pytest.approx(COMPOSITIONAL, abs=1e-5)
     if expected is None:
         expected = 0.25 * ALPHA + 0.75 * COMPOSITIONAL
-    assert losses["loss"].item() == pytest.approx(expected, abs=1e-5)
-    assert not any(loss.requires_grad for loss in losses.values())
-    assert model.logit.grad != 0
+    assert losses["loss"] == pytest.approx(expected, abs=1e-5)
+    assert gradients["model.logit"] != 0
 
 
 def test_without_parts_alpha_alone_counts():
     losses, _ = take_step(COMPOSITE[:2])
     assert list(losses) == ["loss", "alpha"]
-    assert losses["loss"].item() == pytest.approx(ALPHA, abs=1e-5)
+    assert losses["loss"] == pytest.approx(ALPHA, abs=1e-5)
 
 
 def test_known_pixels_do_not_count():
     known = (codes(92, 92, 92, 255), codes(51, 255), *COMPOSITE[2:])
-    assert matting.loss_counts(config())(known) == {"unknown": 0.0}
-    losses, model = take_step(known, counts={"unknown": 1.0})  # the loop turns 0 into 1
-    assert [loss.item() for loss in losses.values()] == [0, 0, 0]
-    assert model.logit.grad == 0
+    weight = matting.Task(config()).weight
+    assert weight(known) == 0
+    losses, gradients = take_step(known)
+    assert list(losses.values()) == [0, 0, 0]
+    assert gradients["model.logit"] == 0
     both = tuple(torch.cat(parts) for parts in zip(COMPOSITE, known, strict=True))
-    assert matting.loss_counts(config())(both) == {"unknown": 1.0}
-    assert take_step(both)[0]["alpha"].item() == pytest.approx(ALPHA, abs=1e-5)
-
-
-def test_shares_of_a_batch_add_up():
-    cfg = config(**TINY)
-    train = matting.build_datasets(cfg)[0]
-    torch.manual_seed(0)
-    items = [train[index] for index in range(3)]
-    whole, model = take_step(collate(items))
-    counts = matting.loss_counts(cfg)(collate(items))
-    shares = [take_step(collate(part), counts=counts) for part in (items[:1], items[1:])]
-    for name, loss in whole.items():
-        total = sum(losses[name].item() for losses, _ in shares)
-        assert total == pytest.approx(loss.item(), rel=1e-5)
-    gradient = sum(each.logit.grad.item() for _, each in shares)
-    assert gradient == pytest.approx(model.logit.grad.item(), rel=1e-4)
+    assert weight(both) == 1
+    assert take_step(both)[0]["alpha"] == pytest.approx(ALPHA, abs=1e-5)
 
 
 def test_an_empty_batch_costs_nothing():
     cfg = config(**TINY)
-    batch = tuple(part[:0] for part in collate([matting.build_datasets(cfg)[0][0]]))
+    batch = tuple(part[:0] for part in collate([matting.Task(cfg).build_datasets()[0][0]]))
     assert batch[0].shape == (0, 4, 40, 40)
-    model = matting.build_models(cfg)["model"].train()
-    losses, _ = take_step(batch, counts={"unknown": 7.0}, model=model)
-    assert [loss.item() for loss in losses.values()] == [0, 0, 0]
-    assert not any(p.grad.any() for p in model.parameters())
+    losses, gradients = take_step(batch, model=matting.Task(cfg).build_models()["model"])
+    assert list(losses.values()) == [0, 0, 0]
+    assert gradients and not any(gradient.any() for gradient in gradients.values())
 
 
 def test_a_batch_can_be_learned():
     cfg = config(model={"channels": 8}, **TINY)
-    train = matting.build_datasets(cfg)[0]
+    train = matting.Task(cfg).build_datasets()[0]
     torch.manual_seed(0)
-    batch, model = collate([train[index] for index in range(4)]), matting.build_models(cfg)["model"]
+    batch, model = (
+        collate([train[index] for index in range(4)]),
+        matting.Task(cfg).build_models()["model"],
+    )
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     losses = []
     for _ in range(25):
@@ -300,10 +284,9 @@ def test_the_network_sees_normalised_colours_and_the_trimap(training):
     model = Constant().train(training)
     inputs = codes(51, 102, 255, 128)
     if training:
-        batch = inputs, codes(51, 128)
-        matting.train_step(cfg)({"model": model}, batch, {"unknown": 1.0}, lambda name, loss: None)
+        matting.Task(cfg).losses({"model": model}, (inputs, codes(51, 128)))
     else:
-        matting.predict(cfg)({"model": model}, inputs)
+        matting.Task(cfg).predict({"model": model}, inputs)
     expected = [0, 0, 4, 128 / 255]  # (0.2 − 0.2)/0.5, (0.4 − 0.4)/0.25, (1 − 0.6)/0.1
     assert model.seen.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -314,20 +297,20 @@ def test_the_network_sees_normalised_colours_and_the_trimap(training):
 def test_predictions_agree_with_the_trimap():
     inputs = torch.zeros(1, 4, 1, 3, dtype=torch.uint8)
     inputs[0, 3] = torch.tensor([[0, 128, 255]])
-    alpha = matting.predict(config())({"model": Constant(np.log(3)).eval()}, inputs)
+    alpha = matting.Task(config()).predict({"model": Constant(np.log(3)).eval()}, inputs)
     assert alpha.flatten().tolist() == pytest.approx([0, 0.75, 1])
 
 
 def test_a_file_is_written_as_it_is_scored():
     cfg = config(**TINY, eval_size=24)  # the network sees less than is scored
-    val = matting.build_val_dataset(cfg)
+    val = matting.Task(cfg).build_val_dataset()
     samples: list[Sample] = []
     (metric,) = evaluate(
-        matting.build_models(cfg),
+        matting.Task(cfg).build_models(),
         eval_loader(val, 2, 0, torch.device("cpu")),
         "cpu",
-        metrics=matting.make_metrics(cfg),
-        predict=matting.predict(cfg),
+        metrics=matting.Task(cfg).make_metrics(),
+        predict=matting.Task(cfg).predict,
         keep=2,
         samples=samples,
     )
@@ -336,8 +319,8 @@ def test_a_file_is_written_as_it_is_scored():
     again = MattingMetrics()
     for number, sample in enumerate(samples, FIRST_VAL_SCENE):
         image, trimap = shapes.render_scene(0, number, 40, familiar=True).image, sample.target[1:]
-        assert torch.equal(matting.network_input(cfg, image, trimap), sample.image)
-        pictures = matting.render(cfg, image, sample.prediction, ["map"], None, trimap)
+        assert torch.equal(matting.Task(cfg).network_input(image, trimap), sample.image)
+        pictures = matting.Task(cfg).render(image, sample.prediction, ["map"], None, trimap)
         codes = (finish_alpha(sample.prediction, trimap) * 255).round()
         assert (np.array(pictures["map"]) == codes.numpy()).all()
         again.update([sample.prediction], [sample.target])
@@ -349,7 +332,7 @@ def test_pictures_have_the_images_size_and_its_known_pixels():
     trimap = torch.full((1, 8, 12), 128, dtype=torch.uint8)
     trimap[..., :4], trimap[..., 8:] = 0, 255
     prediction = torch.full((1, 2, 3), 0.2)
-    pictures = matting.render(cfg, image, prediction, ["map", "cutout"], None, trimap)
+    pictures = matting.Task(cfg).render(image, prediction, ["map", "cutout"], None, trimap)
     assert {kind: picture.mode for kind, picture in pictures.items()} == {
         "map": "L",
         "cutout": "RGBA",
@@ -360,7 +343,7 @@ def test_pictures_have_the_images_size_and_its_known_pixels():
     cutout = np.array(pictures["cutout"])
     assert (cutout[..., 3] == alpha).all()
     assert (cutout[:, 8:, :3] == 90).all()
-    plain = matting.render(cfg, image, prediction, ["map"], None)
+    plain = matting.Task(cfg).render(image, prediction, ["map"], None)
     assert list(plain) == ["map"]
     assert (np.array(plain["map"]) == 51).all()
 
@@ -370,7 +353,7 @@ def test_cutouts_leave_the_old_background_behind():
     background = torch.zeros_like(scene.image)
     background[1] = 255
     image = composite(scene.foreground, background, scene.alpha)
-    picture = matting.render(config(), image, scene.alpha / 255, ["cutout"], None)["cutout"]
+    picture = matting.Task(config()).render(image, scene.alpha / 255, ["cutout"], None)["cutout"]
     colours = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:3].int()
     soft = ((scene.alpha[0] > 60) & (scene.alpha[0] < 200)).expand(3, -1, -1)
     assert soft.sum() > 300
@@ -388,7 +371,7 @@ def test_a_row_of_the_sheet():
         torch.cat([trimap // 2, trimap]),
         torch.full((1, 1, 2), 0.5),
     )
-    image, shown, truth, prediction = matting.sheet_row(config(), sample)
+    image, shown, truth, prediction = matting.Task(config()).sheet_row(sample)
     assert image.shape == (3, 1, 2)
     assert torch.equal(shown, trimap)
     assert torch.equal(truth, trimap // 2)
@@ -408,7 +391,7 @@ def test_a_row_of_the_sheet():
     ],
 )
 def test_scores_say_where_their_trimaps_come_from(data, policy):
-    (metric,) = matting.make_metrics(config(**data))
+    (metric,) = matting.Task(config(**data)).make_metrics()
     assert metric.remarks() == [f"trimap policy: {policy}"]
 
 
@@ -416,11 +399,11 @@ def test_images_without_unknown_pixels_are_left_out_and_named(tmp_path):
     folders_of(tmp_path, fg=200, alpha=255, bg=100)
     cfg = config(root=str(tmp_path), val_per_foreground=2)
     (metric,) = evaluate(
-        matting.build_models(cfg),
-        eval_loader(matting.build_val_dataset(cfg), 2, 0, torch.device("cpu")),
+        matting.Task(cfg).build_models(),
+        eval_loader(matting.Task(cfg).build_val_dataset(), 2, 0, torch.device("cpu")),
         "cpu",
-        metrics=matting.make_metrics(cfg),
-        predict=matting.predict(cfg),
+        metrics=matting.Task(cfg).make_metrics(),
+        predict=matting.Task(cfg).predict,
     )
     assert np.isnan(metric.compute()["SAD"])
     assert "2 of 2 images have no unknown pixels" in metric.remarks()[1]
@@ -434,15 +417,15 @@ def test_real_photographs_are_scored_with_their_own_trimaps(shared_data):
         trimaps=str(root / "trimap"),
         eval_size=96,
     )
-    train, val = matting.build_datasets(cfg)
+    train, val = matting.Task(cfg).build_datasets()
     assert (len(train), len(val)) == (7, 1)
-    assert matting.prepare_data(cfg, train, val, workers=0) == {}
+    assert matting.Task(cfg).prepare_data(train, val, workers=0) == {}
     (metric,) = evaluate(
-        matting.build_models(cfg),
+        matting.Task(cfg).build_models(),
         eval_loader(val, 1, 0, torch.device("cpu")),
         "cpu",
-        metrics=matting.make_metrics(cfg),
-        predict=matting.predict(cfg),
+        metrics=matting.Task(cfg).make_metrics(),
+        predict=matting.Task(cfg).predict,
     )
     assert all(np.isfinite(score) for score in metric.compute().values())
     assert metric.remarks() == ["trimap policy: given with the images"]
@@ -451,33 +434,33 @@ def test_real_photographs_are_scored_with_their_own_trimaps(shared_data):
 def test_folders_on_the_command_line_replace_every_source_of_a_checkpoint():
     trained = {"name": "folders", "images": "a", "masks": "b", "trimaps": "c"}
     values = {"task": "matting", "data": trained}
-    _, cfg = tasks.read_config(values, "file", {"data": {"images": "x", "masks": "y"}})
+    cfg = tasks.read_config(values, "file", {"data": {"images": "x", "masks": "y"}}).cfg
     assert (cfg.data.images, cfg.data.masks, cfg.data.trimaps) == ("x", "y", None)
-    _, cfg = tasks.read_config(values, "file", {"data": {"trimaps": "z"}})
+    cfg = tasks.read_config(values, "file", {"data": {"trimaps": "z"}}).cfg
     assert (cfg.data.images, cfg.data.trimaps) == ("a", "z")
-    _, cfg = tasks.read_config(values, "file", {"data": {"root": "r"}})
+    cfg = tasks.read_config(values, "file", {"data": {"root": "r"}}).cfg
     assert (cfg.data.name, cfg.data.images, cfg.data.trimaps) == ("composed", None, None)
 
 
 def test_a_root_of_ready_images(tmp_path):
     for folder in ("image", "alpha", "trimap"):
         (tmp_path / folder).mkdir()
-    _, cfg = tasks.read_config({"task": "matting"}, "file", {"data": {"root": str(tmp_path)}})
+    cfg = tasks.read_config({"task": "matting"}, "file", {"data": {"root": str(tmp_path)}}).cfg
     data = cfg.data
     assert (data.name, data.root) == ("folders", None)
     found = [Path(folder).name for folder in (data.images, data.masks, data.trimaps)]
     assert found == ["image", "alpha", "trimap"]
-    assert matting.trimap_policy(cfg) == "given with the images"
+    assert matting.Task(cfg).trimap_policy() == "given with the images"
     (tmp_path / "trimap").rmdir()
-    _, cfg = tasks.read_config({"task": "matting"}, "file", {"data": {"root": str(tmp_path)}})
+    cfg = tasks.read_config({"task": "matting"}, "file", {"data": {"root": str(tmp_path)}}).cfg
     assert cfg.data.trimaps is None
 
 
 def test_ready_photographs_by_their_root(shared_data):
-    _, cfg = tasks.read_config(
+    cfg = tasks.read_config(
         {"task": "matting"}, "file", {"data": {"root": str(shared_data / "matting")}}
-    )
-    train, val = matting.build_datasets(cfg)
+    ).cfg
+    train, val = matting.Task(cfg).build_datasets()
     assert (len(train), len(val)) == (7, 1)
     inputs, target = val[0]
     assert inputs.shape[0] == 4 and target.shape == (2, *inputs.shape[1:])

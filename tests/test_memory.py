@@ -68,7 +68,7 @@ def test_an_evaluation_says_what_was_too_large(at, place):
     images, targets = ([torch.empty(n, 40, 40, dtype=torch.uint8)] * 2 for n in (3, 1))
     with fake_gpu(before=full(at)), pytest.raises(UserError, match=f"out of memory {place}"):
         scored = system("unet")
-        metrics, predict = scored.task.make_metrics(scored.cfg), scored.task.predict(scored.cfg)
+        metrics, predict = scored.task.make_metrics(), scored.task.predict
         evaluate(scored.networks, [(images, targets)], CUDA, metrics=metrics, predict=predict)
 
 

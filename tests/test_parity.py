@@ -45,10 +45,10 @@ from train_utils.config import load_yaml
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.losses import IGNORE
 from train_utils.setup import place_models, wrap_models
 from train_utils.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 from train_utils.train_and_eval import StepOptions, to_device
+from transforms import IGNORE
 
 pytestmark = pytest.mark.xdist_group("parity")  # what the tests share is made once
 
@@ -88,13 +88,14 @@ def read_case(name, optim):
     values["train"] = {"epochs": EPOCHS}
     if optim:
         values |= dict.fromkeys(("optim", "optim_d") if name == "pix2pix" else ("optim",), optim)
-    return tasks.read_config(load_yaml(CONFIGS / f"{name}.yaml"), name, values)
+    task = tasks.read_config(load_yaml(CONFIGS / f"{name}.yaml"), name, values)
+    return task, task.cfg
 
 
 @cache  # drawing the scenes takes as long as training on them
 def training_set(name, all_ignored):
     task, cfg = read_case(name, None)
-    dataset, _ = task.build_datasets(cfg)
+    dataset, _ = task.build_datasets()
     return Ignoring(dataset, all_ignored) if cfg.task == "segmentation" else dataset
 
 
@@ -127,10 +128,10 @@ def build_networks(name, task, cfg, dtype, norms, nudge, seed):
     nudge: a seed by which every weight moves to one of its two neighbours, or None.
     """
     torch.manual_seed(seed)
-    networks = task.build_models(cfg)
+    networks = task.build_models()
     if name == "shapes":
         networks = {"model": narrow_u2net()}
-    task.initialise(cfg, networks)
+    task.initialise(networks)
     for network in networks.values():
         keep_norms(network, norms)
         network.to(dtype)
@@ -187,16 +188,14 @@ class Training:
                 epoch,
                 self.schedules,
                 print_freq=99,
-                train_step=self.train_step,
-                loss_counts=self.task.loss_counts(self.cfg),
+                losses=self.task.losses,
+                weight=self.weight,
                 options=StepOptions(accumulate=self.sampler.parts_per_step, **options),
             )
 
-    def train_step(self, models, batch, counts, backward):
-        if self.own_counts:  # the usual mean over a process's own samples
-            own = self.task.loss_counts(self.cfg)(batch)
-            counts = {name: count or 1.0 for name, count in own.items()}
-        return self.task.train_step(self.cfg)(models, batch, counts, backward)
+    def weight(self, batch):
+        # The usual mean over a process's own samples, however many they are: that of their mean.
+        return float(len(batch[0]) > 0) if self.own_counts else self.task.weight(batch)
 
 
 SGD = {"name": "sgd", "lr": 0.01, "momentum": 0.9, "schedule": "constant", "weight_decay": 1e-3}

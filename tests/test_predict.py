@@ -25,17 +25,15 @@ class BesideCPU:
 
 def fake_task(forward=lambda models, x: x[:, :1] / 255):
     """Saliency of 8×8 inputs in which each pixel predicts its own red."""
-    names = ("network_input", "render")
-    task = SimpleNamespace(**{name: getattr(saliency, name) for name in names})
-    task.predict = lambda cfg: forward
     cfg = saliency.Config()
     cfg.data.image_size = 8
-    return task, cfg
+    task = saliency.Task(cfg)
+    task.predict = forward
+    return task
 
 
-def predictor(device, task_and_cfg=None):
-    task, cfg = task_and_cfg or fake_task()
-    made = Predictor(task, cfg, {}, torch.device("cpu"))
+def predictor(device, task=None):
+    made = Predictor(task or fake_task(), {}, torch.device("cpu"))
     if device == "beside":
         made.device = BesideCPU()
     return made
@@ -181,7 +179,7 @@ def too_large_beyond(pixels, error):
 )
 def test_too_little_memory_means_smaller_tiles(error):
     network, sizes = too_large_beyond(700_000, error)
-    made = Predictor(matting, matting.Config(), {"model": network}, torch.device("cpu"))
+    made = Predictor(matting.Task(matting.Config()), {"model": network}, torch.device("cpu"))
     batch = torch.full((1, 4, 1600, 1600), UNKNOWN, dtype=torch.uint8)
     outputs, warning = made.forward(batch)
     assert outputs.shape == (1, 1, 1600, 1600) and (outputs == 0.5).all()
@@ -194,7 +192,7 @@ def test_too_little_memory_means_smaller_tiles(error):
 
 def test_too_little_memory_for_the_smallest_tile_is_an_error():
     network, sizes = too_large_beyond(0, RuntimeError("not enough memory"))
-    made = Predictor(matting, matting.Config(), {"model": network}, torch.device("cpu"))
+    made = Predictor(matting.Task(matting.Config()), {"model": network}, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="not enough memory"):
         made.forward(torch.full((1, 4, 1000, 1100), UNKNOWN, dtype=torch.uint8))
     assert len(sizes) == 3 and 1_100_000 // 4 >= MIN_PIXELS > 1_100_000 // 8
@@ -210,7 +208,7 @@ def test_too_little_memory_without_tiles_is_that_files_error(tmp_path):
 
 def test_other_errors_of_a_network_are_not_retried():
     network, sizes = too_large_beyond(0, RuntimeError("a bug"))
-    made = Predictor(matting, matting.Config(), {"model": network}, torch.device("cpu"))
+    made = Predictor(matting.Task(matting.Config()), {"model": network}, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="a bug"):
         made.forward(torch.full((1, 4, 1000, 1000), UNKNOWN, dtype=torch.uint8))
     assert len(sizes) == 1
@@ -228,7 +226,7 @@ def test_images_scaled_down_by_their_decoder_are_written_at_their_own_size(kinds
     picture = made.read(job)
     small = read_image(tmp_path / "a.jpg", 16)
     assert small.shape == (3, 24, 40)
-    assert torch.equal(picture.network_input, saliency.network_input(cfg, small))
+    assert torch.equal(picture.network_input, saliency.Task(cfg).network_input(small))
     assert picture.images["image"].shape == (3, 96, 160)
     (done,) = made.run([job])
     assert not done.error and Image.open(tmp_path / "map.png").size == (160, 96)

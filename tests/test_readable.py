@@ -9,7 +9,6 @@ from distributed import on_ranks
 from PIL import Image
 from torch.utils.data import Subset
 
-import matting_data
 import tasks
 from my_dataset import (
     PairFolderDataset,
@@ -20,8 +19,9 @@ from my_dataset import (
     pairs_of,
     readable,
 )
+from tasks.matting.data import CompositionDataset, TrimapReader, check_matting_files
+from tasks.translation.data import SideBySideDataset
 from train_utils.errors import UserError
-from translation_data import SideBySideDataset
 
 NOTHING = SimpleNamespace(verify=False, skip_unreadable=False, cache="none")
 VERIFY = SimpleNamespace(verify=True, skip_unreadable=False, cache="none")
@@ -168,17 +168,17 @@ def test_damaged_foregrounds_and_backgrounds(tmp_path):
     for name in "xy":
         write_noise(tmp_path / "backgrounds" / f"{name}.png", "RGB")
     folders = images, masks, tmp_path / "backgrounds"
-    before = fingerprint(matting_data.CompositionDataset(*folders, 2))
+    before = fingerprint(CompositionDataset(*folders, 2))
     (images / "1.jpg").write_bytes(b"")
     cut(tmp_path / "backgrounds" / "x.png")
-    (left,) = readable(SKIP, matting_data.CompositionDataset(*folders, 2))
+    (left,) = readable(SKIP, CompositionDataset(*folders, 2))
     assert stems(left) == ["0", "0", "2", "2"]
     assert [path.name for path in left.dataset.backgrounds] == ["y.png"]
     assert fingerprint(left) != before
-    matting_data.check_matting_files(left)
+    check_matting_files(left)
     assert left[0][2].shape == (3, 30, 40)
     cut(tmp_path / "backgrounds" / "y.png")
-    dataset = matting_data.CompositionDataset(*folders, 2)
+    dataset = CompositionDataset(*folders, 2)
     assert "nothing is left" in refusal(SKIP, dataset)
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_trimap_is_refused(tmp_path):
     for number in range(2):
         Image.new("L", (40, 30), 128).save(masks.parent / f"{number}.png")
     cut(tmp_path / "1.png")
-    reader = matting_data.TrimapReader(masks, tmp_path)
+    reader = TrimapReader(masks, tmp_path)
     reader.files = {str(number): tmp_path / f"{number}.png" for number in range(2)}
     dataset = PairFolderDataset(images, masks, read_target=reader)
     for asked in (VERIFY, SKIP):

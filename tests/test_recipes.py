@@ -7,18 +7,19 @@ import pytest
 import torch
 
 import tasks
-from tasks.settings import deciding_metric
 from train_utils.config import load_yaml
+from train_utils.settings import deciding_metric
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_builds(path):
-    task, cfg = tasks.read_config(load_yaml(path), str(path), {})
+    task = tasks.read_config(load_yaml(path), str(path), {})
+    cfg = task.cfg
     with torch.device("meta"):  # shapes only: nothing is allocated
-        models = task.build_models(cfg)
-        optimizers, schedules = task.build_optimizers(cfg, models, steps_per_epoch=2)
+        models = task.build_models()
+        optimizers, schedules = task.build_optimizers(models, steps_per_epoch=2)
     assert set(models) == set(optimizers) == set(schedules)
     metric, goal = deciding_metric(cfg, task.METRICS)
     assert task.METRICS[metric] == goal
@@ -45,14 +46,14 @@ def test_every_task_has_the_whole_contract():
 )
 def test_the_embedded_recipe_of_every_system_needs_no_data(name, task):
     path = CONFIGS / f"{name}.yaml"
-    _, cfg = tasks.read_config(load_yaml(path), str(path), {})
+    cfg = tasks.read_config(load_yaml(path), str(path), {}).cfg
     assert (cfg.task, cfg.data.name) == (task, "shapes")
 
 
 @pytest.mark.parametrize(("name", "lr"), [("u2net_full", 4e-3), ("u2net_lite", 1e-3)])
 def test_published_recipe(name, lr):
     path = CONFIGS / f"{name}.yaml"
-    _, cfg = tasks.read_config(load_yaml(path), str(path), {})
+    cfg = tasks.read_config(load_yaml(path), str(path), {}).cfg
     assert (cfg.model.name, cfg.data.name) == (name, "duts")
     assert (cfg.data.image_size, cfg.data.crop, cfg.data.hflip) == (320, 288, 0.5)
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.warmup_epochs) == (lr, 1e-4, 2)
@@ -61,6 +62,6 @@ def test_published_recipe(name, lr):
 
 
 def test_crop_follows_the_image_size():
-    _, cfg = tasks.read_config({}, "", {"data": {"image_size": 64}})
+    cfg = tasks.read_config({}, "", {"data": {"image_size": 64}}).cfg
     assert cfg.data.crop == 58
     assert cfg.data.name == "shapes"

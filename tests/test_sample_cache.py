@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-import matting_data
 import my_dataset
 from my_dataset import PairFolderDataset, ShapesDataset, cached, leave_out, pairs_of
+from tasks.matting.data import TrimapReader
+from tasks.translation.data import SideBySideDataset
 from train_utils import sample_cache
 from train_utils.data import KeyedDataset, SampleKey, collate
 from train_utils.errors import UserError
@@ -33,7 +34,6 @@ from transforms import (
     TranslationEval,
     TranslationTrain,
 )
-from translation_data import SideBySideDataset
 
 SIZES = [(40, 30), (33, 47), (64, 20), (25, 25)]
 
@@ -127,7 +127,7 @@ def matting_pairs(folders, root) -> PairFolderDataset:
     (root / "trimaps").mkdir(exist_ok=True)
     for number, size in enumerate(SIZES):
         Image.new("L", size, 128).save(root / "trimaps" / f"{number}.png")
-    reader = matting_data.TrimapReader(folders[1], root / "trimaps")
+    reader = TrimapReader(folders[1], root / "trimaps")
     return PairFolderDataset(*folders, None, reader)
 
 

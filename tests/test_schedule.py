@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from tasks.settings import OptimConfig
 from train_utils import create_lr_scheduler, get_params_groups
 from train_utils.schedule import (
     apply_schedule,
@@ -16,6 +15,7 @@ from train_utils.schedule import (
     make_schedule,
     scale_learning_rate,
 )
+from train_utils.settings import OptimConfig
 
 
 def rates(count, **options):

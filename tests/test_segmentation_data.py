@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from my_dataset import PairDataset, check_pairs
-from segmentation_data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
+from tasks.segmentation.data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
+from tasks.segmentation.label_maps import LabelReader
 from train_utils.errors import UserError
-from train_utils.label_maps import LabelReader
 
 
 def write(path: Path, value: int = 0) -> Path:

@@ -5,17 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import steps
 import torch
 from PIL import Image
 
 import shapes
-from tasks import read_config, segmentation, with_values
+from tasks import read_config, segmentation
 from tasks.segmentation import voc_palette
 from train_utils.config import build, load_yaml, to_dict
 from train_utils.data import collate
 from train_utils.errors import UserError
-from train_utils.losses import IGNORE
 from train_utils.train_and_eval import Sample, evaluate
+from transforms import IGNORE
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -69,7 +70,8 @@ def batch_of(dataset, count):
 
 @pytest.mark.parametrize("name", ["fcn", "unet", "unet_voc", "unet_camvid", "fcn_bag"])
 def test_recipes_are_read_and_survive_a_round_trip(name):
-    task, cfg = read_config(load_yaml(CONFIGS / f"{name}.yaml"), name, {})
+    task = read_config(load_yaml(CONFIGS / f"{name}.yaml"), name, {})
+    cfg = task.cfg
     assert task is segmentation
     assert build(segmentation.Config, to_dict(cfg), "again") == cfg
 
@@ -129,7 +131,7 @@ def test_a_root_decides_its_layout(tmp_path):
 
 def test_embedded_scenes_come_as_classes():
     cfg = config()
-    train, val = segmentation.build_datasets(cfg)
+    train, val = segmentation.Task(cfg).build_datasets()
     assert (len(train), len(val)) == (6, 3)
     image, target = val[0]
     scene = shapes.render_scene(0, segmentation.FIRST_VAL_SCENE, 32, familiar=True)
@@ -139,9 +141,9 @@ def test_embedded_scenes_come_as_classes():
 
 def test_auto_class_weights_of_the_embedded_scenes():
     cfg = config(loss={"class_weights": "auto"})
-    train, val = segmentation.build_datasets(cfg)
-    found = segmentation.prepare_data(cfg, train, val, workers=0)
-    weights = with_values(cfg, found).loss.class_weights
+    train, val = segmentation.Task(cfg).build_datasets()
+    found = segmentation.Task(cfg).prepare_data(train, val, workers=0)
+    weights = segmentation.Task(cfg).with_values(found).cfg.loss.class_weights
     # median-frequency balancing by hand: share of a class in the scenes that show it
     maps = [shapes.render_scene(0, index, 32).classes for index in range(6)]
     shares = [
@@ -156,20 +158,20 @@ def test_auto_class_weights_of_the_embedded_scenes():
 
 def test_auto_class_weights_need_a_training():
     cfg = config(loss={"class_weights": "auto"})
-    _, val = segmentation.build_datasets(cfg)
-    assert segmentation.prepare_data(cfg, None, val, workers=0) == {}
+    _, val = segmentation.Task(cfg).build_datasets()
+    assert segmentation.Task(cfg).prepare_data(None, val, workers=0) == {}
     with pytest.raises(UserError, match=r"loss\.class_weights: auto"):
-        segmentation.loss_counts(cfg)
-    (metric,) = segmentation.make_metrics(cfg)
+        segmentation.Task(cfg).weight(batch_of(val, 1))
+    (metric,) = segmentation.Task(cfg).make_metrics()
     assert "loss" not in metric.compute()
 
 
 def test_folders_are_scanned_and_absent_classes_named(tmp_path, capsys):
     write_pairs(tmp_path, [half_and_half(), half_and_half(0, 2), half_and_half(1, 255)])
     cfg = folder_config(tmp_path, list("abcd"), val_fraction=0.3)
-    train, val = segmentation.build_datasets(cfg)
+    train, val = segmentation.Task(cfg).build_datasets()
     assert (len(train), len(val)) == (2, 1)
-    assert segmentation.prepare_data(cfg, train, val, workers=0) == {}
+    assert segmentation.Task(cfg).prepare_data(train, val, workers=0) == {}
     printed = capsys.readouterr().out
     assert "training masks: 2 files, 640 pixels" in printed
     assert "validation masks: 1 files, 320 pixels" in printed
@@ -181,13 +183,13 @@ def test_masks_that_do_not_fit_are_refused_by_name(tmp_path):
     write_pairs(tmp_path, [half_and_half(), half_and_half(0, 7)])
     cfg = folder_config(tmp_path, ["a", "b"])
     with pytest.raises(UserError, match=r"masks.*1\.png.*label 7"):
-        segmentation.prepare_data(cfg, *segmentation.build_datasets(cfg), workers=0)
+        segmentation.Task(cfg).prepare_data(*segmentation.Task(cfg).build_datasets(), workers=0)
 
 
 def test_layouts_without_a_root_say_what_is_missing():
     cfg = config(data={"name": "voc", "class_names": ["a", "b"]})
     with pytest.raises(UserError, match="--data-path DIR"):
-        segmentation.build_datasets(cfg)
+        segmentation.Task(cfg).build_datasets()
 
 
 @pytest.mark.parametrize(
@@ -202,9 +204,9 @@ def test_layouts_without_a_root_say_what_is_missing():
 def test_real_layouts(data, sizes, classes, shared_data):
     data = {"name": None, **data, "root": str(shared_data / data["root"])}
     cfg = config(data={**data, "image_size": 48})
-    train, val = segmentation.build_datasets(cfg)
+    train, val = segmentation.Task(cfg).build_datasets()
     assert (len(train), len(val)) == sizes
-    assert segmentation.prepare_data(cfg, train, val, workers=0) == {}
+    assert segmentation.Task(cfg).prepare_data(train, val, workers=0) == {}
     image, target = train[0]
     assert (image.shape, target.shape) == ((3, 48, 48), (1, 48, 48))
     seen = {int(label) for index in range(4) for label in val[index][1].unique()} - {IGNORE}
@@ -230,9 +232,9 @@ def test_real_layouts(data, sizes, classes, shared_data):
 )
 def test_every_network_gives_logits_of_the_input_size(model):
     cfg = config(model=model)
-    models = segmentation.build_models(cfg)
+    models = segmentation.Task(cfg).build_models()
     models["model"].eval()
-    logits = segmentation.predict(cfg)(models, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    logits = segmentation.Task(cfg).predict(models, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert (logits.shape, logits.dtype) == ((2, 6, 32, 32), torch.float32)
 
 
@@ -245,12 +247,12 @@ def test_initialise_loads_and_freezes_the_encoder(tmp_path):
     torch.save(state, tmp_path / "vgg16.pth")
     options = {"name": "fcn", "channels": 64, "freeze_backbone": True}
     cfg = config(model={**options, "weights": str(tmp_path / "vgg16.pth")})
-    models = segmentation.build_models(cfg)
-    segmentation.initialise(cfg, models)
+    models = segmentation.Task(cfg).build_models()
+    segmentation.Task(cfg).initialise(models)
     encoder = models["model"].backbone
     assert torch.equal(encoder[0][0].weight, source["0.weight"])
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    optimizers, _ = segmentation.build_optimizers(cfg, models, steps_per_epoch=3)
+    optimizers, _ = segmentation.Task(cfg).build_optimizers(models, steps_per_epoch=3)
     trained = {id(p) for group in optimizers["model"].param_groups for p in group["params"]}
     assert trained == {id(p) for p in models["model"].parameters() if p.requires_grad} != set()
 
@@ -260,57 +262,56 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     weights = str(tmp_path / "other.pth")
     cfg = config(model={"name": "unet_vgg16", "channels": 64, "weights": weights})
     with pytest.raises(UserError, match=r"other\.pth: .*Use weights of torchvision's vgg16"):
-        segmentation.initialise(cfg, segmentation.build_models(cfg))
+        segmentation.Task(cfg).initialise(segmentation.Task(cfg).build_models())
 
 
 def test_batches_on_which_batch_norm_cannot_train_are_refused():
     small = config(data={"image_size": 16})
-    segmentation.check_batches(small, smallest=2)
+    segmentation.Task(small).check_batches(smallest=2)
     with pytest.raises(UserError, match=r"Use 17 pixels or more, or another --batch-size"):
-        segmentation.check_batches(small, smallest=1)
-    segmentation.check_batches(config(data={"image_size": 17}), smallest=1)
+        segmentation.Task(small).check_batches(smallest=1)
+    segmentation.Task(config(data={"image_size": 17})).check_batches(smallest=1)
 
 
-def test_loss_counts_weigh_pixels_and_leave_out_what_is_ignored():
+def test_weights_are_those_of_pixels_and_leave_out_what_is_ignored():
     target = torch.full((3, 1, 2, 2), IGNORE, dtype=torch.uint8)
     target[0, 0] = torch.tensor([[0, 1], [1, 5]])
     target[2, 0, 0, 0] = 0
     batch = (torch.zeros(3, 3, 2, 2, dtype=torch.uint8), target)
-    assert segmentation.loss_counts(config())(batch) == {"pixels": 5, "images": 2}
-    weighted = config(loss={"class_weights": [0.5, 2.0, 1.0, 1.0, 1.0, 4.0]})
-    assert segmentation.loss_counts(weighted)(batch) == {"pixels": 9, "images": 2}
-    empty = tuple(x[:0] for x in batch)
-    assert segmentation.loss_counts(config())(empty) == {"pixels": 0, "images": 0}
+    terms = ["ce", "dice"]
+    plain = segmentation.Task(config(loss={"terms": terms}))
+    assert plain.weight(batch) == {"ce": 5, "dice": 2}
+    weights = [0.5, 2.0, 1.0, 1.0, 1.0, 4.0]
+    weighted = segmentation.Task(config(loss={"terms": terms, "class_weights": weights}))
+    assert weighted.weight(batch) == {"ce": 9, "dice": 2}
+    assert plain.weight(tuple(x[:0] for x in batch)) == {"ce": 0, "dice": 0}
 
 
 def take_step(cfg, batch):
     """Named losses and gradients of one step on one process."""
     torch.manual_seed(0)
-    models = segmentation.build_models(cfg)
-    counts = {name: n or 1.0 for name, n in segmentation.loss_counts(cfg)(batch).items()}
-    step = segmentation.train_step(cfg)
-    losses = step(models, batch, counts, lambda name, loss: loss.backward())
-    return losses, [p.grad for p in models["model"].parameters()]
+    task = segmentation.Task(cfg)
+    losses, gradients = steps.take_step(task, task.build_models(), batch)
+    return losses, list(gradients.values())
 
 
 def test_step_sums_the_terms():
     cfg = config(loss={"terms": ["ce", "bce", "focal", "dice"], "class_weights": [1.0] * 6})
-    losses, gradients = take_step(cfg, batch_of(segmentation.build_datasets(cfg)[0], 3))
+    losses, gradients = take_step(cfg, batch_of(segmentation.Task(cfg).build_datasets()[0], 3))
     assert list(losses) == ["loss", "ce", "bce", "focal", "dice"]
-    parts = [losses[name].item() for name in cfg.loss.terms]
-    assert losses["loss"].item() == pytest.approx(sum(parts), rel=1e-6)
+    parts = [losses[name] for name in cfg.loss.terms]
+    assert losses["loss"] == pytest.approx(sum(parts), rel=1e-6)
     assert all(part > 0 for part in parts)
     assert any(gradient.any() for gradient in gradients)
-    assert not any(loss.requires_grad for loss in losses.values())
 
 
 @pytest.mark.parametrize("kind", ["all ignored", "empty"])
 def test_step_without_anything_to_learn(kind):
     cfg = config(loss={"terms": ["ce", "dice"]})
-    images, target = batch_of(segmentation.build_datasets(cfg)[0], 2)
+    images, target = batch_of(segmentation.Task(cfg).build_datasets()[0], 2)
     batch = (images[:0], target[:0]) if kind == "empty" else (images, target.fill_(IGNORE))
     losses, gradients = take_step(cfg, batch)
-    assert [loss.item() for loss in losses.values()] == [0, 0, 0]
+    assert list(losses.values()) == [0, 0, 0]
     assert not any(gradient.any() for gradient in gradients if gradient is not None)
 
 
@@ -321,10 +322,10 @@ def test_step_without_anything_to_learn(kind):
 def test_the_written_map_is_what_evaluation_scores(fit, tmp_path):
     write_pairs(tmp_path, [half_and_half(size=(24, 41)), half_and_half(size=(37, 18))])
     cfg = folder_config(tmp_path, ["a", "b"], fit=fit, val_fraction=0.5)
-    dataset = segmentation.build_val_dataset(cfg, all_pairs=True)
+    dataset = segmentation.Task(cfg).build_val_dataset(all_pairs=True)
     torch.manual_seed(0)
-    models = segmentation.build_models(cfg)
-    predict, metrics = segmentation.predict(cfg), segmentation.make_metrics(cfg)
+    models = segmentation.Task(cfg).build_models()
+    predict, metrics = segmentation.Task(cfg).predict, segmentation.Task(cfg).make_metrics()
     loader = [collate([dataset[0]]), collate([dataset[1]])]
     (metric,) = evaluate(models, loader, "cpu", metrics=metrics, predict=predict)
     expected = torch.zeros(2, 2, dtype=torch.int64)
@@ -334,7 +335,7 @@ def test_the_written_map_is_what_evaluation_scores(fit, tmp_path):
         image = torch.zeros(3, *target.shape[-2:], dtype=torch.uint8)
         with torch.no_grad():
             logits = predict(models, picture[None])[0]
-        written = segmentation.render(cfg, image, logits, ["map"], None)["map"]
+        written = segmentation.Task(cfg).render(image, logits, ["map"], None)["map"]
         pixels = np.array(written).astype(np.int64) + 2 * target[0].numpy()
         expected += torch.bincount(torch.from_numpy(pixels.ravel()), minlength=4).view(2, 2)
     assert torch.equal(metric.matrix(), expected)
@@ -343,16 +344,15 @@ def test_the_written_map_is_what_evaluation_scores(fit, tmp_path):
 
 def test_validation_loss_is_that_of_the_training_terms():
     cfg = config(loss={"terms": ["ce", "dice"], "class_weights": [1.0, 5.0, 5.0, 5.0, 5.0, 2.0]})
-    (metric,) = segmentation.make_metrics(cfg)
-    _, val = segmentation.build_datasets(cfg)
+    (metric,) = segmentation.Task(cfg).make_metrics()
+    _, val = segmentation.Task(cfg).build_datasets()
     image, target = batch_of(val, 1)
     torch.manual_seed(0)
-    models = segmentation.build_models(cfg)
+    models = segmentation.Task(cfg).build_models()
     models["model"].eval()
-    metric.update(segmentation.predict(cfg)(models, image).detach(), target)
-    counts = segmentation.loss_counts(cfg)((image, target))
-    losses = segmentation.train_step(cfg)(models, (image, target), counts, lambda *_: None)
-    assert metric.compute()["loss"] == pytest.approx(losses["loss"].item(), abs=1e-5)
+    metric.update(segmentation.Task(cfg).predict(models, image).detach(), target)
+    losses = segmentation.Task(cfg).losses(models, (image, target))
+    assert metric.compute()["loss"] == pytest.approx(sum(losses.values()).item(), abs=1e-5)
 
 
 def checkerboard_prediction():
@@ -366,7 +366,7 @@ def test_pictures():
     cfg = config()
     image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
     kinds = ["map", "cutout", "overlay"]
-    pictures = segmentation.render(cfg, image, checkerboard_prediction(), kinds, None)
+    pictures = segmentation.Task(cfg).render(image, checkerboard_prediction(), kinds, None)
     label_map, colour = pictures["map"], cfg.data.palette[3]
     assert label_map.mode == "P"
     assert (label_map.getpixel((0, 5)), label_map.getpixel((31, 5))) == (0, 3)
@@ -383,11 +383,11 @@ def test_pictures():
 def test_pictures_of_classes_without_a_background():
     cfg = config(data={"background": None})
     image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
-    overlay = segmentation.render(cfg, image, checkerboard_prediction(), ["overlay"], None)
+    overlay = segmentation.Task(cfg).render(image, checkerboard_prediction(), ["overlay"], None)
     tinted = tuple(round(0.4 * 100 + 0.6 * level) for level in cfg.data.palette[0])
     assert overlay["overlay"].getpixel((0, 5)) == tinted
     with pytest.raises(UserError, match=r"data\.background"):
-        segmentation.render(cfg, image, checkerboard_prediction(), ["cutout"], None)
+        segmentation.Task(cfg).render(image, checkerboard_prediction(), ["cutout"], None)
 
 
 def test_sheet_row_shows_classes_in_their_colours():
@@ -396,7 +396,7 @@ def test_sheet_row_shows_classes_in_their_colours():
     target[0, 0, 0] = IGNORE
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     sample = Sample(image, target, checkerboard_prediction())
-    shown, truth, predicted = segmentation.sheet_row(cfg, sample)
+    shown, truth, predicted = segmentation.Task(cfg).sheet_row(sample)
     assert shown is image
     assert truth.shape == predicted.shape == (3, 64, 48)
     assert tuple(truth[:, 5, 5].tolist()) == cfg.data.palette[2]
@@ -410,8 +410,8 @@ def test_classes_one_by_one_are_those_that_are_scored(fit, layout):
     """Written maps take a class at a time, the metric all of them, to the same bits."""
     cfg = build(segmentation.Config, {"data": {"fit": fit}}, "test")
     logits = torch.randn(1, cfg.data.num_classes, 33, 33).to(memory_format=layout)[0]
-    (metric,) = segmentation.make_metrics(cfg)
+    (metric,) = segmentation.Task(cfg).make_metrics()
     whole = metric.finish(logits, (70, 120))
     for number, plane in enumerate(whole):
         assert torch.equal(metric.finish(logits[number : number + 1], (70, 120))[0], plane)
-    assert torch.equal(segmentation._class_map(cfg, logits, (70, 120)).long(), whole.argmax(0))
+    assert torch.equal(segmentation.Task(cfg)._class_map(logits, (70, 120)).long(), whole.argmax(0))

@@ -7,11 +7,11 @@ import torch
 from torchvision import tv_tensors
 
 from my_dataset import PairDataset
-from segmentation_data import camvid_pairs
+from tasks.segmentation.data import camvid_pairs
+from tasks.segmentation.label_maps import LabelReader
 from train_utils.errors import UserError
-from train_utils.label_maps import LabelReader
-from train_utils.losses import IGNORE
 from transforms import (
+    IGNORE,
     SegmentationEval,
     SegmentationTrain,
     _jitter_hsv,

@@ -434,7 +434,7 @@ def test_unused_parameters_are_named():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_lack_of_memory_says_what_to_do(device):
-    def step(models, batch, counts, backward):
+    def losses(models, batch):
         if device == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         torch.empty(2**58)
@@ -444,7 +444,7 @@ def test_a_lack_of_memory_says_what_to_do(device):
     loader = train_loader(data, GlobalBatchSampler(8, 8), 0, CPU)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(UserError, match=r"out of memory .* 8 images: .*-b 4 and twice"):
-        train_one_epoch(net, optimizer, loader, CPU, 0, None, train_step=step)
+        train_one_epoch(net, optimizer, loader, CPU, 0, None, losses=losses)
 
 
 @pytest.mark.parametrize("text", ["step", "step:explode", "nowhere:kill", "step:kill@x", "a:b:c"])

@@ -123,9 +123,9 @@ def test_matting_is_cut_by_its_config():
     inputs[..., 3, :40, :] = BACKGROUND
     inputs[..., 3, 40:80, :] = FOREGROUND
     with torch.inference_mode():
-        by_tiles = matting.predict(cfg)(models, inputs)
+        by_tiles = matting.Task(cfg).predict(models, inputs)
         cfg.eval.max_pixels = 420 * 700
-        whole = matting.predict(cfg)(models, inputs)
+        whole = matting.Task(cfg).predict(models, inputs)
     assert (by_tiles - whole).abs().max() < 1 / 255
     assert (by_tiles[..., :40, :] == 0).all() and (by_tiles[..., 40:80, :] == 1).all()
 

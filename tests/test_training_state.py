@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
+from steps import Noting
 from test_contract import assert_equal
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from tasks.saliency import Config
-from tasks.settings import TrainConfig
 from train_utils import create_lr_scheduler, train_one_epoch
 from train_utils.config import to_dict
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError
+from train_utils.settings import TrainConfig
 from train_utils.train_and_eval import Progress
 from train_utils.training_state import (
     TrainingState,
@@ -168,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_before_its_step_and_is_named():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(UserError, match=r"step 6 of 8: loss on rank 0 \(sample 5\) became NaN"):
         train_one_epoch(
-            net, optimizer, train_loader(data, sampler, 0, CPU), CPU, 0, None, 1, after_step=note
+            net, optimizer, train_loader(data, sampler, 0, CPU), CPU, 0, None, 1, run=Noting(note)
         )
     assert steps == [1, 2, 3, 4, 5]
 

@@ -9,14 +9,14 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from my_dataset import ShapesDataset
-from train_utils.errors import UserError
-from transforms import TranslationEval, TranslationTrain
-from translation_data import (
+from tasks.translation.data import (
     SideBySideDataset,
     check_translation_pairs,
     read_halves,
     translation_pairs,
 )
+from train_utils.errors import UserError
+from transforms import TranslationEval, TranslationTrain
 
 A_GREY, B_GREY = 40, 200
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from distributed import on_ranks
 from PIL import Image
+from steps import take_step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
@@ -14,16 +15,16 @@ from torch.utils.data import TensorDataset
 import tasks
 from src import PatchDiscriminator, UNetGenerator
 from tasks import translation
-from tasks.settings import deciding_metric
+from tasks.translation.losses import l1_term, least_squares_gan
+from tasks.translation.metrics import TranslationMetrics
 from train_utils import train_one_epoch
 from train_utils.config import load_yaml
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.distributed_utils import get_rank, get_world_size, unwrap
 from train_utils.errors import UserError
-from train_utils.losses import l1_term, least_squares_gan
+from train_utils.settings import deciding_metric
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.train_and_eval import Sample
-from train_utils.translation_metrics import TranslationMetrics
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -32,7 +33,7 @@ SMALL = {"channels": 4, "levels": 3, "d_channels": 4, "d_layers": 1}
 
 def config(**sections):
     values = {"task": "translation", "data": {"image_size": 16}, "model": SMALL}
-    return tasks.read_config(values, "test", sections)[1]
+    return tasks.read_config(values, "test", sections).cfg
 
 
 def shapes_config(**data):
@@ -43,7 +44,7 @@ def shapes_config(**data):
 
 
 def test_defaults_are_the_published_recipe():
-    _, cfg = tasks.read_config({"task": "translation"}, "", {})
+    cfg = tasks.read_config({"task": "translation"}, "", {}).cfg
     assert (cfg.data.image_size, cfg.data.loaded, cfg.data.direction) == (256, 286, "AtoB")
     assert (cfg.model.channels, cfg.model.levels, cfg.model.d_layers) == (64, 8, 3)
     assert (cfg.model.norm, cfg.model.dropout, cfg.loss.l1_weight) == ("instance", 0.5, 100)
@@ -55,7 +56,8 @@ def test_defaults_are_the_published_recipe():
 
 def test_the_facades_recipe():
     path = CONFIGS / "pix2pix_facades.yaml"
-    task, cfg = tasks.read_config(load_yaml(path), str(path), {"data": {"root": "DIR"}})
+    task = tasks.read_config(load_yaml(path), str(path), {"data": {"root": "DIR"}})
+    cfg = task.cfg
     assert task is translation
     assert (cfg.data.name, cfg.data.direction, cfg.data.loaded) == ("aligned", "BtoA", 286)
     assert (cfg.train.epochs, cfg.train.batch_size) == (200, 1)
@@ -69,7 +71,7 @@ def test_the_facades_recipe():
 
 def test_the_embedded_recipe_needs_no_data():
     path = CONFIGS / "pix2pix.yaml"
-    _, cfg = tasks.read_config(load_yaml(path), str(path), {})
+    cfg = tasks.read_config(load_yaml(path), str(path), {}).cfg
     assert (cfg.data.name, cfg.train.sample_interval) == ("shapes", 200)
     assert 2**cfg.model.levels == cfg.data.image_size == 64
 
@@ -77,7 +79,7 @@ def test_the_embedded_recipe_needs_no_data():
 def test_a_recipe_without_its_data_says_what_to_give():
     cfg = config(data={"name": "aligned"})
     with pytest.raises(UserError, match=r"data\.root: .*--data-path DIR.*--images A --masks B"):
-        translation.build_datasets(cfg)
+        translation.Task(cfg).build_datasets()
 
 
 @pytest.mark.parametrize(
@@ -103,27 +105,17 @@ def test_bad_settings_are_refused(sections, message):
 def test_losses_by_hand():
     logits = torch.tensor([[0.0, 2.0], [1.0, 1.0]]).view(2, 1, 1, 2)
     # Label 1: first image (1 + 1)/2, second 0; label 0: (0 + 4)/2 and 1.
-    assert least_squares_gan(logits, 1.0, 2.0).item() == 0.5
-    assert least_squares_gan(logits, 0.0, 2.0).item() == 1.5
-    assert least_squares_gan(logits, 0.0, 4.0).item() == 0.75
+    assert least_squares_gan(logits, 1.0).item() == 0.5
+    assert least_squares_gan(logits, 0.0).item() == 1.5
     prediction, target = torch.zeros(2, 3, 1, 2), torch.ones(2, 3, 1, 2)
     target[1] = 0.5
-    assert l1_term(prediction, target, 2.0).item() == 0.75
-    assert l1_term(prediction.bfloat16(), target.bfloat16(), 1.0).dtype == torch.float32
-
-
-def test_losses_of_an_empty_batch():
-    logits = torch.zeros(0, 1, 2, 2, requires_grad=True)
-    images = torch.zeros(0, 3, 2, 2, requires_grad=True)
-    loss = least_squares_gan(logits, 1.0, 1.0) + l1_term(images, torch.zeros(0, 3, 2, 2), 1.0)
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad.shape == (0, 1, 2, 2)
+    assert l1_term(prediction, target).item() == 0.75
+    assert l1_term(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32
 
 
 def test_l1_refuses_shapes_that_would_broadcast():
     with pytest.raises(ValueError, match="differ in shape"):
-        l1_term(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1), 2.0)
+        l1_term(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1))
 
 
 # --- step ---------------------------------------------------------------------------------------
@@ -151,23 +143,22 @@ class Judge(nn.Module):
         return self.d * image[:, :1]
 
 
-def backward(name, loss):
-    loss.backward()
+def task(l1_weight=100.0):
+    return translation.Task(config(loss={"l1_weight": l1_weight}))
 
 
 def test_step_by_hand():
     """x = 1, y = −1, g = ½, d = 2, λ = 10: fake ½, judged 1; real judged −2."""
     models = {"generator": Scale(0.5), "discriminator": Judge(2.0)}
     source = torch.ones(1, 3, 2, 2, dtype=torch.float64)
-    losses = translation.pix2pix_step(models, (source, -source), {"images": 1.0}, backward, 10.0)
+    losses, gradients = take_step(task(10.0), models, (source, -source))
     assert list(losses) == ["loss", "GAN", "pixel", "D"]
-    assert losses["GAN"].item() == 0  # (1 − 1)²
-    assert losses["pixel"].item() == 1.5
-    assert losses["loss"].item() == 15
-    assert losses["D"].item() == 0.5 * (-2 - 1) ** 2 + 0.5 * 1**2
+    assert losses["GAN"] == 0  # (1 − 1)²
+    assert losses["pixel"] == 1.5
+    assert losses["loss"] == 15
+    assert losses["D"] == 0.5 * (-2 - 1) ** 2 + 0.5 * 1**2
     # ∂/∂g: 2·(d·g − 1)·d + λ = 10; ∂/∂d: (−d − 1)·(−1) + d·g·g = 3 + 0.5
-    assert models["generator"].g.grad.item() == 10
-    assert models["discriminator"].d.grad.item() == 3.5
+    assert gradients == {"generator.g": 10, "discriminator.d": 3.5}
     assert models["discriminator"].d.requires_grad
 
 
@@ -181,9 +172,9 @@ def test_images_travel_as_codes_and_are_scaled_to_tanh_range():
 
     models = {"generator": Spy(1.0), "discriminator": Judge(0.0)}
     source = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    losses = translation.pix2pix_step(models, (source, source), {"images": 1.0}, backward)
+    losses, _ = take_step(task(), models, (source, source))
     assert torch.allclose(seen[0].flatten(), torch.tensor([-1, -0.6, 1]))
-    assert losses["pixel"].item() == 0
+    assert losses["pixel"] == 0
 
 
 def networks(norm="instance"):
@@ -192,7 +183,7 @@ def networks(norm="instance"):
         "generator": UNetGenerator(channels=4, levels=3, norm=norm, dropout=0.0).double(),
         "discriminator": PatchDiscriminator(channels=4, layers=1, norm=norm).double(),
     }
-    translation.initialise(None, models)
+    translation.Task(None).initialise(models)
     return models
 
 
@@ -210,10 +201,8 @@ def test_the_step_equals_the_usual_order():
     """G steps first, on D's old weights; then D, on the fake that G made before."""
     source, target = pairs(2)
     ours, usual = networks(), networks()
-    optimizers = sgd(ours)
-    translation.pix2pix_step(ours, (source, target), {"images": 2.0}, backward)
-    for optimizer in optimizers.values():
-        optimizer.step()
+    batch = [(source, target)]
+    train_one_epoch(ours, sgd(ours), batch, CPU, 0, None, losses=task().losses)
 
     g, d = usual["generator"], usual["discriminator"]
     optimizers = sgd(usual)
@@ -234,21 +223,21 @@ def test_the_step_equals_the_usual_order():
 def test_an_empty_batch_trains_nothing(norm):
     models = networks(norm)
     batch = [images[:0] for images in pairs(1)]
-    losses = translation.pix2pix_step(models, batch, {"images": 3.0}, backward)
-    assert all(value.item() == 0 for value in losses.values())
-    for network in models.values():
-        assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
+    losses, gradients = take_step(task(), models, batch)
+    assert all(value == 0 for value in losses.values())
+    for name, gradient in gradients.items():
+        assert gradient is not None and not gradient.any(), name
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_a_single_image_of_the_smallest_size_trains(norm):
     """`check_batches` has nothing to refuse: the 1×1 map is not normalised."""
     cfg = config(model={"levels": 4, "d_layers": 2, "norm": norm}, data={"image_size": 12})
-    translation.check_batches(cfg, 1)
-    models = translation.build_models(cfg)
+    translation.Task(cfg).check_batches(1)
+    models = translation.Task(cfg).build_models()
     batch = [torch.randint(256, (1, 3, 12, 12), dtype=torch.uint8) for _ in "xy"]
-    losses = translation.train_step(cfg)(models, batch, {"images": 1.0}, backward)
-    assert all(torch.isfinite(value) for value in losses.values())
+    losses, _ = take_step(translation.Task(cfg), models, batch)
+    assert all(map(math.isfinite, losses.values()))
 
 
 # --- several processes --------------------------------------------------------------------------
@@ -274,15 +263,7 @@ def train(norm, sync=False):
     for epoch in range(EPOCHS):
         sampler.set_position(epoch)
         loss, _ = train_one_epoch(
-            models,
-            optimizers,
-            loader,
-            CPU,
-            epoch,
-            None,
-            99,
-            train_step=translation.pix2pix_step,
-            loss_counts=translation.loss_counts(None),
+            models, optimizers, loader, CPU, epoch, None, 99, losses=task().losses
         )
         losses.append(loss)
     weights = [
@@ -323,10 +304,10 @@ def test_two_processes_train_both_networks_as_one_does():
 @pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
 def test_embedded_pairs(direction):
     cfg = shapes_config(direction=direction)
-    train_set, val_set = translation.build_datasets(cfg)
+    train_set, val_set = translation.Task(cfg).build_datasets()
     assert (len(train_set), len(val_set)) == (3, 2)
-    assert translation.prepare_data(cfg, train_set, val_set, 0) == {}
-    assert translation.prepare_data(cfg, None, val_set, 0) == {}
+    assert translation.Task(cfg).prepare_data(train_set, val_set, 0) == {}
+    assert translation.Task(cfg).prepare_data(None, val_set, 0) == {}
     for source, target in (train_set[0], val_set[0]):
         assert source.shape == target.shape == (3, 16, 16)
     flat = val_set[0][1 if direction == "AtoB" else 0]
@@ -338,15 +319,15 @@ def test_prepare_data_refuses_what_cannot_be_halved(tmp_path):
         (tmp_path / part).mkdir()
         Image.new("RGB", (width, 4)).save(tmp_path / part / "x.png")
     cfg = config(data={"root": str(tmp_path)})
-    train_set, val_set = translation.build_datasets(cfg)
+    train_set, val_set = translation.Task(cfg).build_datasets()
     with pytest.raises(UserError, match=r"x\.png: 9 pixels wide"):
-        translation.prepare_data(cfg, train_set, val_set, 0)
+        translation.Task(cfg).prepare_data(train_set, val_set, 0)
 
 
 def test_optimizers_of_both_networks():
     cfg = config(optim={"lr": 0.5, "halve_epochs": 2}, optim_d={"lr": 0.25})
-    models = translation.build_models(cfg)
-    optimizers, schedules = translation.build_optimizers(cfg, models, steps_per_epoch=3)
+    models = translation.Task(cfg).build_models()
+    optimizers, schedules = translation.Task(cfg).build_optimizers(models, steps_per_epoch=3)
     assert set(optimizers) == set(schedules) == set(models) == {"generator", "discriminator"}
     rates = []
     for _ in range(13):
@@ -362,16 +343,16 @@ def test_predicted_files_score_as_the_evaluation_does():
     """predict.py's picture, compared code by code, has exactly the metric's L1."""
     cfg = shapes_config()
     torch.manual_seed(0)
-    models = translation.build_models(cfg)
+    models = translation.Task(cfg).build_models()
     for model in models.values():
         model.eval()
     image = torch.randint(256, (3, 21, 30), dtype=torch.uint8)
     target = torch.randint(256, (3, 21, 30), dtype=torch.uint8)
-    small = translation.network_input(cfg, image)
+    small = translation.Task(cfg).network_input(image)
     assert small.shape == (3, 16, 16)
     with torch.inference_mode():
-        prediction = translation.predict(cfg)(models, small[None])[0]
-    picture = translation.render(cfg, image, prediction, ["map"], None)["map"]
+        prediction = translation.Task(cfg).predict(models, small[None])[0]
+    picture = translation.Task(cfg).render(image, prediction, ["map"], None)["map"]
     assert (picture.mode, picture.size) == ("RGB", (30, 21))
     metric = TranslationMetrics()
     metric.update([prediction], [target])
@@ -384,7 +365,7 @@ def test_sheet_row():
     cfg = shapes_config()
     source = torch.zeros(3, 16, 16, dtype=torch.uint8)
     target = torch.zeros(3, 20, 30, dtype=torch.uint8)
-    row = translation.sheet_row(cfg, Sample(source, target, torch.ones(3, 16, 16)))
+    row = translation.Task(cfg).sheet_row(Sample(source, target, torch.ones(3, 16, 16)))
     assert row[0] is source
     assert row[2] is target
     assert row[1].unique().tolist() == [1.0]
@@ -392,7 +373,7 @@ def test_sheet_row():
 
 def test_best_metrics():
     assert translation.METRICS == {"L1": "min", "PSNR": "max", "SSIM": "max"}
-    (metric,) = translation.make_metrics(shapes_config())
+    (metric,) = translation.Task(shapes_config()).make_metrics()
     assert set(metric.scores()) == set(translation.METRICS)
     with pytest.raises(UserError, match=r"train\.best: 'MAE'"):
         deciding_metric(config(train={"best": "MAE"}), translation.METRICS)

@@ -159,6 +159,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.num_samples = num_samples
         self.global_batch = global_batch
         self.micro_batch = micro_batch or ceil(global_batch / world_size)
+        self.forward_batch = self.micro_batch * world_size  # images of one pass on all processes
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.epoch, self.start_step = 0, 0

@@ -95,7 +95,7 @@ class MetricLogger:
     ) -> None:
         self.delimiter = delimiter
         self.reduce, self.on_values = reduce, on_values
-        self.images = 0
+        self.images, self.seconds = 0, 0.0  # of the loop that `log_every` runs
         self._meters: dict[str, SmoothedValue] = {}
         self._pending: list[tuple[int, int, dict[str, Number]]] = []
         self._steps = 0
@@ -175,7 +175,7 @@ class MetricLogger:
         """Yield the items of a sized iterable and print a line every `print_freq` of them.
 
         `start` is the number of steps done before (a resumed epoch). Raise `self.images` by the
-        images of each step to have images/s printed.
+        images of each step to have images/s printed. `self.seconds` is what the loop has taken.
         """
         header, total = header or "", start + len(iterable)  # type: ignore[arg-type]
         timer = _Timer()
@@ -186,7 +186,7 @@ class MetricLogger:
             if (step + 1) % print_freq == 0 or step == start or step + 1 == total:
                 self._print_line(header, step + 1, total, timer)
         self.flush()
-        seconds = timer.elapsed()
+        self.seconds = seconds = timer.elapsed()
         steps = max(1, total - start)
         get_logger().info(
             f"{header} total time: {_clock(seconds)} ({seconds / steps:.4f} s / it)".strip()

@@ -8,18 +8,18 @@ import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn
+from math import ceil
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
-    bf16_compress_hook,
-    fp16_compress_hook,
-)
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
-from train_utils.data import loader_errors
-from train_utils.device import Feature, choose_kernels, fast_layout, has
+from process_setup import keep_freed_memory
+from train_utils.amp import choose_amp_dtype
+from train_utils.data import GlobalBatchSampler, eval_loader, loader_errors, train_loader
+from train_utils.device import Feature, allow_tf32, choose_kernels, fast_layout, has
 from train_utils.distributed_utils import (
     cpu_cores,
     init_distributed_mode,
@@ -28,7 +28,10 @@ from train_utils.distributed_utils import (
     shutdown_distributed,
 )
 from train_utils.errors import UserError, is_out_of_memory, plain_message
+from train_utils.settings import BaseConfig
 from train_utils.sync_batchnorm import convert_sync_batchnorm
+from train_utils.task import BaseTask
+from train_utils.training_state import resumed_forward_batch, resumed_global_batch
 from train_utils.watch import doing, waiting
 
 # The option's name until torch 2.14, and since.
@@ -37,8 +40,6 @@ _BUFFER_SYNC = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 )
-Compression = Literal["none", "bf16", "fp16"]
-_HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -54,18 +55,56 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def start_process(args: Namespace, cfg: BaseConfig) -> None:
+    """Seeds, kernels and memory of this process; UserError for settings that cannot be."""
+    device, train = torch.device(args.device), cfg.train
+    choose_amp_dtype(cfg.eval.amp, device, "eval.amp")  # refused now, not after an epoch
+    if train.compile and train.sync_bn and args.world_size > 1:
+        raise UserError(
+            "--compile, --sync-bn: synchronised batch norm waits for other processes in each of "
+            "its layers, and would cut what is compiled there. Leave one of them out."
+        )
+    keep_freed_memory(device.type)
+    seed_everything(train.seed, train.deterministic)
+    allow_tf32(train.tf32)
+
+
+def build_loaders(
+    args: Namespace, task: BaseTask, train_set: Dataset, val_set: Dataset, saved: Any = None
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of training and validation data; a run that continues (`saved`) keeps its batches."""
+    device, train, world_size = torch.device(args.device), task.cfg.train, args.world_size
+    forward_batch = train.batch_size * world_size
+    global_batch = forward_batch * train.accumulate
+    if saved:
+        global_batch = resumed_global_batch(saved, global_batch, world_size)
+        forward_batch = resumed_forward_batch(saved, train, world_size)
+    sampler = GlobalBatchSampler(
+        len(train_set),  # type: ignore[arg-type]
+        global_batch,
+        micro_batch=ceil(forward_batch / world_size),
+        rank=args.rank,
+        world_size=world_size,
+        seed=train.seed,
+    )
+    sampler.forward_batch = forward_batch
+    task.check_batches(sampler.smallest_part)
+    workers = worker_count(train.workers, device, args.local_world_size)
+    loader = train_loader(train_set, sampler, workers, device)
+    return loader, build_val_loader(args, task.cfg, val_set)
+
+
+def build_val_loader(args: Namespace, cfg: BaseConfig, val_set: Dataset) -> DataLoader:
+    """This process's share of the validation data."""
+    device = torch.device(args.device)
+    workers = worker_count(cfg.train.workers, device, args.local_world_size)
+    return eval_loader(val_set, cfg.eval.batch_size, workers, device, args.rank, args.world_size)
+
+
 def wrap_models(
-    models: dict[str, nn.Module],
-    device: torch.device,
-    compile: bool,
-    bucket_mb: int | None = None,
-    compress_gradients: Compression = "none",
+    models: dict[str, nn.Module], device: torch.device, compile: bool
 ) -> dict[str, nn.Module]:
     """Networks as they are trained: compiled if asked for, and data-parallel in a process group.
-
-    bucket_mb: size in MiB of the buckets in which gradients are summed over processes, each as soon
-    as the backward pass has filled it; None: torch's own sizes. compress_gradients: round gradients
-    to 16 bits on the way, which halves the bytes; all processes still get the same sums.
 
     Buffers are not broadcast in every forward pass: it would overwrite batch norm's statistics
     between the two passes of a GAN's discriminator, which autograd refuses, and it is not needed,
@@ -80,9 +119,7 @@ def wrap_models(
             if device.type != "cpu":
                 options["device_ids"] = [device.index]
             with waiting(f"all processes to have {name}"):
-                model = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, **options)
-            if compress_gradients != "none":
-                model.register_comm_hook(None, _HOOKS[compress_gradients])
+                model = DistributedDataParallel(model, **options)
         wrapped[name] = model
     return wrapped
 

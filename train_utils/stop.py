@@ -7,18 +7,10 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import NoReturn
 
-from train_utils.distributed_utils import (
-    all_gather,
-    get_rank,
-    get_world_size,
-    shared_store,
-    sum_over_ranks,
-)
+from train_utils.distributed_utils import get_rank, get_world_size, shared_store
 from train_utils.log import get_logger
 from train_utils.run_folder import AT_ONCE, RunFolder
-from train_utils.training_state import TrainingState
 from train_utils.watch import Watch
 
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
@@ -29,14 +21,13 @@ class Supervisor:
     """Knows why a run must end early: a signal to any process, or a process that hangs.
 
     Notes SIGTERM, SIGUSR1 (Slurm's preemption) and SIGINT; a second SIGINT stops at once.
-    `requested` names this process's own signal; `agreed` is set once all ranks know of one.
-    hang_timeout: the patience of a `Watch`, which runs for the length of a `with` block.
+    `requested` names this process's own signal. hang_timeout: the patience of a `Watch`, which runs
+    for the length of a `with` block.
     """
 
     def __init__(self, run: RunFolder, hang_timeout: float) -> None:
         self.run = run
         self.requested: str | None = None
-        self.agreed = False
         self.watch = Watch(
             hang_timeout,
             run.give_up,
@@ -85,22 +76,3 @@ class Supervisor:
             raise KeyboardInterrupt
         self.requested = name
         get_logger().warning(f"{name}: stopping after this step (Ctrl-C again: at once)")
-
-
-def agree_to_stop(stop: Supervisor) -> None:
-    """Learn at the end of an epoch whether any rank has been asked to stop meanwhile."""
-    (requests,) = sum_over_ranks([stop.requested is not None])
-    stop.agreed = stop.agreed or requests > 0
-
-
-def exit_stopped(stop: Supervisor, run: RunFolder, state: TrainingState) -> NoReturn:
-    """End a stopped run: say where it stands and how to continue, and exit as the signal would."""
-    reason = next(name for name in all_gather(stop.requested) if name)  # perhaps another rank's
-    run.wait_saved()
-    run.status("stopped", reason=reason, epoch=state.epoch, step=state.step)
-    sum_over_ranks([0])  # rank 0 has saved: a rank that left earlier would have it terminated
-    get_logger().info(
-        f"stopped by {reason} at epoch {state.epoch}, step {state.step}; saved in {run.path}. "
-        f"Continue with --resume {run.path}"
-    )
-    sys.exit(128 + getattr(signal, reason))

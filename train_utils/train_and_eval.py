@@ -1,4 +1,9 @@
-"""The training loop and the evaluation loop that every task and both launchers share."""
+"""The training loop and the evaluation loop that every task and both launchers share.
+
+A loss is the mean over the batch it is given, as in every textbook. What a step averages over is
+more than one such batch: its parts (`accumulate`), shared out over processes, some of them smaller
+than others or empty. So the loop weighs each part's means by its share of the whole step.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,9 +53,11 @@ from train_utils.watch import LOADING, mark, waiting
 
 Models = Mapping[str, nn.Module]
 Batch = tuple[Any, ...]
-Backward = Callable[[str, Tensor], None]
-# (models, batch, counts, backward) → named losses. The step calls backward(network's name, loss).
-TrainStep = Callable[[Models, Batch, dict[str, float], Backward], dict[str, Tensor]]
+# (models, batch) → means over the batch by name; or (network, means), one network after the other.
+Losses = Mapping[str, Tensor]
+LossFunction = Callable[[Models, Batch], Losses | Iterable[tuple[str, Losses]]]
+# batch → what its means stand for, instead of its number of images; one number, or one by loss.
+Weight = Callable[[Batch], float | Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -86,31 +93,28 @@ class Progress(NamedTuple):
     settle: Callable[[], None]
 
 
-def pixel_counts(batch: Batch) -> dict[str, float]:
-    """What the losses of a batch average over; the loop sums it over parts and ranks."""
-    return {"pixels": float(batch[1].numel())}
+class EpochRun:
+    """What goes on beside an epoch's steps: nothing, but in a run that saves and stops.
+
+    start_step: optimizer steps of this epoch that were done before a restart.
+    """
+
+    def __init__(self, logger: MetricLogger | None = None, start_step: int = 0) -> None:
+        self.logger, self.start_step = logger or MetricLogger(reduce=True), start_step
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after every optimizer step, on all ranks."""
+
+    def stop_requested(self) -> bool:
+        """Whether this rank is to stop; once it is true on any, all end after the same step."""
+        return False
 
 
-def saliency_step(
-    models: Models,
-    batch: Batch,
-    counts: dict[str, float],
-    backward: Backward,
-    normalize: Callable[[Tensor], Tensor] = normalize_images,
-) -> dict[str, Tensor]:
-    """Deeply supervised binary cross-entropy of the one network `model`."""
+def default_losses(models: Models, batch: Batch) -> Losses:
+    """`criterion` of the one network on images and target, as users of the recipe know it."""
     images, target = batch
-    loss = criterion(models["model"](normalize(images)), target, counts["pixels"])
-    backward("model", loss)
-    return {"loss": loss.detach()}
-
-
-def minimise_sum(terms: Mapping[str, Tensor], backward: Backward) -> dict[str, Tensor]:
-    """Gradients of the sum of named loss terms of the network `model`; what is logged of them."""
-    total = torch.stack(list(terms.values())).sum()
-    backward("model", total)
-    named = {"loss": total, **(terms if len(terms) > 1 else {})}
-    return {name: loss.detach() for name, loss in named.items()}
+    (network,) = models.values()
+    return {"loss": criterion(network(normalize_images(images)), target)}
 
 
 def train_one_epoch(
@@ -123,86 +127,44 @@ def train_one_epoch(
     print_freq: int = 10,
     scaler: Any = None,
     *,
-    train_step: TrainStep = saliency_step,
-    loss_counts: Callable[[Batch], dict[str, float]] = pixel_counts,
+    losses: LossFunction = default_losses,
+    weight: Weight | None = None,
     options: StepOptions = StepOptions(),
-    logger: MetricLogger | None = None,
-    start_step: int = 0,
-    after_step: Callable[[Progress], None] | None = None,
-    stop_requested: Callable[[], bool] = lambda: False,
+    run: EpochRun | None = None,
 ) -> tuple[float, float]:
     """Train for one epoch; returns (mean loss, last learning rate).
 
-    Tasks with several networks pass dicts with the same keys as `model`, `optimizer`,
-    `lr_scheduler` and `scaler`; the mean loss is then that of the first loss that `train_step`
-    names. `start_step` is the number of optimizer steps of this epoch done before a restart.
-    `after_step` is called after every optimizer step. When `stop_requested` is true on any rank,
-    all ranks end the epoch after the same step.
-    Raises UserError when a loss or a gradient is not finite, on all ranks alike, unless
-    `options.on_nonfinite` is "skip", and when the memory does not suffice.
+    Several networks: dicts with the same keys as `model`, `optimizer`, `lr_scheduler` and `scaler`.
+    losses, weight: see `train_utils.task.Task`. Raises UserError, on all ranks alike, when a loss
+    or a gradient is not finite, unless that is to be skipped, and when the memory does not suffice.
     """
-    device = torch.device(device)  # a script may pass a name
-    models, optimizers = _named(model), _named(optimizer)
-    schedulers, scalers = _named(lr_scheduler), _named(scaler)
-    logger = logger or MetricLogger(reduce=True)
-    for name in _learning_rates(optimizers):
-        logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    for network in models.values():
-        network.train()
-    take_step = _Step(models, optimizers, schedulers, scalers, device, train_step, options)
-    guard = NonfiniteGuard(options.on_nonfinite, device, take_step.scaled, models)
-    windows = _Windows(data_loader, options.accumulate, epoch, start_step)
-    total = start_step + len(windows)
-
-    def where(step: int) -> str:
-        return f"epoch {epoch}, step {step + 1} of {total}"
-
-    def names(step: int) -> list[str]:
-        return sample_names(data_loader, step)
-
-    def settle() -> None:
-        logger.flush()
-        guard.review(where, names)
-        check_finite(logger.read, epoch)
-
-    for step, parts in enumerate(
-        logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", start_step), start_step
-    ):
-        faults.reach("step")
-        mark(where(step))  # first: where settling waits, the loader is not to blame
-        if logger.is_read:
-            settle()
-        seed = None
-        if options.seed is not None:
-            seed = stable_seed(options.seed, epoch * total + step, get_rank())
-        counts, images, stop = _agree(parts, loss_counts, stop_requested())
-        rates = _learning_rates(optimizers)
-        guard.keep_buffers()
-        losses = take_step.backward(parts, counts, seed)
-        skipped = guard.found(step, losses)
-        if skipped:
-            guard.act(where(step), losses, names(step), take_step.own_bad_gradients())
-        take_step.update(skipped)
-        logger.images += images
-        rates |= {"skipped": float(skipped)} if options.on_nonfinite == "skip" else {}
-        logger.update(images, **({} if skipped else losses), **rates)
-        if after_step:
-            after_step(Progress(epoch, step + 1, logger, stop, settle))
+    run = run or EpochRun()
+    networks = (_by_name(each) for each in (model, optimizer, lr_scheduler, scaler))
+    windows = _Windows(data_loader, options.accumulate, epoch, run.start_step)
+    step = _Step(*networks, torch.device(device), losses, weight, options, run.logger, windows)
+    parts_of_steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
+    for number, parts in enumerate(parts_of_steps, run.start_step):
+        stop = step.take(number, parts, run.stop_requested())
+        run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
         if stop:
             break
-    settle()
-    losses_by_name = mean_losses(logger)
-    losses_by_name.pop("skipped", None)
-    return next(iter(losses_by_name.values()), float("nan")), logger.read["lr"].value
+    step.settle()
+    means = mean_losses(run.logger)
+    return next(iter(means.values()), math.nan), run.logger.read["lr"].value
 
 
 def mean_losses(logger: MetricLogger) -> dict[str, float]:
     """An epoch's mean of every loss, by name."""
-    meters = logger.meters.items()
-    return {name: m.global_avg for name, m in meters if name.partition("_")[0] != "lr"}
+    means = {name: m.global_avg for name, m in logger.meters.items() if not _is_rate(name)}
+    means.pop("skipped", None)
+    return means
 
 
-def _learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
+def _is_rate(name: str) -> bool:
+    return name == "lr" or name.startswith("lr_")
+
+
+def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
     """The first network's as `lr`, any other's as lr_<network>."""
     rates = {f"lr_{name}": each.param_groups[0]["lr"] for name, each in optimizers.items()}
     first = next(iter(rates))
@@ -242,29 +204,85 @@ class _Windows:
     def _mark(self, step: int) -> None:
         what = LOADING if getattr(self.loader, "num_workers", 0) else "loading"
         place = f"{what}: images of epoch {self.epoch}, step {step + 1}"
-        mark(place, lambda: ", ".join(sample_names(self.loader, step)))
+        mark(place, lambda: ", ".join(self.names(step)))
+
+    def where(self, step: int) -> str:
+        return f"epoch {self.epoch}, step {step + 1} of {self.start_step + len(self)}"
+
+    def names(self, step: int) -> list[str]:
+        """The samples of a step on this process."""
+        return sample_names(self.loader, step)
 
 
-def _agree(
-    parts: Sequence[Batch], loss_counts: Callable[[Batch], dict[str, float]], stop: bool
-) -> tuple[dict[str, float], int, bool]:
-    """Each loss's count, the number of images, and whether to stop, over all parts and ranks.
+# -- one step -------------------------------------------------------------------------------------
 
-    One sum of host numbers. The counts are then divided by the number of ranks, because
-    DistributedDataParallel averages gradients: Σ loss / count on each rank gives
-    Σ loss / Σ count over all of them.
+_ANY = ""  # stands for all losses that have no weight of their own
+
+
+def weights_of(weight: Weight | None, batch: Batch) -> dict[str, float]:
+    """What a batch's means stand for: of the losses by name, and of all others together."""
+    images = float(len(batch[0]))
+    given = images if weight is None else weight(batch)
+    return {_ANY: images, **given} if isinstance(given, Mapping) else {_ANY: float(given)}
+
+
+def agree_on_shares(
+    parts: Sequence[Batch], weight: Weight | None, stop: bool
+) -> tuple[list[dict[str, float]], int, bool]:
+    """The parts' shares in a step, its number of images, and whether to stop, on all ranks.
+
+    One sum of host numbers. DistributedDataParallel averages gradients over ranks, and the logger
+    averages values: hence shares are multiplied by the number of ranks.
     """
-    each = [loss_counts(batch) for batch in parts]
-    local = {name: sum(counts[name] for counts in each) for name in each[0]}
+    each = [weights_of(weight, batch) for batch in parts]
+    local = [sum(weights[name] for weights in each) for name in each[0]]
     shown = sum(len(batch[0]) for batch in parts)
-    *sums, images, stops, world = sum_over_ranks([*local.values(), shown, stop, 1])
-    # A count of 0 (everything ignored) comes with a sum of 0: 0/1, not 0/0.
-    counts = dict(zip(local, (total / world or 1.0 for total in sums), strict=True))
-    return counts, int(images), stops > 0
+    *totals, images, stops, world = sum_over_ranks([*local, shown, stop, 1])
+    sums = dict(zip(each[0], totals, strict=True))
+    shares = [
+        {name: world * w / sums[name] if sums[name] else 0.0 for name, w in weights.items()}
+        for weights in each
+    ]
+    return shares, int(images), stops > 0
+
+
+def weighed(means: Losses, shares: Mapping[str, float]) -> dict[str, Tensor]:
+    """Means over a batch, each times the share that the batch has in it, at least fp32.
+
+    Where it has none, as all of its pixels are ignored or it has no image, the mean may be 0/0:
+    then it is 0, with gradients of 0.
+    """
+    values = {}
+    for name, mean in means.items():
+        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        share = shares.get(name, shares[_ANY])
+        mean = mean if share else mean.nan_to_num(0.0, 0.0, 0.0)
+        values[name] = mean if share == 1 else mean * share
+    return values
+
+
+def minimised(
+    values: dict[str, Tensor], network: str, is_first: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of a network's losses that have a gradient, and what is logged of all by name.
+
+    The first network's sum is logged as `loss`, beside its terms if they are several.
+    """
+    terms = [name for name, value in values.items() if value.requires_grad]
+    if not terms:
+        raise UserError(
+            f"{network}: no loss has a gradient ({', '.join(values) or 'there is none'}). Return "
+            "one that is computed from the network's output and not detached."
+        )
+    total = torch.stack([values[name] for name in terms]).sum() if terms[1:] else values[terms[0]]
+    if is_first and "loss" not in values:
+        kept = {name: value for name, value in values.items() if terms[1:] or name != terms[0]}
+        return total, {"loss": total, **kept}
+    return total, values
 
 
 class _Step:
-    """One optimizer step: the parts of its batch forward and backward, then the updates."""
+    """Optimizer steps: the parts of each one forward and backward, then the updates."""
 
     def __init__(
         self,
@@ -273,24 +291,66 @@ class _Step:
         schedulers: Mapping[str, Any],
         scalers: Mapping[str, Any],
         device: torch.device,
-        train_step: TrainStep,
+        losses: LossFunction,
+        weight: Weight | None,
         options: StepOptions,
+        logger: MetricLogger,
+        windows: _Windows,
     ) -> None:
         self.models, self.optimizers, self.schedulers = models, optimizers, schedulers
         # A disabled scaler passes everything through: one loop serves all precisions.
         off = torch.amp.GradScaler(device.type, enabled=False)
         self.scalers = {name: scalers.get(name) or off for name in optimizers}
-        self.device, self.train_step, self.options = device, train_step, options
-        self.scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
-        self.amp_dtype = options.amp_dtype or (torch.float16 if self.scaled else None)
+        self.device, self.losses, self.weight, self.options = device, losses, weight, options
+        self.logger, self.windows = logger, windows
+        scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
+        self.amp_dtype = options.amp_dtype or (torch.float16 if scaled else None)
+        self.guard = NonfiniteGuard(options.on_nonfinite, device, scaled, models)
         self._spoil, self._checked = 1.0, False
-        self._last: tuple[Sequence[Batch], dict[str, float], int | None]
+        for network in models.values():
+            network.train()
+        for name in learning_rates(optimizers):
+            logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
-    def backward(
-        self, parts: Sequence[Batch], counts: dict[str, float], seed: int | None
-    ) -> dict[str, Tensor]:
+    def take(self, number: int, parts: Sequence[Batch], stop: bool) -> bool:
+        """Take the epoch's step `number`; returns whether any rank is to stop."""
+        faults.reach("step")
+        mark(self.windows.where(number))  # first: where settling waits, the loader is not to blame
+        if self.logger.is_read:
+            self.settle()
+        shares, images, stop = agree_on_shares(parts, self.weight, stop)
+        self._parts = list(zip(parts, shares, strict=True))
+        self._seed = self._seed_of(number)
+        rates = learning_rates(self.optimizers)
+        self.guard.keep_buffers()
+        losses = self._gradients()
+        skipped = self.guard.found(number, losses)
+        if skipped:
+            names = self.windows.names(number)
+            bad_gradients = self._own_bad_gradients()
+            self.guard.act(self.windows.where(number), losses, names, bad_gradients)
+        self._update(skipped)
+        self.logger.images += images
+        if self.options.on_nonfinite == "skip":
+            rates["skipped"] = float(skipped)
+        self.logger.update(images, **({} if skipped else losses), **rates)
+        return stop
+
+    def settle(self) -> None:
+        """Read all values from the device; UserError if any is not finite."""
+        self.logger.flush()
+        self.guard.review(self.windows.where, self.windows.names)
+        check_finite(self.logger.read, self.windows.epoch)
+
+    def _seed_of(self, number: int) -> int | None:
+        """What a step's dropout is drawn by on this rank."""
+        if self.options.seed is None:
+            return None
+        steps = self.windows.start_step + len(self.windows)
+        return stable_seed(self.options.seed, self.windows.epoch * steps + number, get_rank())
+
+    def _gradients(self) -> dict[str, Tensor]:
         """Gradients of the whole step, and its losses by name."""
-        self._last = parts, counts, seed
         spoilt_loss = faults.reach("loss")
         self._spoil = faults.reach("gradient") * spoilt_loss
         losses = self._all_parts(synchronise=True)
@@ -300,8 +360,8 @@ class _Step:
             self._refuse_unused_parameters()
         return losses
 
-    def own_bad_gradients(self) -> int:
-        """How many gradients are not finite in this process's own part of the last step."""
+    def _own_bad_gradients(self) -> int:
+        """How many gradients are not finite in this process's own part of the step."""
         self._forget_gradients()
         self._all_parts(synchronise=False)
         with waiting("gradients of this process alone"):  # batch norm may be over all of them
@@ -309,9 +369,44 @@ class _Step:
         self._forget_gradients()
         return bad
 
-    def update(self, skip: bool) -> None:
+    def _all_parts(self, synchronise: bool) -> dict[str, Tensor]:
+        if self._seed is not None:
+            torch.manual_seed(self._seed)
+        total: dict[str, Tensor] = {}
+        for number, (batch, shares) in enumerate(self._parts, 1):
+            with ExitStack() as stack:
+                if number < len(self._parts) or not synchronise:
+                    for model in self.models.values():
+                        stack.enter_context(no_sync(model))
+                losses = self._forward_backward(batch, shares)
+            for name, loss in losses.items():
+                total[name] = total[name] + loss if name in total else loss
+        return total
+
+    def _forward_backward(self, batch: Batch, shares: Mapping[str, float]) -> dict[str, Tensor]:
+        """Add the gradients of one part; returns its losses by name, times its shares."""
+        images, logged = len(batch[0]), {}
+        with memory_errors(f"in a forward pass of {images} images", _smaller_batches(images)):
+            batch = to_device(batch, self.device)
+            with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
+                found = self.losses(self.models, batch)
+                first = next(iter(self.optimizers))
+                for network, means in [(first, found)] if isinstance(found, Mapping) else found:
+                    total, values = minimised(weighed(means, shares), network, network == first)
+                    total = spoilt_if_nonfinite(total)
+                    total = total * self._spoil if self._spoil != 1 else total
+                    # Here data-parallel processes wait for each other's gradients.
+                    with (
+                        torch.autocast(self.device.type, enabled=False),
+                        waiting(f"gradients of {network}"),
+                    ):
+                        self.scalers[network].scale(total).backward()
+                    logged |= {name: value.detach() for name, value in values.items()}
+        return logged
+
+    def _update(self, skip: bool) -> None:
         """Step all optimizers, unless told to skip that, and what follows the steps."""
-        images = max(len(batch[0]) for batch in self._last[0])
+        images = max(len(batch[0]) for batch, _ in self._parts)
         for name, optimizer in self.optimizers.items():
             if not skip:  # the first step makes the optimizer's state
                 with memory_errors("in an optimizer's step", _smaller_batches(images)):
@@ -323,36 +418,6 @@ class _Step:
                 self.schedulers[name].step()
             if self.options.ema and not skip:
                 self.options.ema[name].update(unwrap(self.models[name]))
-
-    def _all_parts(self, synchronise: bool) -> dict[str, Tensor]:
-        parts, counts, seed = self._last
-        if seed is not None:
-            torch.manual_seed(seed)
-        total: dict[str, Tensor] = {}
-        for number, batch in enumerate(parts, 1):
-            with ExitStack() as stack:
-                if number < len(parts) or not synchronise:
-                    for model in self.models.values():
-                        stack.enter_context(no_sync(model))
-                losses = self._forward_backward(batch, counts)
-            for name, loss in losses.items():
-                total[name] = total[name] + loss if name in total else loss
-        return total
-
-    def _forward_backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        images = len(batch[0])
-        with memory_errors(f"in a forward pass of {images} images", _smaller_batches(images)):
-            batch = to_device(batch, self.device)
-            with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
-                return self.train_step(self.models, batch, counts, self._backward)
-
-    def _backward(self, name: str, loss: Tensor) -> None:
-        loss = spoilt_if_nonfinite(loss)
-        if self._spoil != 1:
-            loss = loss * self._spoil
-        # Here data-parallel processes wait for each other's gradients.
-        with torch.autocast(self.device.type, enabled=False), waiting(f"gradients of {name}"):
-            self.scalers[name].scale(loss).backward()
 
     def _clip(self, name: str) -> None:
         model, options = self.models[name], self.options
@@ -390,8 +455,8 @@ def _smaller_batches(images: int) -> str:
     return f"use a smaller --batch-size (the same global batch: {half}), or smaller images"
 
 
-def _named(value: Any) -> dict[str, Any]:
-    """A task's dict as it is; a single network (optimizer, …) under the name `model`."""
+def _by_name(value: Any) -> dict[str, Any]:
+    """A dict as it is; a single network (optimizer, …) under the name `model`."""
     if value is None:
         return {}
     return dict(value) if isinstance(value, Mapping) else {"model": value}
@@ -418,7 +483,7 @@ _Chunk = list[tuple[int, Tensor, Tensor]]
 
 
 class StoppedMidway(Exception):
-    """An evaluation ended early, on all processes, because one of them was asked to stop."""
+    """Training or an evaluation ends early, on all processes, as one of them was asked to stop."""
 
 
 class Sample(NamedTuple):
@@ -429,11 +494,10 @@ class Sample(NamedTuple):
     prediction: Tensor
 
 
-def saliency_predict(
-    models: Models, images: Tensor, normalize: Callable[[Tensor], Tensor] = normalize_images
-) -> Tensor:
-    """Saliency in [0, 1], [B, 1, H, W], for uint8 images [B, 3, H, W]."""
-    return models["model"](normalize(images)).float()
+def default_predict(models: Models, images: Tensor) -> Tensor:
+    """What the one network makes of uint8 or normalised images [B, 3, H, W], in fp32."""
+    (network,) = models.values()
+    return network(normalize_images(images)).float()
 
 
 def evaluate(
@@ -442,7 +506,7 @@ def evaluate(
     device: torch.device | str,
     *,
     metrics: Sequence[ExactMetric] | None = None,
-    predict: Callable[[Models, Tensor], Tensor] = saliency_predict,
+    predict: Callable[[Models, Tensor], Tensor] = default_predict,
     keep: int = 0,
     samples: list[Sample] | None = None,
     stop_requested: Callable[[], bool] | None = None,
@@ -458,7 +522,7 @@ def evaluate(
     been true on any.
     """
     device = torch.device(device)
-    models = {name: unwrap(network) for name, network in _named(model).items()}
+    models = {name: unwrap(network) for name, network in _by_name(model).items()}
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
     for network in models.values():
         broadcast_buffers(network)

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from train_utils.checkpoint import FORMAT, check_fits, join_states, whole
 from train_utils.config import diff
+from train_utils.data import GlobalBatchSampler
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError, shortened
 from train_utils.log import get_logger
@@ -39,8 +40,6 @@ _FREE = (
     "train.amp",
     "train.tf32",
     "train.compile",
-    "train.bucket_mb",
-    "train.compress_gradients",
     "train.deterministic",
     "train.print_freq",
     "train.hang_timeout",
@@ -71,11 +70,8 @@ class TrainingState:
     scalers: dict[str, Any]
     ema: dict[str, ExponentialMovingAverage]
     config: dict[str, Any]
-    num_samples: int
     data: str  # fingerprint of the training set
-    global_batch: int
-    forward_batch: int  # images of one forward pass on all processes together
-    world_size: int
+    sampler: GlobalBatchSampler
     epoch: int = 0
     step: int = 0
     lr: float = float("nan")
@@ -106,11 +102,11 @@ class TrainingState:
             "best_scores": self.best_scores,
             "stale": self.stale,
             "meters": self.meters,
-            "num_samples": self.num_samples,
+            "num_samples": self.sampler.num_samples,
             "data": self.data,
-            "global_batch": self.global_batch,
-            "forward_batch": self.forward_batch,
-            "world_size": self.world_size,
+            "global_batch": self.sampler.global_batch,
+            "forward_batch": self.sampler.forward_batch,
+            "world_size": self.sampler.world_size,
             "args": self.config,
         }
 
@@ -168,10 +164,11 @@ class TrainingState:
         self.epoch, self.step = state["next_epoch"], state["next_step"]
         self.best_scores, self.meters, self.lr = state["best_scores"], state["meters"], state["lr"]
         self.stale = state.get("stale", 0)  # absent in files from before plateaus were counted
-        if state["world_size"] != self.world_size:
+        before, now = state["world_size"], self.sampler.world_size
+        if before != now:
             get_logger().info(
-                f"continuing with {self.world_size} process(es) instead of {state['world_size']}: "
-                f"the global batch stays {self.global_batch}"
+                f"continuing with {now} process(es) instead of {before}: the global batch stays "
+                f"{self.sampler.global_batch}"
             )
 
     def _check_trainers(self, state: Mapping[str, Any], source: str) -> list[tuple[Any, dict]]:
@@ -217,15 +214,15 @@ class TrainingState:
             )
         if changes:
             get_logger().info(f"settings changed since the checkpoint: {text}")
-        if state["num_samples"] != self.num_samples:
+        if state["num_samples"] != self.sampler.num_samples:
             raise UserError(
                 f"{source}: was trained on {state['num_samples']} samples, now there are "
-                f"{self.num_samples}. Restore the data, or start a new run with --weights."
+                f"{self.sampler.num_samples}. Restore the data, or start a new run with --weights."
             )
         if state.get("data", self.data) != self.data:  # absent in older files
             raise UserError(
-                f"{source}: was trained on {self.num_samples} samples of other names, or made of "
-                "other files. Restore the data, or start a new run with --weights."
+                f"{source}: was trained on {self.sampler.num_samples} samples of other names, or "
+                "made of other files. Restore the data, or start a new run with --weights."
             )
 
 

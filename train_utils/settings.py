@@ -117,8 +117,6 @@ class TrainConfig:
     tf32: bool = True  # GPUs may multiply fp32 in TF32, with 10 binary places; false: real fp32
     sync_bn: bool = False  # batch-norm statistics over all processes
     compile: bool = False  # torch.compile: pays on GPUs only
-    bucket_mb: int | None = None  # MiB of gradients summed at a time; null: 1, then 25
-    compress_gradients: Literal["none", "bf16", "fp16"] = "none"  # rounded for the sum
     deterministic: bool = False  # reproducible kernels where there are; torch warns of others
     seed: int = 0
     print_freq: int = 10  # steps per line
@@ -146,8 +144,6 @@ class TrainConfig:
         for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         _require(self.workers is None or self.workers >= 0, "workers", "must not be negative")
-        mb = self.bucket_mb
-        _require(mb is None or 1 <= mb <= 2**20, "bucket_mb", "must lie between 1 and 2^20")
         _require(self.ema is None or 0 < self.ema < 1, "ema", "must lie between 0 and 1")
         for name in ("clip_norm", "clip_value"):
             clip = getattr(self, name)

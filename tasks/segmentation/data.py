@@ -2,7 +2,7 @@
 
 Each layout is a function from a root to (pairs, stems), the (image, mask) files and what to call
 them whatever the place, as `PairDataset` takes them. Nothing of a mask is read here: what its
-pixels mean is `train_utils.label_maps`' to say.
+pixels mean is `tasks.segmentation.label_maps`' to say.
 """
 
 import filecmp

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from train_utils.losses import IGNORE
 from train_utils.metrics import ExactMetric, pack_state
+from transforms import IGNORE
 
 MAX_IMAGES = 2**20
 _MAX_LOSS = 2.0**12  # of one image: MAX_IMAGES of them fit a state

@@ -23,7 +23,7 @@ from train_utils.data import follow_the_script
 from train_utils.errors import UserError
 from train_utils.files import user_cache, write_text
 from train_utils.image_io import PathLike, printable, read_image, read_label_file, read_mask
-from train_utils.losses import IGNORE
+from transforms import IGNORE
 
 VOC_VOID = (224, 224, 192)  # the colour of the borders between PASCAL VOC's objects
 

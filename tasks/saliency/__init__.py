@@ -1,0 +1,240 @@
+"""Salient object detection with U²-Net (Qin et al., Pattern Recognition 2020)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import src
+from my_dataset import DUTSDataset, ShapesDataset, check_pairs, folder_pairs, image_reader
+from src.u2net import from_official, is_official
+from tasks.saliency.losses import soft_iou_loss
+from train_utils import settings
+from train_utils.errors import UserError
+from train_utils.losses import criterion
+from train_utils.metrics import (
+    ExactMetric,
+    F1Score,
+    MeanAbsoluteError,
+    ToolboxMetrics,
+    prediction_at,
+)
+from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
+from train_utils.task import BaseTask
+from train_utils.tiles import by_rows
+from train_utils.train_and_eval import Batch, Models
+from transforms import SaliencyEval, SaliencyTrain, predict_input
+
+
+@dataclass
+class DataConfig(PhotoData):
+    """Where pairs of image and mask come from, and how they are prepared."""
+
+    layout = "duts"
+
+    name: Literal["shapes", "duts", "folders"] | None = None  # duts: root holds DUTS-TR, DUTS-TE
+    crop_size: int | None = None  # random crop in training; null: 0.9 × image_size
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.crop <= self.image_size:
+            raise ValueError("crop_size: must lie between 1 and image_size")
+
+    @property
+    def crop(self) -> int:
+        """Side of the training crop."""
+        return self.crop_size or max(1, round(0.9 * self.image_size))
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    name: Literal["u2net_full", "u2net_lite"] = "u2net_lite"
+
+
+@dataclass
+class LossConfig:
+    """The sum of these terms, each over all outputs of the network, is minimised."""
+
+    # bce: binary cross-entropy of pixels; iou: 1 − soft intersection over union of each image
+    terms: list[Literal["bce", "iou"]] = field(default_factory=lambda: ["bce"])
+
+    def __post_init__(self) -> None:
+        if not self.terms or len(set(self.terms)) < len(self.terms):
+            raise ValueError("terms: give one or several, each once")
+
+
+@dataclass
+class EvalConfig(settings.EvalConfig):
+    """Evaluation, and (post_norm) what predict.py writes."""
+
+    post_norm: bool = False  # stretch each prediction to [0, 1] before it is scored and written
+
+
+@dataclass
+class Config(BaseConfig):
+    """A saliency recipe."""
+
+    task: str = "saliency"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def _root(data: DataConfig) -> str:
+    if not data.root:
+        raise UserError(
+            "data.root: this recipe trains on DUTS. Give the folder that holds DUTS-TR and DUTS-TE "
+            "by --data-path DIR, or your own folders by --images DIR --masks DIR."
+        )
+    return data.root
+
+
+_LOSSES = {"bce": criterion, "iou": soft_iou_loss}
+
+
+class Task(BaseTask):
+    """U²-Net on pairs of image and mask."""
+
+    METRICS: ClassVar = {"maxF1": "max", "MAE": "min"}
+    PREDICT_FLAGS: ClassVar = {"cutout": False, "overlay": False, "threshold": False}
+
+    cfg: Config
+
+    def build_datasets(self) -> tuple[Dataset, Dataset]:
+        """Training and validation pairs."""
+        data = self.cfg.data
+        transforms = SaliencyTrain(data.image_size, data.crop, data.hflip)
+        if data.name == "shapes":
+            train = ShapesDataset(
+                data.image_size, data.seed, data.train_size, transforms=transforms
+            )
+        elif data.name == "duts":
+            train = DUTSDataset(_root(data), True, transforms, image_reader(data, data.image_size))
+        else:
+            reader = image_reader(data, data.image_size)
+            train = folder_pairs(data, train=True, transforms=transforms, read_first=reader)
+        return train, self.build_val_dataset()
+
+    def build_val_dataset(self, all_pairs: bool = False) -> Dataset:
+        """Validation pairs; `all_pairs`: of a pair of folders take all, not the held-out share."""
+        data = self.cfg.data
+        transforms = SaliencyEval(data.image_size)
+        if data.name == "shapes":
+            return ShapesDataset(
+                data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms=transforms
+            )
+        reader = image_reader(data, data.image_size)
+        if data.name == "duts":
+            return DUTSDataset(_root(data), False, transforms, reader)
+        return folder_pairs(
+            data, train=False, transforms=transforms, all_pairs=all_pairs, read_first=reader
+        )
+
+    def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
+        """Check every file's header; nothing in the config comes from the data."""
+        for dataset in (train_set, val_set):
+            if dataset is not None:
+                check_pairs(dataset)
+        return {}
+
+    def build_models(self) -> dict[str, nn.Module]:
+        return {"model": getattr(src, self.cfg.model.name)(out_ch=1)}
+
+    @classmethod
+    def adopt_weights(cls, state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
+        """(config values, weights in our names) of U²-Net weights, also the authors'; else None.
+
+        Weights that fit a network in part only are given its name too: loading them then lists what
+        differs.
+        """
+        converted = from_official(state_dict) if is_official(state_dict) else state_dict
+        fitting = {}
+        for name in ("u2net_lite", "u2net_full"):
+            with torch.device("meta"):
+                own = getattr(src, name)().state_dict()
+            fitting[name] = sum(
+                key in converted and converted[key].shape == value.shape
+                for key, value in own.items()
+            )
+        nearest = max(fitting, key=fitting.__getitem__)
+        return ({"model": {"name": nearest}}, converted) if fitting[nearest] else None
+
+    def check_batches(self, smallest: int) -> None:
+        """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""
+        crop = self.cfg.data.crop
+        if smallest == 1 and crop <= 32:
+            raise UserError(
+                f"data.image_size: crops of {crop} pixels end as a 1×1 map, and some step has a "
+                "single image on some process, on which batch norm cannot train. Use crops of 33 "
+                "pixels or more, or another --batch-size."
+            )
+
+    def losses(self, models: Models, batch: Batch) -> dict[str, Tensor]:
+        """The recipe's terms, each summed over all outputs of the network."""
+        images, target = batch
+        outputs = models["model"](self.normalize(images))
+        return {name: _LOSSES[name](outputs, target) for name in self.cfg.loss.terms}
+
+    def predict(self, models: Models, inputs: Tensor) -> Tensor:
+        """Saliency in [0, 1], [B, 1, H, W], of uint8 images [B, 3, H, W]."""
+        return models["model"](self.normalize(inputs)).float()
+
+    def network_input(self, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
+        """What evaluation would feed of an image, uint8 [3, S, S], whatever the file's `sides`."""
+        return predict_input(image, self.cfg.data.image_size).as_subclass(Tensor)
+
+    def render(
+        self, image: Tensor, prediction: Tensor, kinds: Sequence[str], threshold: float | None
+    ) -> dict[str, Image.Image]:
+        """Pictures to write, at the image's own size.
+
+        map: the 8-bit saliency map, as evaluation scores it (stretched to [0, 1] under
+        `eval.post_norm`); with `threshold`, 255 where it is greater, else 0. cutout: the image with
+        the map as alpha. overlay: the image tinted red by the map.
+        """
+        saliency = prediction_at(prediction[0], image.shape[-2:], self.cfg.eval.post_norm).cpu()
+        if threshold is not None:
+            saliency = (saliency > threshold).to(saliency.dtype)
+        codes = (saliency * 255).round().to(torch.uint8)
+        pictures = {"map": Image.fromarray(codes.numpy())}
+        rgb = image.permute(1, 2, 0)
+        if "cutout" in kinds:
+            pictures["cutout"] = Image.fromarray(torch.cat([rgb, codes[..., None]], dim=2).numpy())
+        if "overlay" in kinds:
+            red = torch.tensor([255.0, 32.0, 32.0], dtype=saliency.dtype)
+
+            def tinted(rows: slice) -> Tensor:
+                share = 0.6 * saliency[rows, :, None]
+                return torch.lerp(rgb[rows].to(share.dtype), red, share).round().to(torch.uint8)
+
+            pictures["overlay"] = Image.fromarray(by_rows(tinted, *saliency.shape).numpy())
+        return pictures
+
+    def make_metrics(self) -> tuple[ExactMetric, ...]:
+        return MeanAbsoluteError(self.cfg.eval.post_norm), F1Score(self.cfg.eval.post_norm)
+
+    def make_toolbox_metrics(self) -> tuple[ExactMetric, ...]:
+        """Additional scores by the field's common protocol (validation.py --toolbox)."""
+        return (ToolboxMetrics(),)
+
+    def curves(self, metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:
+        """TensorBoard's precision–recall curves by tag."""
+        f1 = next(metric for metric in metrics if isinstance(metric, F1Score))
+        averaged, pixels = f1.curves(), f1.pixel_counts()
+        return {
+            "val/precision_recall": {
+                "true_positive_counts": pixels.true_positives.flip(0),
+                "false_positive_counts": pixels.false_positives.flip(0),
+                "true_negative_counts": pixels.true_negatives.flip(0),
+                "false_negative_counts": pixels.false_negatives.flip(0),
+                "precision": averaged.precision.flip(0),
+                "recall": averaged.recall.flip(0),
+            }
+        }

@@ -1,0 +1,147 @@
+"""What the scripts ask of a system that they train, with a default for what most have in common."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+
+from train_utils.config import build, merge, to_dict
+from train_utils.metrics import ExactMetric
+from train_utils.normalize import normalize_images
+from train_utils.schedule import make_optimizers
+from train_utils.settings import BaseConfig
+from train_utils.train_and_eval import Batch, Losses, Models, Sample
+
+Self = TypeVar("Self", bound="BaseTask")
+
+
+class BaseTask:
+    """One system: its data, networks, losses, metrics and pictures.
+
+    Each is the class `Task` of a folder `tasks/<name>`, and states what is its own. Config: the
+    typed sections of its YAML. METRICS: score → "max" or "min"; the first one decides the best
+    checkpoint unless `train.best` names another. PREDICT_FLAGS: which of predict.py's `cutout`,
+    `overlay`, `threshold` and `trimap` it takes → whether it needs them.
+    """
+
+    Config: ClassVar[type[BaseConfig]] = BaseConfig
+    METRICS: ClassVar[Mapping[str, str]]
+    PREDICT_FLAGS: ClassVar[Mapping[str, bool]] = {}
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    @property
+    def name(self) -> str:
+        """The folder's name, as `task:` of a recipe gives it."""
+        return type(self).__module__.split(".")[1]
+
+    def with_values(self: Self, values: dict[str, Any]) -> Self:
+        """The task with some settings replaced, e.g. by what `prepare_data` found."""
+        if not values:
+            return self
+        return type(self)(build(self.Config, merge(to_dict(self.cfg), values), "data"))
+
+    # -- data ---------------------------------------------------------------------------------
+
+    def build_datasets(self) -> tuple[Dataset, Dataset]:
+        """Training and validation data; an item is (image, target), maybe with more behind."""
+        raise NotImplementedError
+
+    def build_val_dataset(self, all_pairs: bool = False) -> Dataset:
+        """Validation data; `all_pairs`: of folders that would be split take all pairs."""
+        raise NotImplementedError
+
+    def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
+        """Check the data; returns settings that they decide, by section."""
+        return {}
+
+    def check_batches(self, smallest: int) -> None:
+        """Refuse a smallest batch (of a step, on a process) on which the networks cannot train."""
+
+    # -- networks -----------------------------------------------------------------------------
+
+    def build_models(self) -> dict[str, nn.Module]:
+        """The networks by name; `model` where there is one."""
+        raise NotImplementedError
+
+    def initialise(self, models: Models) -> None:
+        """Give networks the weights that a new training starts from, if not torch's own."""
+
+    def build_optimizers(
+        self, models: Models, steps_per_epoch: int
+    ) -> tuple[dict[str, Optimizer], dict[str, LambdaLR]]:
+        """Optimizers and learning-rate schedules by network."""
+        sections = {"model": self.cfg.optim}
+        return make_optimizers(models, sections, steps_per_epoch, self.cfg.train.epochs)
+
+    @classmethod
+    def adopt_weights(cls, state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
+        """(settings, weights in our names) of another project's weights that fit; else None."""
+        return None
+
+    # -- training -----------------------------------------------------------------------------
+
+    def losses(self, models: Models, batch: Batch) -> Losses | Iterable[tuple[str, Losses]]:
+        """The batch's losses by name, each the mean over this batch.
+
+        Those with a gradient are added up and minimised; detached ones are only logged. With
+        several networks: a generator of (network, losses), which goes on after that network's
+        backward pass. A mean is over images unless `weight` says otherwise: how a step is cut into
+        batches, and shared out over processes, then changes nothing.
+        """
+        raise NotImplementedError
+
+    def weight(self, batch: Batch) -> float | Mapping[str, float]:
+        """What the means of `losses` are over, of a batch on the host: its number of images.
+
+        One number for all of them, or a dict of those that differ, by the names of the losses.
+        """
+        return float(len(batch[0]))
+
+    # -- evaluation ---------------------------------------------------------------------------
+
+    def predict(self, models: Models, inputs: Tensor) -> Tensor:
+        """What is scored and written, [B, C, h, w] in fp32, for inputs as the data give them."""
+        raise NotImplementedError
+
+    def make_metrics(self) -> tuple[ExactMetric, ...]:
+        """Metrics at zero."""
+        raise NotImplementedError
+
+    def make_toolbox_metrics(self) -> tuple[ExactMetric, ...]:
+        """Additional scores by the field's common protocol, where there is one."""
+        return ()
+
+    def curves(self, metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:
+        """TensorBoard's precision–recall curves by tag."""
+        return {}
+
+    def sheet_row(self, sample: Sample) -> list[Tensor]:
+        """A row of pictures: input | truth | prediction."""
+        return [sample.image, sample.target, sample.prediction]
+
+    # -- prediction of files ------------------------------------------------------------------
+
+    def network_input(self, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
+        """What evaluation would feed of an image, uint8 [3, H, W].
+
+        sides: (H, W) of the file, if `data.draft` had the image read at a reduced size.
+        """
+        raise NotImplementedError
+
+    def render(
+        self, image: Tensor, prediction: Tensor, kinds: Sequence[str], threshold: float | None
+    ) -> dict[str, Image.Image]:
+        """Pictures to write, at the image's own size: `map`, and other `kinds`."""
+        raise NotImplementedError
+
+    # -- for tasks to use ---------------------------------------------------------------------
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Network input made of uint8 images; floats are taken as they are."""
+        return normalize_images(images, self.cfg.data.mean, self.cfg.data.std)
