@@ -294,7 +294,7 @@ def _refusal(work: Callable[[], Any]) -> str:
 def tiles(device: torch.device) -> str:
     """predict.py halves its tiles until they fit, with the same result."""
     need_gpu(device)
-    task, cfg, networks = started("matting")
+    task, _, networks = started("matting")
     models = prepare(networks, device, None)
     predictor = Predictor(task, models, device)
     image = torch.randint(0, 256, (1, 4, 1536, 2048), dtype=torch.uint8)

@@ -30,7 +30,8 @@ def take_step(task, models, batch):
         weight=task.weight,
         run=run,
     )
-    return mean_losses(run.logger), gradients
+    names = mean_losses(run.logger)  # of no image they are nan
+    return {name: run.logger.meters[name].value for name in names}, gradients
 
 
 class Noting(EpochRun):

@@ -14,6 +14,7 @@ from torch import nn
 import src
 import tasks
 import train
+import train_utils.run
 import validation
 from my_dataset import ShapesDataset
 from src import u2net_lite
@@ -282,19 +283,18 @@ def test_the_scripts_evaluate_in_tf32_where_asked_for(monkeypatch):
         asked.append((amp_dtype, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32))
         return metrics
 
-    for script in (train, validation):
-        monkeypatch.setattr(script, "evaluate", evaluate)
+    for module in (train_utils.run, validation):
+        monkeypatch.setattr(module, "evaluate", evaluate)
     model = {"model": narrow_u2net()}
     for mode, allowed in (("bf16", True), ("off", False)):
         data = {"val_size": 1, "image_size": 40}
         config = {"task": "saliency", "eval": {"amp": mode, "tf32": allowed}, "data": data}
         task = tasks.read_config(config, "test", {})
-        cfg = task.cfg
-        monkeypatch.setattr(tasks, "load_models", lambda *a, loaded=(task, cfg, model): loaded)
+        monkeypatch.setattr(tasks, "load_models", lambda *a, loaded=(task, model): loaded)
         args = validation.parse_args(["--weights", "any.pth", "-j0", "--device", "cpu"])
         args.rank, args.world_size, args.local_world_size = 0, 1, 1
         with tf32(True):
-            train.score(task, cfg, model, [], CPU)
+            train_utils.run.evaluate_task(task, model, [], CPU)
             assert backends.cudnn.allow_tf32 and backends.cuda.matmul.allow_tf32  # as in training
             validation.score_weights(args)
     assert asked == [(BF16, True, True)] * 2 + [(None, False, False)] * 2
@@ -304,7 +304,7 @@ def test_pictures_show_what_was_scored():
     torch.manual_seed(0)
     model = {"model": with_random_statistics(narrow_u2net())}
     task = tasks.read_config({"task": "saliency"}, "test", {})
-    predict = task.predict(task.Config())
+    predict = task.predict
     dataset = ShapesDataset(48, 0, 2, transforms=SaliencyEval(40))
     for amp_dtype in (None, BF16):
         kept = []

@@ -480,11 +480,8 @@ def test_a_run_goes_on_from_cpu_to_gpu_and_back(name):
                 trained.scalers,
                 trained.ema,
                 to_dict(trained.cfg),
-                num_samples=10,
                 data="",
-                global_batch=2,
-                forward_batch=2,
-                world_size=1,
+                sampler=GlobalBatchSampler(10, 2),
             )
             if saved:
                 state.restore(saved, "file")

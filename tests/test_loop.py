@@ -159,10 +159,10 @@ def test_progress_counts_steps_and_images_and_a_stop_ends_the_epoch():
     assert_same(net, other)
 
 
-@pytest.mark.parametrize("mean", [torch.mean, lambda x: x.sum() / 0], ids=["of some", "0/0"])
+@pytest.mark.parametrize("mean", [torch.mean, lambda x: x.sum() / 0], ids=["finite", "0/0"])
 def test_a_step_in_which_nothing_counts_changes_nothing(mean):
     def losses(models, batch):
-        return {"loss": mean(models["model"](batch[0][:0]))}
+        return {"loss": mean(models["model"](batch[0]))}
 
     net = Linear()
     before = copy.deepcopy(net)
@@ -222,7 +222,7 @@ def test_losses_without_a_gradient_are_refused():
     def losses(models, batch):
         return {"mse": models["model"](batch[0]).mean().detach()}
 
-    with pytest.raises(UserError, match=r"model: no loss has a gradient \(mse\)"):
+    with pytest.raises(UserError, match=r"no loss has a gradient \(mse\)"):
         train(Linear(), losses=losses)
 
 

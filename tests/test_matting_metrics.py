@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tasks.matting import metrics as matting_metrics
 from tasks.matting.metrics import (
     MattingMetrics,
     connectivity_errors,
@@ -15,7 +16,6 @@ from tasks.matting.metrics import (
     gradient_errors,
     largest_component,
 )
-from tasks.matting import metrics as matting_metrics
 from train_utils.image_io import read_mask, read_trimap
 from train_utils.metrics import MAX_IMAGES, MAX_PIXELS
 

@@ -7,6 +7,7 @@ import pytest
 import steps
 import torch
 from PIL import Image
+from steps import Noting
 from torch import nn
 
 import shapes
@@ -19,7 +20,7 @@ from train_utils.config import load_yaml
 from train_utils.data import collate, eval_loader
 from train_utils.errors import UserError
 from train_utils.settings import FIRST_VAL_SCENE, deciding_metric
-from train_utils.train_and_eval import Sample, evaluate
+from train_utils.train_and_eval import Sample, StepOptions, evaluate, train_one_epoch
 from transforms import composite
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -57,7 +58,7 @@ def test_the_published_recipe():
     assert (cfg.train.plateau_factor, cfg.train.plateau_patience) == (0.6, 2)
     assert (cfg.train.early_stop, cfg.train.clip_value) == (10, 5.0)
     assert (cfg.model.channels, cfg.model.weights, cfg.data.per_foreground) == (64, "DEFAULT", 20)
-    assert deciding_metric(cfg, matting.METRICS) == ("loss", "min")
+    assert deciding_metric(cfg, matting.Task.METRICS) == ("loss", "min")
 
 
 def test_the_embedded_recipe():
@@ -137,7 +138,7 @@ def test_composites_of_given_folders(tmp_path):
 
 def test_a_recipe_of_composites_asks_for_folders():
     with pytest.raises(UserError, match=r"data\.root: this recipe composes .* --data-path DIR"):
-        matting.build_datasets(recipe("matting_composed"))
+        matting.Task(recipe("matting_composed")).build_datasets()
 
 
 def test_ready_images_have_no_compositional_loss(tmp_path):
@@ -264,18 +265,13 @@ def test_a_batch_can_be_learned():
     cfg = config(model={"channels": 8}, **TINY)
     train = matting.Task(cfg).build_datasets()[0]
     torch.manual_seed(0)
-    batch, model = (
-        collate([train[index] for index in range(4)]),
-        matting.Task(cfg).build_models()["model"],
-    )
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    losses = []
-    for _ in range(25):
-        losses.append(take_step(batch, model=model)[0]["alpha"].item())
-        nn.utils.clip_grad_value_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0] / 2
+    task, batch = matting.Task(cfg), collate([train[index] for index in range(4)])
+    model, seen = task.build_models()["model"], []
+    optimizer, options = torch.optim.Adam(model.parameters(), 0.01), StepOptions(clip_value=5.0)
+    run = Noting(lambda progress: seen.append(progress.logger.alpha.value))
+    common = {"losses": task.losses, "weight": task.weight, "options": options, "run": run}
+    train_one_epoch(model, optimizer, [batch] * 25, "cpu", 0, None, **common)
+    assert seen[-1] < seen[0] / 2
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -314,7 +310,7 @@ def test_a_file_is_written_as_it_is_scored():
         keep=2,
         samples=samples,
     )
-    assert set(metric.compute()) == set(matting.METRICS)
+    assert set(metric.compute()) == set(matting.Task.METRICS)
     assert metric.remarks() == ["trimap policy: made from alpha, radius 10"]
     again = MattingMetrics()
     for number, sample in enumerate(samples, FIRST_VAL_SCENE):

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,7 +186,7 @@ def test_too_little_memory_means_smaller_tiles(error):
     assert sizes[:2] == [1600 * 1600, 960 * 960] and max(sizes[2:]) <= 640_000
     assert "too little memory for 1,280,000 pixels" in warning
     assert "tiles of 640,000" in warning and "eval.max_pixels=640000" in warning
-    assert made.cfg.eval.max_pixels == 2**22  # the next image gets its own try
+    assert made.task.cfg.eval.max_pixels == 2**22  # the next image gets its own try
 
 
 def test_too_little_memory_for_the_smallest_tile_is_an_error():
@@ -219,14 +218,14 @@ def test_images_scaled_down_by_their_decoder_are_written_at_their_own_size(kinds
     """The network sees what evaluation under data.draft would show it, an overlay all pixels."""
     noise = Image.effect_noise((160, 96), 60).convert("RGB")
     noise.save(tmp_path / "a.jpg")
-    task, cfg = fake_task()
-    cfg.data.draft = True  # at least 2 · image_size = 16 pixels: of an eighth, one side has 12
+    task = fake_task()
+    task.cfg.data.draft = True  # at least 2 · image_size = 16 pixels: of an eighth, one side has 12
     job = Job(tmp_path / "a.jpg", {kind: tmp_path / f"{kind}.png" for kind in kinds})
-    made = predictor("cpu", (task, cfg))
+    made = predictor("cpu", task)
     picture = made.read(job)
     small = read_image(tmp_path / "a.jpg", 16)
     assert small.shape == (3, 24, 40)
-    assert torch.equal(picture.network_input, saliency.Task(cfg).network_input(small))
+    assert torch.equal(picture.network_input, task.network_input(small))
     assert picture.images["image"].shape == (3, 96, 160)
     (done,) = made.run([job])
     assert not done.error and Image.open(tmp_path / "map.png").size == (160, 96)

@@ -39,11 +39,8 @@ def make_state(epochs=8, scaler=None, **changes):
         "scalers": {"model": scaler},
         "ema": {},
         "config": config,
-        "num_samples": 9,
         "data": "abc",
-        "global_batch": 4,
-        "forward_batch": 4,
-        "world_size": 1,
+        "sampler": GlobalBatchSampler(9, 4),
     }
     return TrainingState(**{**fields, **changes})
 
@@ -105,7 +102,7 @@ def test_other_settings_are_refused_with_the_difference(section, key, value):
 
 def test_other_data_is_refused():
     with pytest.raises(UserError, match="9 samples, now there are 8"):
-        make_state(num_samples=8).restore(make_state().capture(), "last.pth")
+        make_state(sampler=GlobalBatchSampler(8, 4)).restore(make_state().capture(), "last.pth")
 
 
 def test_global_batch_outlives_changes_of_the_world_size():

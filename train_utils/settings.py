@@ -1,5 +1,6 @@
 """The sections of a config that every task has; each key's meaning stands beside it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -172,7 +173,7 @@ class BaseConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-def deciding_metric(cfg: BaseConfig, metrics: dict[str, str]) -> tuple[str, str]:
+def deciding_metric(cfg: BaseConfig, metrics: Mapping[str, str]) -> tuple[str, str]:
     """The metric that decides the best checkpoint, and whether its "max" or "min" is best.
 
     metrics: a task's METRICS, the first of which decides by default.

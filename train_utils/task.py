@@ -13,7 +13,6 @@ from train_utils.config import build, merge, to_dict
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.schedule import make_optimizers
-from train_utils.settings import BaseConfig
 from train_utils.train_and_eval import Batch, Losses, Models, Sample
 
 Self = TypeVar("Self", bound="BaseTask")
@@ -22,13 +21,12 @@ Self = TypeVar("Self", bound="BaseTask")
 class BaseTask:
     """One system: its data, networks, losses, metrics and pictures.
 
-    Each is the class `Task` of a folder `tasks/<name>`, and states what is its own. Config: the
-    typed sections of its YAML. METRICS: score → "max" or "min"; the first one decides the best
-    checkpoint unless `train.best` names another. PREDICT_FLAGS: which of predict.py's `cutout`,
-    `overlay`, `threshold` and `trimap` it takes → whether it needs them.
+    Each is the class `Task` of a folder `tasks/<name>`, and states what is its own. METRICS: score
+    → "max" or "min"; the first one decides the best checkpoint unless `train.best` names another.
+    PREDICT_FLAGS: which of predict.py's `cutout`, `overlay`, `threshold` and `trimap` it takes →
+    whether it needs them.
     """
 
-    Config: ClassVar[type[BaseConfig]] = BaseConfig
     METRICS: ClassVar[Mapping[str, str]]
     PREDICT_FLAGS: ClassVar[Mapping[str, bool]] = {}
 
@@ -44,7 +42,7 @@ class BaseTask:
         """The task with some settings replaced, e.g. by what `prepare_data` found."""
         if not values:
             return self
-        return type(self)(build(self.Config, merge(to_dict(self.cfg), values), "data"))
+        return type(self)(build(type(self.cfg), merge(to_dict(self.cfg), values), "data"))
 
     # -- data ---------------------------------------------------------------------------------
 

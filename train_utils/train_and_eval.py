@@ -7,7 +7,7 @@ than others or empty. So the loop weighs each part's means by its share of the w
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,9 +139,19 @@ def train_one_epoch(
     or a gradient is not finite, unless that is to be skipped, and when the memory does not suffice.
     """
     run = run or EpochRun()
-    networks = (_by_name(each) for each in (model, optimizer, lr_scheduler, scaler))
     windows = _Windows(data_loader, options.accumulate, epoch, run.start_step)
-    step = _Step(*networks, torch.device(device), losses, weight, options, run.logger, windows)
+    step = _Step(
+        _by_name(model),
+        _by_name(optimizer),
+        _by_name(lr_scheduler),
+        _by_name(scaler),
+        torch.device(device),
+        losses,
+        weight,
+        options,
+        run.logger,
+        windows,
+    )
     parts_of_steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(parts_of_steps, run.start_step):
         stop = step.take(number, parts, run.stop_requested())
@@ -246,39 +256,56 @@ def agree_on_shares(
     return shares, int(images), stops > 0
 
 
-def weighed(means: Losses, shares: Mapping[str, float]) -> dict[str, Tensor]:
-    """Means over a batch, each times the share that the batch has in it, at least fp32.
-
-    Where it has none, as all of its pixels are ignored or it has no image, the mean may be 0/0:
-    then it is 0, with gradients of 0.
-    """
-    values = {}
-    for name, mean in means.items():
-        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
-        share = shares.get(name, shares[_ANY])
-        mean = mean if share else mean.nan_to_num(0.0, 0.0, 0.0)
-        values[name] = mean if share == 1 else mean * share
-    return values
-
-
 def minimised(
-    values: dict[str, Tensor], network: str, is_first: bool
+    means: Losses, shares: Mapping[str, float], idle: Sequence[Tensor], is_first: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of a network's losses that have a gradient, and what is logged of all by name.
 
-    The first network's sum is logged as `loss`, beside its terms if they are several.
+    Each mean counts by its share, at least in fp32. One without a share, as all of its pixels are
+    ignored or there is no image, may be 0/0, and so may its gradients: it is left out, and `idle`,
+    the network's outputs, take its place in the sum, times 0. The backward pass then meets those of
+    other processes in all layers. The first network's sum is logged as `loss`, beside its terms if
+    they are several.
     """
-    terms = [name for name, value in values.items() if value.requires_grad]
-    if not terms:
+    trained = [name for name, mean in means.items() if mean.requires_grad]
+    if not trained:
         raise UserError(
-            f"{network}: no loss has a gradient ({', '.join(values) or 'there is none'}). Return "
-            "one that is computed from the network's output and not detached."
+            f"no loss has a gradient ({', '.join(means) or 'there is none'}). Return one that is "
+            "computed from the network's output and not detached."
         )
-    total = torch.stack([values[name] for name in terms]).sum() if terms[1:] else values[terms[0]]
-    if is_first and "loss" not in values:
-        kept = {name: value for name, value in values.items() if terms[1:] or name != terms[0]}
+    values = {}
+    for name, mean in means.items():
+        share = shares.get(name, shares[_ANY])
+        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        mean = mean if share else mean.new_zeros(())
+        values[name] = mean if share in (0, 1) else mean * share
+    terms = [values[name] for name in trained] + [output.sum() * 0 for output in idle]
+    total = torch.stack(terms).sum() if terms[1:] else terms[0]
+    if is_first and "loss" not in means:
+        kept = {name: value for name, value in values.items() if trained[1:] or name != trained[0]}
         return total, {"loss": total, **kept}
     return total, values
+
+
+@contextmanager
+def outputs_of(models: Models, needed: bool) -> Iterator[dict[str, list[Tensor]]]:
+    """What the networks return in a block, by network, where that is needed."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in models}
+
+    def keep(name: str, output: Any) -> None:
+        found = [output] if isinstance(output, Tensor) else output
+        outputs[name] += [each for each in found if each.requires_grad]
+
+    hooks = [
+        model.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        for name, model in models.items()
+        if needed
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Step:
@@ -385,14 +412,17 @@ class _Step:
 
     def _forward_backward(self, batch: Batch, shares: Mapping[str, float]) -> dict[str, Tensor]:
         """Add the gradients of one part; returns its losses by name, times its shares."""
-        images, logged = len(batch[0]), {}
-        with memory_errors(f"in a forward pass of {images} images", _smaller_batches(images)):
+        images, first = len(batch[0]), next(iter(self.optimizers))
+        logged: dict[str, Tensor] = {}
+        with (
+            memory_errors(f"in a forward pass of {images} images", _smaller_batches(images)),
+            outputs_of(self.models, needed=not all(shares.values())) as outputs,
+        ):
             batch = to_device(batch, self.device)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
                 found = self.losses(self.models, batch)
-                first = next(iter(self.optimizers))
                 for network, means in [(first, found)] if isinstance(found, Mapping) else found:
-                    total, values = minimised(weighed(means, shares), network, network == first)
+                    total, values = minimised(means, shares, outputs[network], network == first)
                     total = spoilt_if_nonfinite(total)
                     total = total * self._spoil if self._spoil != 1 else total
                     # Here data-parallel processes wait for each other's gradients.
@@ -401,6 +431,8 @@ class _Step:
                         waiting(f"gradients of {network}"),
                     ):
                         self.scalers[network].scale(total).backward()
+                    for passed in outputs.values():  # their graph is gone
+                        passed.clear()
                     logged |= {name: value.detach() for name, value in values.items()}
         return logged
 
