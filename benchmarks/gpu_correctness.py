@@ -140,7 +140,8 @@ def train(
     networks = place_models(networks, device, sync_bn)
     if double:
         networks = {name: Double(network) for name, network in networks.items()}
-    optimizers, schedules = task.build_optimizers(networks, 100)
+    optimizers = task.build_optimizers(networks)
+    schedules = task.build_schedulers(optimizers, 100)
     dtype = choose_amp_dtype(amp, device)
     train_one_epoch(
         wrap(wrap_models(networks, device, compile=False)),

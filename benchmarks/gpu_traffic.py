@@ -225,7 +225,8 @@ def step_of(system: str, batch: int, size: int) -> Traffic:
     cfg = task.cfg
     with fake_gpu(), Traffic() as traffic, common.quietly():
         networks = place_models(task.build_models(), CUDA, sync_bn=False)
-        optimizers, schedules = task.build_optimizers(networks, 10)
+        optimizers = task.build_optimizers(networks)
+        schedules = task.build_schedulers(optimizers, 10)
         channels = CHANNELS.get(cfg.task, (3, 3))
         images = [torch.empty(batch, c, size, size, dtype=torch.uint8) for c in channels]
 

@@ -150,7 +150,8 @@ def _plain(
 def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], plain.Losses]:
     torch.manual_seed(cfg.train.seed)
     networks = place_models(task.build_models(), device, sync_bn=False)
-    optimizers, schedulers = task.build_optimizers(networks, steps_per_epoch=1000)
+    optimizers = task.build_optimizers(networks)
+    schedulers = task.build_schedulers(optimizers, 1000)
     models = wrap_models(networks, device, cfg.train.compile)
     dtype = choose_amp_dtype(cfg.train.amp, device)
     scalers = {name: make_scaler(dtype, device) for name in optimizers}

@@ -132,7 +132,8 @@ def system(name, device=CUDA, amp="bf16", sync_bn=False, model=None, **train) ->
     narrow = name == "u2net" and not model
     networks = {"model": narrow_u2net()} if narrow else task.build_models()
     networks = place_models(networks, device, sync_bn)
-    optimizers, schedules = task.build_optimizers(networks, 10)
+    optimizers = task.build_optimizers(networks)
+    schedules = task.build_schedulers(optimizers, 10)
     amp_dtype, decay = choose_amp_dtype(amp, device), cfg.train.ema
     scalers = {key: make_scaler(amp_dtype, device) for key in optimizers}
     ema = {key: ExponentialMovingAverage(m, decay) for key, m in networks.items() if decay}

@@ -172,9 +172,8 @@ class Training:
         )
         dataset = training_set(name, all_ignored=sampler.order(0)[1])
         self.sampler, self.loader = sampler, train_loader(dataset, sampler, 0, CPU)
-        self.optimizers, self.schedules = self.task.build_optimizers(
-            self.networks, sampler.steps_per_epoch
-        )
+        self.optimizers = self.task.build_optimizers(self.networks)
+        self.schedules = self.task.build_schedulers(self.optimizers, sampler.steps_per_epoch)
         self.own_counts = own_counts
 
     def run(self, epochs, **options):

@@ -264,14 +264,14 @@ def test_an_image_too_large_to_render_does_not_end_the_folder(monkeypatch, capsy
     for name in "abc":
         Image.new("RGB", (40, 30)).save(f"{name}.png")
     torch.save(u2net_lite().state_dict(), "lite.pth")
-    render = saliency.render
+    render = saliency.Task.render
 
-    def out_of_memory(cfg, image, **rest):
+    def out_of_memory(task, image, **rest):
         if not Path("predictions/a.png").exists():
-            return render(cfg, image, **rest)
+            return render(task, image, **rest)
         raise RuntimeError("not enough memory: you tried to allocate 1 byte")
 
-    monkeypatch.setattr(saliency, "render", out_of_memory)
+    monkeypatch.setattr(saliency.Task, "render", out_of_memory)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     small = ("--set", "data.image_size=40", "--set", "eval.amp=off")
     args = predict.parse_args(["a.png", "b.png", "c.png", "--weights", "lite.pth", *small])

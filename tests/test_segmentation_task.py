@@ -252,7 +252,7 @@ def test_initialise_loads_and_freezes_the_encoder(tmp_path):
     encoder = models["model"].backbone
     assert torch.equal(encoder[0][0].weight, source["0.weight"])
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    optimizers, _ = segmentation.Task(cfg).build_optimizers(models, steps_per_epoch=3)
+    optimizers = segmentation.Task(cfg).build_optimizers(models)
     trained = {id(p) for group in optimizers["model"].param_groups for p in group["params"]}
     assert trained == {id(p) for p in models["model"].parameters() if p.requires_grad} != set()
 

@@ -327,7 +327,8 @@ def test_prepare_data_refuses_what_cannot_be_halved(tmp_path):
 def test_optimizers_of_both_networks():
     cfg = config(optim={"lr": 0.5, "halve_epochs": 2}, optim_d={"lr": 0.25})
     models = translation.Task(cfg).build_models()
-    optimizers, schedules = translation.Task(cfg).build_optimizers(models, steps_per_epoch=3)
+    optimizers = translation.Task(cfg).build_optimizers(models)
+    schedules = translation.Task(cfg).build_schedulers(optimizers, 3)
     assert set(optimizers) == set(schedules) == set(models) == {"generator", "discriminator"}
     rates = []
     for _ in range(13):

@@ -11,7 +11,7 @@ Nothing in an update waits for the device.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -182,6 +182,33 @@ class MeanAbsoluteError(ExactMetric):
         pred, gt, valid = _prepare(pred, gt, self.post_norm)
         total = to_fixed((pred - gt).abs_(), _UNIT).sum()
         return pack_state(valid, _mean_of_fixed(total, gt.numel()))
+
+    def compute(self) -> float:
+        return self._averages().item()
+
+
+class ImageMean(ExactMetric):
+    """The mean over images of a function of prediction and mask: a score of one's own in a line.
+
+    function: (prediction, mask), fp64 [H, W] each, in [0, 1] and of the mask's size → a number
+    (a 0-dim tensor, on the same device). Each image's is rounded by at most 3e-8. Not finite, or
+    beyond ±10⁶: the score is nan.
+    """
+
+    num_sums = 1
+    fraction_bits = 24
+    largest = 10**6
+
+    def __init__(self, name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.name, self.function = name, function
+        super().__init__()
+
+    def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
+        pred, gt, valid = _prepare(pred, gt)
+        value = torch.as_tensor(self.function(pred, gt), device=pred.device).detach().double()
+        sound = value.abs() <= self.largest  # not of nan
+        fixed = to_fixed(torch.where(sound, value, 0), 2**self.fraction_bits)
+        return pack_state(valid & sound, fixed)
 
     def compute(self) -> float:
         return self._averages().item()

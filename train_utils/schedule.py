@@ -116,18 +116,6 @@ def make_schedule(optimizer: Optimizer, optim: Any, steps_per_epoch: int, epochs
     return LambdaLR(optimizer, lr_lambda=lambda step: 0.5 ** (step // period))
 
 
-def make_optimizers(
-    models: Mapping[str, nn.Module], optims: Mapping[str, Any], steps_per_epoch: int, epochs: int
-) -> tuple[dict[str, Optimizer], dict[str, LambdaLR]]:
-    """Optimizers and schedules by network, of the `OptimConfig` of each."""
-    optimizers = {name: make_optimizer(models[name], optim) for name, optim in optims.items()}
-    schedules = {
-        name: make_schedule(optimizers[name], optim, steps_per_epoch, epochs)
-        for name, optim in optims.items()
-    }
-    return optimizers, schedules
-
-
 def apply_schedule(optimizer: Optimizer, schedule: LambdaLR) -> None:
     """Give an optimizer the learning rates that its schedule holds for the present step."""
     factors = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)

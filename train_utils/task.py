@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from train_utils.config import build, merge, to_dict
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
-from train_utils.schedule import make_optimizers
+from train_utils.schedule import make_optimizer, make_schedule
+from train_utils.settings import OptimConfig
 from train_utils.train_and_eval import Batch, Losses, Models, Sample
 
 Self = TypeVar("Self", bound="BaseTask")
@@ -70,12 +71,23 @@ class BaseTask:
     def initialise(self, models: Models) -> None:
         """Give networks the weights that a new training starts from, if not torch's own."""
 
-    def build_optimizers(
-        self, models: Models, steps_per_epoch: int
-    ) -> tuple[dict[str, Optimizer], dict[str, LambdaLR]]:
-        """Optimizers and learning-rate schedules by network."""
-        sections = {"model": self.cfg.optim}
-        return make_optimizers(models, sections, steps_per_epoch, self.cfg.train.epochs)
+    def optim_sections(self) -> dict[str, OptimConfig]:
+        """The section of the config that says how a network is trained, by network."""
+        return {"model": self.cfg.optim}
+
+    def build_optimizers(self, models: Models) -> dict[str, Optimizer]:
+        """Optimizers by network."""
+        return {n: make_optimizer(models[n], optim) for n, optim in self.optim_sections().items()}
+
+    def build_schedulers(
+        self, optimizers: Mapping[str, Optimizer], steps_per_epoch: int
+    ) -> dict[str, LambdaLR]:
+        """Learning-rate schedules by network, for whatever optimizers."""
+        epochs = self.cfg.train.epochs
+        return {
+            name: make_schedule(optimizers[name], optim, steps_per_epoch, epochs)
+            for name, optim in self.optim_sections().items()
+        }
 
     @classmethod
     def adopt_weights(cls, state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:

@@ -1,5 +1,6 @@
 """Everything that exact continuation needs, gathered into a checkpoint and put back."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -262,7 +263,10 @@ def _named_states(objects: dict[str, Any], states: Mapping[str, Any]) -> dict[st
 
 
 def _optimizer_misfits(optimizer: Optimizer, model: nn.Module, saved: dict) -> list[str]:
-    """What would fail only at a later step, or spoil it: other groups, another kind or shapes."""
+    """What would fail only at a later step, or spoil it: other groups, another kind or shapes.
+
+    The saved state is compared with the one that the same optimizer makes in a step.
+    """
     groups, states = saved.get("param_groups"), saved.get("state")
     own_groups = optimizer.param_groups
     if not _are_groups(groups) or not isinstance(states, dict):
@@ -273,24 +277,36 @@ def _optimizer_misfits(optimizer: Optimizer, model: nn.Module, saved: dict) -> l
     settings, own_settings = groups[0].keys(), own_groups[0].keys()
     if settings - own_settings and own_settings - settings:  # one alone: another version of torch
         return [f"is of another kind: {sorted(settings)} ≠ {sorted(own_settings)}"]
-    parts = {part for state in states.values() if isinstance(state, dict) for part in state}
     names = {parameter: name for name, parameter in model.named_parameters()}
     numbers = [number for group in groups for number in group["params"]]
     parameters = [parameter for group in own_groups for parameter in group["params"]]
+    made = _state_after_a_step(optimizer)
     return [
         f"{names[parameter]}: {misfit}"
-        for number, parameter in zip(numbers, parameters, strict=True)
+        for number, parameter, expected in zip(numbers, parameters, made, strict=True)
         if number in states  # none: it has had no gradient yet
-        for misfit in _part_misfits(states[number], parts, tuple(parameter.shape))
+        for misfit in _part_misfits(states[number], expected)
     ]
 
 
-def _part_misfits(state: Any, parts: set[str], shape: tuple[int, ...]) -> list[str]:
-    if not isinstance(state, dict) or state.keys() != parts:
-        return [f"lacks some of {', '.join(sorted(parts))}"]
-    shapes = {part: tuple(v.shape) for part, v in state.items() if isinstance(v, Tensor)}
-    expected = {part: () if part == "step" else shape for part in shapes}
-    return [f"{p} {shapes[p]} ≠ {expected[p]}" for p in shapes if shapes[p] != expected[p]]
+def _state_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Each parameter's state in a copy of an optimizer, once that has taken a step."""
+    trial = copy.deepcopy(optimizer)
+    parameters = [parameter for group in trial.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    return [trial.state.get(parameter, {}) for parameter in parameters]
+
+
+def _part_misfits(state: Any, expected: dict[str, Any]) -> list[str]:
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        return [f"lacks some of {', '.join(sorted(expected))}"]
+    shapes, own = (
+        {part: tuple(v.shape) for part, v in each.items() if isinstance(v, Tensor)}
+        for each in (state, expected)
+    )
+    return [f"{p} {shapes.get(p)} ≠ {own.get(p)}" for p in expected if shapes.get(p) != own.get(p)]
 
 
 def _are_groups(value: Any) -> TypeGuard[list[dict]]:

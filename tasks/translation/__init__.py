@@ -19,7 +19,6 @@ from train_utils.errors import UserError
 from train_utils.image_io import read_image
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
-from train_utils.schedule import make_optimizers
 from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import Batch, Models, Sample
@@ -197,10 +196,8 @@ class Task(BaseTask):
         for network in models.values():
             init_weights(network)
 
-    def build_optimizers(self, models: dict[str, nn.Module], steps_per_epoch: int) -> tuple:
-        """Optimizers and schedules by network, of `optim` and of `optim_d`."""
-        sections = {"generator": self.cfg.optim, "discriminator": self.cfg.optim_d}
-        return make_optimizers(models, sections, steps_per_epoch, self.cfg.train.epochs)
+    def optim_sections(self) -> dict[str, OptimConfig]:
+        return {"generator": self.cfg.optim, "discriminator": self.cfg.optim_d}
 
     # `check_batches` has nothing to refuse: the generator's innermost map, the only one of a single
     # pixel, is not normalised, and the discriminator's last norm sees maps of 2×2 at least.
