@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import PIL
+import PIL.Image
 import torch
 import torchvision
 from torch import Tensor
@@ -47,7 +47,7 @@ from train_utils.log import get_logger
 from train_utils.sample_cache import SampleCache, open_cache
 from train_utils.setup import worker_count
 from train_utils.task import BaseTask
-from transforms import TwoParts
+from transforms import IGNORE, TwoParts
 
 JointTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Pair = tuple[Path, Path]
@@ -55,6 +55,7 @@ Item = TypeVar("Item")
 
 _MAX_LISTED = 10  # an error names so many files and counts the others
 _MAX_HINTS = 3  # comparing names is slow in folders of many thousands
+_LOOKED_AT = 8  # items of a dataset of one's own, before the first step
 _CHECK_THREADS = 8  # headers are read from disks that may be far away
 
 _SHAPES_CACHE_BYTES = 512 * 2**20
@@ -284,6 +285,110 @@ class ShapesDataset(Dataset):
         return drawn
 
 
+class AnyDataset(Dataset):
+    """A dataset of one's own, whose items may be PIL images, numpy arrays or tensors.
+
+    Images: uint8 [3, H, W] or [H, W, 3], which are normalised on the device, or floats, which are
+    taken as they are. Targets: [H, W], [1, H, W] or [H, W, 1]; with `labels` class indices of any
+    integer type (negative ones are ignored), else uint8 codes, bool or floats in [0, 1]. More parts
+    may follow, as the task's losses want them. Items of one training batch must have one size.
+    """
+
+    collate_fn = staticmethod(collate)
+
+    def __init__(self, dataset: Any, labels: bool) -> None:
+        self.dataset, self.labels = dataset, labels
+        self.pairs: list[Pair] = []  # no files that are known of
+        self.name = getattr(dataset, "name", lambda index: f"sample {index}")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, target, *more = self.dataset[index]
+        try:
+            first = _as_image(image)
+            second = _as_labels(target) if self.labels else _as_map(target)
+        except (TypeError, ValueError) as error:
+            what = type(self.dataset).__name__
+            raise UserError(f"{what}, {self.name(index)}: {error}") from error
+        return first, second, *map(_planes, more)
+
+    def check(self, one_size: bool) -> None:
+        """Look at the first items; raise UserError for such as could not be trained on or scored.
+
+        one_size: all images must have the size of the first one.
+        """
+        items = [self[index] for index in range(min(_LOOKED_AT, len(self)))]
+        what = type(self.dataset).__name__
+        if not items:
+            raise UserError(f"{what}: is empty.")
+        sizes = [tuple(image.shape) for image, *_ in items]
+        if one_size and len(set(sizes)) > 1:
+            raise UserError(
+                f"{what}: images of several sizes, {sizes[0]} and {max(sizes, key=sizes.count)} "
+                "among them, do not fit into a batch. Resize or crop them in its transforms."
+            )
+        targets = [target for _, target, *_ in items]
+        if not self.labels and all(t.dtype == torch.uint8 and t.max() <= 1 for t in targets):
+            raise UserError(
+                f"{what}: its uint8 targets hold 0 and 1 only, which mean 0 and 1/255. Give 0 and "
+                "255, bool, or floats from 0 to 1."
+            )
+
+
+def _planes(value: Any) -> Tensor:
+    """A PIL image, array or tensor as [C, H, W]; channels come last in images and arrays."""
+    if isinstance(value, Tensor):
+        tensor, last = value.as_subclass(Tensor), False
+    else:
+        tensor, last = torch.from_numpy(np.array(value)), True
+    if tensor.dim() == 2:
+        return tensor[None]
+    if tensor.dim() != 3:
+        raise ValueError(f"{list(tensor.shape)} is no picture: give [C, H, W] or [H, W]")
+    return tensor.permute(2, 0, 1).contiguous() if last and tensor.shape[-1] <= 4 else tensor
+
+
+def _as_image(value: Any) -> Tensor:
+    tensor = _planes(value.convert("RGB") if isinstance(value, PIL.Image.Image) else value)
+    if tensor.dtype == torch.uint8 or tensor.dtype.is_floating_point:
+        return tensor if tensor.dtype == torch.uint8 else tensor.float()
+    raise TypeError(f"an image of {tensor.dtype}: give uint8, or floats that are normalised")
+
+
+def _as_map(value: Any) -> Tensor:
+    tensor = _planes(value)
+    if tensor.dtype in (torch.uint8, torch.bool) or tensor.dtype.is_floating_point:
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
+    raise TypeError(f"a target of {tensor.dtype} has no agreed scale: give uint8, bool or floats")
+
+
+def _as_labels(value: Any) -> Tensor:
+    tensor = _planes(value)
+    if tensor.dtype.is_floating_point or len(tensor) != 1:
+        shape = list(tensor.shape)
+        raise TypeError(f"labels of {tensor.dtype}, {shape}: give integers [H, W]")
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if tensor.numel() and tensor.max() > IGNORE:
+        raise ValueError(f"label {int(tensor.max())}: at most 254 classes, and {IGNORE} is ignored")
+    return tensor.masked_fill(tensor < 0, IGNORE).to(torch.uint8)
+
+
+def adapted(dataset: Any, labels: bool, one_size: bool) -> Dataset:
+    """A dataset of this project as it is; any other with its items made alike: `AnyDataset`."""
+    if getattr(behind_subsets(dataset)[0], "collate_fn", None) is collate:
+        return dataset
+    wrapped = AnyDataset(dataset, labels)
+    wrapped.check(one_size)
+    get_logger().info(
+        f"{type(dataset).__name__}: a dataset of your own; its files are not checked, scanned or "
+        "cached, and after a restart its samples are taken to be the same if their number is"
+    )
+    return wrapped
+
+
 def folder_pairs(
     data: Any,
     train: bool,
@@ -388,7 +493,11 @@ def prepare_datasets(
     """The data checked and cached as the recipe says, and the task with what they decide."""
     device = torch.device(args.device)
     workers = worker_count(task.cfg.train.workers, device, args.local_world_size)
-    given = [dataset for dataset in (train_set, val_set) if dataset is not None]
+    given = [
+        adapted(dataset, task.LABELS, one_size=dataset is train_set)
+        for dataset in (train_set, val_set)
+        if dataset is not None
+    ]
     *first, val_set = readable(task.cfg.data, *given)
     train_set = first[0] if first else None
     found = call_on_main(lambda: task.prepare_data(train_set, val_set, workers))

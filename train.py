@@ -60,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
     # Networks, and what trains them.
     sync_bn = cfg.train.sync_bn and args.world_size > 1
     networks = place_models(tasks.start_models(task, resume), device, sync_bn)
+    task.check_models(networks, device)
     optimizers = task.build_optimizers(networks)  # or any of torch.optim, or a library's
     schedulers = task.build_schedulers(optimizers, sampler.steps_per_epoch)
     amp_dtype, decay = choose_amp_dtype(cfg.train.amp, device), cfg.train.ema

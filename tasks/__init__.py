@@ -4,6 +4,7 @@ A folder's module defines `Config`, the typed sections of its YAML, and `Task`, 
 `train_utils.task.BaseTask`.
 """
 
+import difflib
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import src
 from train_utils.checkpoint import load_weights, split_states
 from train_utils.config import build, load_yaml, merge, to_dict
 from train_utils.distributed_utils import broadcast_tensors, call_on_main
@@ -139,3 +141,15 @@ def start_models(task: BaseTask, resume: Path | None) -> dict[str, nn.Module]:
         for network in networks.values():
             broadcast_tensors(list(network.state_dict().values()))
     return networks
+
+
+def require_network(name: str) -> None:
+    """Raise ValueError for a name that src/__init__.py does not export."""
+    if name in src.__all__:
+        return
+    nearest = difflib.get_close_matches(name, src.__all__, n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    raise ValueError(
+        f"name: {name!r} is not exported by src/__init__.py, which has {', '.join(src.__all__)}."
+        f"{hint}"
+    )

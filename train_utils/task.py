@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,11 +25,12 @@ class BaseTask:
 
     Each is the class `Task` of a folder `tasks/<name>`, and states what is its own. METRICS: score
     → "max" or "min"; the first one decides the best checkpoint unless `train.best` names another.
-    PREDICT_FLAGS: which of predict.py's `cutout`, `overlay`, `threshold` and `trimap` it takes →
-    whether it needs them.
+    LABELS: whether targets are class indices, not values. PREDICT_FLAGS: which of predict.py's
+    `cutout`, `overlay`, `threshold` and `trimap` it takes → whether it needs them.
     """
 
     METRICS: ClassVar[Mapping[str, str]]
+    LABELS: ClassVar[bool] = False
     PREDICT_FLAGS: ClassVar[Mapping[str, bool]] = {}
 
     def __init__(self, cfg: Any) -> None:
@@ -88,6 +90,24 @@ class BaseTask:
             name: make_schedule(optimizers[name], optim, steps_per_epoch, epochs)
             for name, optim in self.optim_sections().items()
         }
+
+    def check_models(self, models: Models, device: torch.device) -> None:
+        """Refuse networks whose output cannot be trained on or scored, before the first step."""
+
+    def trial_prediction(
+        self, models: Models, device: torch.device, channels: int, side: int
+    ) -> Tensor:
+        """What `predict` makes of one image of noise; networks are left in training mode."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, channels, side, side)
+        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        for model in models.values():
+            model.eval()
+        with torch.inference_mode():
+            prediction = self.predict(models, noise.to(device))
+        for model in models.values():
+            model.train()
+        return prediction
 
     @classmethod
     def adopt_weights(cls, state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 import src
 from my_dataset import DUTSDataset, ShapesDataset, check_pairs, folder_pairs, image_reader
 from src.u2net import from_official, is_official
+from tasks import require_network
 from tasks.saliency.losses import soft_iou_loss
 from train_utils import settings
 from train_utils.errors import UserError
@@ -52,9 +53,12 @@ class DataConfig(PhotoData):
 
 @dataclass
 class ModelConfig:
-    """The network."""
+    """The network: what src/__init__.py exports under this name, called with out_ch=1."""
 
-    name: Literal["u2net_full", "u2net_lite"] = "u2net_lite"
+    name: str = "u2net_lite"
+
+    def __post_init__(self) -> None:
+        require_network(self.name)
 
 
 @dataclass
@@ -165,6 +169,17 @@ class Task(BaseTask):
             )
         nearest = max(fitting, key=fitting.__getitem__)
         return ({"model": {"name": nearest}}, converted) if fitting[nearest] else None
+
+    def check_models(self, models: Models, device: torch.device) -> None:
+        """Refuse a network that gives no map of probabilities in evaluation."""
+        map = self.trial_prediction(models, device, 3, self.cfg.data.image_size)
+        name, low, high = self.cfg.model.name, map.min().item(), map.max().item()
+        if map.dim() != 4 or map.shape[:2] != (1, 1) or not 0 <= low <= high <= 1:
+            raise UserError(
+                f"{name}: gives {list(map.shape)} with values from {low:.3g} to {high:.3g} in "
+                "evaluation. Return probabilities [B, 1, h, w] there, such as "
+                "torch.sigmoid(logits), and logits, or a list of them, in training."
+            )
 
     def check_batches(self, smallest: int) -> None:
         """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""

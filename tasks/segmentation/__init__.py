@@ -35,6 +35,7 @@ from tasks.segmentation.losses import (
     one_hot_cross_entropy,
     pixel_cross_entropy,
 )
+from train_utils.data import behind_subsets
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
@@ -100,8 +101,6 @@ class DataConfig(PhotoData):
             raise ValueError("background: must be the index of a class, or null")
         if len(set(self.class_names)) < self.num_classes:
             raise ValueError("class_names: each must be another")
-        if self.name == "shapes" and self.num_classes != len(shapes.CLASS_NAMES):
-            raise ValueError(f"class_names: the shapes have {len(shapes.CLASS_NAMES)} classes")
         self.palette = self.palette or self._default_palette()
         if len(self.palette) != self.num_classes:
             raise ValueError(
@@ -290,6 +289,7 @@ class Task(BaseTask):
         "precision": "max",
         "loss": "min",
     }
+    LABELS: ClassVar = True
     PREDICT_FLAGS: ClassVar = {"cutout": False, "overlay": False}
 
     cfg: Config
@@ -297,6 +297,11 @@ class Task(BaseTask):
     def build_datasets(self) -> tuple[Dataset, Dataset]:
         """Training and validation pairs."""
         data = self.cfg.data
+        if data.name == "shapes" and data.num_classes != len(shapes.CLASS_NAMES):
+            raise UserError(
+                f"data.class_names: the shapes have {len(shapes.CLASS_NAMES)} classes. Name the "
+                "folders of your own data by --images DIR --masks DIR, or leave class_names out."
+            )
         transforms = SegmentationTrain(
             data.image_size, data.fit, data.scale, data.aspect, data.hflip, data.hsv
         )
@@ -324,7 +329,7 @@ class Task(BaseTask):
         """
         scan = None
         for dataset, part in ((train_set, "training"), (val_set, "validation")):
-            if dataset is not None and self.cfg.data.name != "shapes":
+            if dataset is not None and pairs_of(dataset):
                 check_pairs(dataset)
                 learn = dataset is train_set
                 found = scan_masks(
@@ -346,6 +351,11 @@ class Task(BaseTask):
             )
         if train_set is None or self.cfg.loss.class_weights != "auto":
             return {}
+        if not scan and not isinstance(behind_subsets(train_set)[0], ShapesDataset):
+            raise UserError(
+                "loss.class_weights: auto counts the classes of mask files, and there are none. "
+                "Give numbers, or null."
+            )
         weights = (scan or _scan_scenes(self.cfg.data)).class_weights()
         return {"loss": {"class_weights": weights}}
 
@@ -373,6 +383,16 @@ class Task(BaseTask):
                 f"{self.cfg.model.weights}: {error}. Use weights of torchvision's {arch}, or "
                 "DEFAULT."
             ) from error
+
+    def check_models(self, models: Models, device: torch.device) -> None:
+        """Refuse a network that does not give logits of all classes."""
+        prediction = self.trial_prediction(models, device, 3, self.cfg.data.image_size)
+        classes, name = self.cfg.data.num_classes, self.cfg.model.name
+        if prediction.dim() != 4 or prediction.shape[1] != classes:
+            raise UserError(
+                f"{name}: gives {list(prediction.shape)} in evaluation. Return logits [B, "
+                f"{classes}, h, w], a channel per class, there and in training."
+            )
 
     def check_batches(self, smallest: int) -> None:
         """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""
