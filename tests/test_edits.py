@@ -177,8 +177,9 @@ EDITS = {
             SALIENCY: [
                 (
                     TERMS,
-                    "        bce, iou = criterion(outputs, target), soft_iou_loss(outputs, target)\n"
-                    '        return {"bce": bce, "iou": iou, "ssim": ssim_loss(outputs, target)}\n',
+                    "        terms = [f(outputs, target) for f in "
+                    "(criterion, soft_iou_loss, ssim_loss)]\n"
+                    '        return dict(zip(("bce", "iou", "ssim"), terms, strict=True))\n',
                 ),
                 ("\n\nclass Task(BaseTask):", f"{SSIM}\n\nclass Task(BaseTask):"),
             ]
@@ -219,14 +220,15 @@ EDITS = {
                 (
                     METRICS,
                     METRICS.rstrip().replace("return ", "found = ")
-                    + '\n        return *found, ImageMean("MSE", lambda p, t: (p - t).square().mean())\n',
+                    + '\n        return *found, ImageMean("MSE", '
+                    "lambda p, t: (p - t).square().mean())\n",
                 ),
                 ("    F1Score,\n", "    F1Score,\n    ImageMean,\n"),
             ]
         },
         {},
         files=1,
-        lines=2,
+        lines=3,
     ),
     "e. task": Edit(
         {},

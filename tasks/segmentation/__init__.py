@@ -125,7 +125,7 @@ class DataConfig(PhotoData):
         return list(shapes.CLASS_NAMES)
 
     def _default_palette(self) -> list[Colour]:
-        if self.name == "shapes":
+        if self.name == "shapes" and self.num_classes == len(shapes.CLASS_NAMES):
             return [(r, g, b) for r, g, b in shapes.class_palette().tolist()]
         return voc_palette(self.num_classes)
 
