@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> None:
         config=to_dict(cfg),
         data=fingerprint(train_set),
         sampler=sampler,
+        folders=cfg.data.folders(),
     )
     if saved:
         state.restore(saved, str(resume))

@@ -204,6 +204,15 @@ def test_the_moving_average_is_what_is_used(tmp_path, model):
     assert config == {"task": "saliency"}
 
 
+def test_settings_that_are_no_more_do_not_keep_a_checkpoint_from_loading(tmp_path, model):
+    """Those of the first edition, which changed how gradients travelled and nothing else."""
+    old = {"epochs": 3, "bucket_mb": 25, "compress_gradients": "none"}
+    state = {"model": model.state_dict(), "args": {"task": "saliency", "train": old}}
+    save_checkpoint({**state, "next_epoch": 1}, tmp_path / "last.pth")
+    _, config = load_weights(tmp_path / "last.pth")
+    assert config == {"task": "saliency", "train": {"epochs": 3}}
+
+
 def test_prefix_that_only_some_names_have_is_kept():
     state = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
     assert strip_prefixes(state) == state

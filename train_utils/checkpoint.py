@@ -28,6 +28,8 @@ _TRAINING_STATE: dict[str, type] = {
     "lr": float,
 }
 _OPTIONAL: dict[str, type] = {"ema": dict, "scaler": dict, "stale": int, "data": str}
+# Settings of earlier versions, which changed neither samples nor steps.
+_RETIRED = (("train", "bucket_mb"), ("train", "compress_gradients"))
 _PREFIXES = ("module.", "_orig_mod.")
 # Keys under which other projects' files keep a network's state_dict.
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "net")
@@ -259,9 +261,17 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     try:
         state = load_file(path)
         _check_training_state(state, path)
+        _drop_retired(state["args"])
     except UserError as error:
         raise UserError(f"{error} {offer_another(path)}") from error
     return state
+
+
+def _drop_retired(config: dict[str, Any]) -> None:
+    """Forget the settings of a checkpoint's config that there are no more."""
+    for section, key in _RETIRED:
+        if isinstance(config.get(section), dict):
+            config[section].pop(key, None)
 
 
 def _check_training_state(state: Any, path: Path) -> None:
@@ -328,7 +338,10 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
             f"{path}: holds no network weights (expected a state_dict, alone or under one of "
             f"{', '.join(_STATE_KEYS)})."
         )
-    return strip_prefixes(found), config if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return strip_prefixes(found), None
+    _drop_retired(config)
+    return strip_prefixes(found), config
 
 
 def _is_state_dict(value: Any) -> bool:

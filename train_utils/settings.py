@@ -60,6 +60,10 @@ class FolderData:
     def _layout_of_root(self) -> str:
         return self.layout if self.root else "shapes"
 
+    def folders(self) -> tuple[str, ...]:
+        """The settings that say where the data lie."""
+        return tuple(f"data.{key}" for key in self.sources if key != "name")
+
     @property
     def at_least(self) -> int | None:
         """For `read_image`, in validation and prediction."""

@@ -140,20 +140,12 @@ def train_one_epoch(
     """
     run = run or EpochRun()
     windows = _Windows(data_loader, options.accumulate, epoch, run.start_step)
-    step = _Step(
-        _by_name(model),
-        _by_name(optimizer),
-        _by_name(lr_scheduler),
-        _by_name(scaler),
-        torch.device(device),
-        losses,
-        weight,
-        options,
-        run.logger,
-        windows,
-    )
-    parts_of_steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
-    for number, parts in enumerate(parts_of_steps, run.start_step):
+    models, optimizers = _by_name(model), _by_name(optimizer)
+    schedulers, scalers = _by_name(lr_scheduler), _by_name(scaler)
+    settings = torch.device(device), losses, weight, options, run.logger, windows
+    step = _Step(models, optimizers, schedulers, scalers, *settings)
+    steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
+    for number, parts in enumerate(steps, run.start_step):
         stop = step.take(number, parts, run.stop_requested())
         run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
         if stop:
@@ -280,6 +272,10 @@ def minimised(
         mean = mean if share else mean.new_zeros(())
         values[name] = mean if share in (0, 1) else mean * share
     terms = [values[name] for name in trained] + [output.sum() * 0 for output in idle]
+    if not any(
+        term.requires_grad for term in terms
+    ):  # a network that was not called as it is given
+        terms += [means[name].nan_to_num(0.0, 0.0, 0.0) * 0 for name in trained]
     total = torch.stack(terms).sum() if terms[1:] else terms[0]
     if is_first and "loss" not in means:
         kept = {name: value for name, value in values.items() if trained[1:] or name != trained[0]}
@@ -293,8 +289,9 @@ def outputs_of(models: Models, needed: bool) -> Iterator[dict[str, list[Tensor]]
     outputs: dict[str, list[Tensor]] = {name: [] for name in models}
 
     def keep(name: str, output: Any) -> None:
-        found = [output] if isinstance(output, Tensor) else output
-        outputs[name] += [each for each in found if each.requires_grad]
+        found = output.values() if isinstance(output, Mapping) else output
+        found = [output] if isinstance(output, Tensor) else found
+        outputs[name] += [x for x in found if isinstance(x, Tensor) and x.requires_grad]
 
     hooks = [
         model.register_forward_hook(lambda _, __, output, name=name: keep(name, output))

@@ -21,17 +21,7 @@ from train_utils.schedule import apply_schedule, scale_learning_rate
 
 # Settings that may change at a restart, because they change neither the samples nor the steps.
 _FREE = (
-    "data.root",
-    "data.images",
-    "data.masks",
-    "data.val_images",
-    "data.val_masks",
-    "data.foregrounds",
-    "data.alphas",
-    "data.backgrounds",
-    "data.trimaps",
     "data.cache",  # and data.cache_dir
-    "data.val_trimaps",
     "model.weights",
     "eval.",
     "train.epochs",
@@ -73,6 +63,7 @@ class TrainingState:
     config: dict[str, Any]
     data: str  # fingerprint of the training set
     sampler: GlobalBatchSampler
+    folders: tuple[str, ...] = ()  # settings that name them, which may have moved
     epoch: int = 0
     step: int = 0
     lr: float = float("nan")
@@ -206,7 +197,8 @@ class TrainingState:
 
     def _check_same_run(self, state: Mapping[str, Any], source: str) -> None:
         changes = diff(state["args"], self.config)
-        fixed = [change for change in changes if not change[0].startswith(_FREE)]
+        free = *_FREE, *self.folders
+        fixed = [change for change in changes if not change[0].startswith(free)]
         text = ", ".join(f"{key}: {old} → {new}" for key, old, new in fixed or changes)
         if fixed:
             raise UserError(
