@@ -5,7 +5,7 @@ An item is (image, target): a `tv_tensors.Image`, uint8 [3, H, W], and a `tv_ten
 Every dataset has `name(index)`, what to call an item in messages and reports, and `pairs`, the
 files behind the items (none for the embedded data).
 
-What one task alone needs lies in `segmentation_data`, `matting_data` and `translation_data`.
+What one task alone needs lies in `tasks/<name>/data.py`.
 """
 
 import difflib

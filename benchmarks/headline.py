@@ -1,4 +1,4 @@
-"""The figures that README.md and docs/performance.md quote, in one run of a quarter of an hour.
+"""The figures that README.md, docs/data.md and docs/performance.md quote, in a quarter of an hour.
 
     python -m benchmarks.headline --json headline.json
     python -m benchmarks.headline --data-path DUTS       # photographs for the table of loading

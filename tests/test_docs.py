@@ -1,15 +1,18 @@
 """What the documents name is there, and what they tell to type is understood."""
 
+import dataclasses
 import importlib.util
 import re
 import shlex
 
 import pytest
+import yaml
 from conftest import REPO
 
 import arguments
 import predict
 import tasks
+from train_utils import settings
 from train_utils.config import load_yaml, parse_assignments
 
 PAGE = (REPO / "docs" / "reliability.md").read_text(encoding="utf-8")
@@ -40,7 +43,9 @@ def test_every_fault_names_tests_that_exist(number, tests):
 
 # -- links and commands of all documents ----------------------------------------------------------
 
-DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+ENGLISH, CHINESE = REPO / "README.md", REPO / "README.zh-CN.md"
+PAGES = sorted((REPO / "docs").glob("*.md"))
+DOCUMENTS = [*sorted(REPO.glob("*.md")), *PAGES]
 PARSERS = {
     "train.py": arguments.parse_args,
     "train_multi_GPU.py": arguments.parse_args,
@@ -50,7 +55,8 @@ PARSERS = {
 
 
 def links(document):
-    return re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text(encoding="utf-8"))
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"\]\((?!https?:)([^)]+)\)", text)
 
 
 def headings(document):
@@ -68,17 +74,38 @@ def test_links_lead_somewhere(document):
         assert not anchor or anchor in headings(path), link
 
 
+def spans(text):
+    """What stands between backticks, outside of code blocks."""
+    return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+def blocks(text):
+    return re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+FILES = [path.relative_to(REPO).as_posix() for path in REPO.rglob("*.*") if path.is_file()]
+OF_A_RUN = {"config.yaml"}  # is in a run's folder
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda p: p.name
+)
+def test_files_that_are_named_exist(document):
+    """By their path, or by its end where the text says in which folder they are."""
+    for span in spans(document.read_text(encoding="utf-8")):
+        if re.fullmatch(r"[\w./-]+\.(py|yaml|sh|md|toml)", span) and span not in OF_A_RUN:
+            assert any(f"/{file}".endswith(f"/{span}") for file in FILES), span
+
+
 def commands():
     """(document, command) of every line of a script, or of a benchmark, that a document shows."""
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         for name, value in re.findall(r'^([A-Z]+)="(.+)"$', text, flags=re.MULTILINE):
             text = text.replace(f"${name}", value)
-        blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-        lines = "".join(blocks).replace("\\\n", " ").splitlines()
-        spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-        for line in [*lines, *(" ".join(span.split()) for span in spans)]:
-            command = re.sub(r"\s#.*|…", "", line).rpartition("&&")[2].strip()
+        lines = "".join(blocks(text)).replace("\\\n", " ").splitlines()
+        for line in [*lines, *(" ".join(span.split()) for span in spans(text))]:
+            command = re.sub(r"\s#.*|…|^\(\w\) ", "", line).rpartition("&&")[2].strip()
             if re.search(r"(python|torchrun) .*(\w\.py|-m benchmarks)", command):
                 yield document.name, command
 
@@ -119,3 +146,118 @@ def assert_keys_exist(settings, config):
                 )
                 for recipe in recipes
             ), f"{section}.{key}"
+
+
+# -- README, in two languages ---------------------------------------------------------------------
+
+
+def test_readme_is_short():
+    assert len(ENGLISH.read_text(encoding="utf-8").split()) <= 1600
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=lambda path: path.name)
+def test_every_page_is_linked(readme):
+    expected = {f"docs/{page.name}" for page in PAGES} | {"CONTRIBUTING.md", "CHANGELOG.md"}
+    other = CHINESE if readme == ENGLISH else ENGLISH
+    assert expected | {other.name} <= set(links(readme))
+
+
+def without_comments(text):
+    return [re.sub(r"\s+#.*", "", line) for block in blocks(text) for line in block.splitlines()]
+
+
+def cells(text):
+    """Of each table row: its code, its links and its figures."""
+    return [
+        (
+            re.findall(r"`([^`]+)`", row),
+            re.findall(r"\]\(([^)]+)\)", row),
+            re.findall(r"\d+(?:\.\d+)?", re.sub(r"`[^`]+`|\]\([^)]+\)", "", row)),
+        )
+        for row in re.findall(r"^\|.+\|$", text, flags=re.MULTILINE)
+    ]
+
+
+def test_both_languages_show_the_same():
+    english, chinese = (path.read_text(encoding="utf-8") for path in (ENGLISH, CHINESE))
+    assert without_comments(english) == without_comments(chinese)
+    assert cells(english) == cells(chinese)
+    assert english.count("\n## ") == chinese.count("\n## ")
+    figures = [set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", text)) for text in (english, chinese)]
+    assert figures[0] <= figures[1]
+    names = {ENGLISH.name, CHINESE.name}
+    assert set(links(ENGLISH)) - names == set(links(CHINESE)) - names
+
+
+def rows_of(text, heading):
+    """The cells of the rows below a heading, up to the next one."""
+    part = text.partition(f"\n## {heading}")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+) \|$", part, flags=re.MULTILINE)[1:]
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows]
+
+
+EDITS = rows_of(ENGLISH.read_text(encoding="utf-8"), "Where to edit")
+
+
+@pytest.mark.parametrize("row", EDITS, ids=lambda row: row[0])
+def test_places_to_edit_are_there(row):
+    """Every file, and in it every function and line that the table names; classes anywhere."""
+    _, where, place, _ = row
+    files = [REPO / name.replace("<name>", "saliency") for name in spans(where)]
+    texts = [f.read_text(encoding="utf-8") for f in files if f.is_file()]
+    classes = "".join(
+        f.read_text(encoding="utf-8") for f in (*REPO.glob("*.py"), *REPO.glob("*/*.py"))
+    )
+    for name in spans(place):
+        if not re.fullmatch(r"[\w.]+", name):  # a line, or an option
+            line = name.partition("…")[0]
+            assert name.startswith("--set ") or any(line in text for text in texts), name
+            continue
+        for part in name.split("."):
+            found = any(f"def {part}(" in text or f"class {part}(" in text for text in texts)
+            assert found or re.search(rf"^class {part}\b", classes, flags=re.M), part
+    # of a new recipe nothing is there yet
+    assert all(file.exists() or file.parent.name == "configs" for file in files) and files
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+SETTINGS = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+SHARED = {
+    "Training": ("train", settings.TrainConfig),
+    "Optimizer": ("optim", settings.OptimConfig),
+    "Evaluation": ("eval", settings.EvalConfig),
+    "Data": ("data", settings.PhotoData),
+}
+
+
+def defaults(section, cls):
+    """(key, default) of a section, as YAML writes it."""
+    made = {}
+    for field in dataclasses.fields(cls):
+        value = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        value = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+        made[f"`{section}.{field.name}`"] = f"`{text}`"
+    return made
+
+
+@pytest.mark.parametrize("heading", SHARED)
+def test_shared_settings_are_described(heading):
+    rows = {row[0]: row[1] for row in rows_of(SETTINGS, heading)}
+    assert rows == defaults(*SHARED[heading])
+
+
+@pytest.mark.parametrize("name", tasks.task_names())
+def test_settings_of_a_task_are_described(name):
+    module, expected = tasks.load_task(name), {}
+    config = module.Config
+    for field in dataclasses.fields(config):
+        if field.name in ("data", "model", "loss", "eval"):
+            expected |= defaults(field.name, field.default_factory)
+    shared = [defaults(*SHARED[heading]) for heading in ("Evaluation", "Data")]
+    rows = {row[0]: row[1] for row in rows_of(SETTINGS, name.capitalize())}
+    assert rows == {key: v for key, v in expected.items() if not any(key in s for s in shared)}
+    (best,) = [row[2] for row in rows_of(SETTINGS, "Training") if row[0] == "`train.best`"]
+    listed = best.partition(f"{name.capitalize() if name == 'saliency' else name}: ")[2]
+    assert re.findall(r"`(\w+)`", listed.partition(";")[0]) == list(module.Task.METRICS)

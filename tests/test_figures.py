@@ -5,6 +5,7 @@ from math import ceil
 
 import pytest
 from conftest import REPO
+from test_edits import EDITS, touched
 
 from train_utils.errors import UserError
 from train_utils.run_folder import newest_best_checkpoint
@@ -58,12 +59,12 @@ FIGURES = {
         quoted("README.md", r"u2net_full trains ([\d.]+) times as fast"),
         measured("system", "u2net_full", "× plain"),
     ),
-    "README: a cache in memory": (
-        quoted("README.md", r"loading is then ([\d.]+) to [\d.]+ times"),
+    "a cache in memory": (
+        quoted("docs/data.md", r"Loading is then ([\d.]+) to [\d.]+ times"),
         measured("work", "ram cache, second", "ratio"),
     ),
-    "README: a cache on disk": (
-        quoted("README.md", r"loading is then [\d.]+ to ([\d.]+) times"),
+    "a cache on disk": (
+        quoted("docs/data.md", r"Loading is then [\d.]+ to ([\d.]+) times"),
         measured("work", "disk cache, second", "ratio"),
     ),
     "a step of u2net_lite": (
@@ -71,11 +72,14 @@ FIGURES = {
         str(float(measured("system", "u2net_lite", "ours ms")) / 1000),
     ),
     "U2NETP's MAE": (
-        quoted("README.md", r"without mean and standard deviation: MAE ([\d.]+)"),
+        quoted("docs/results.md", r"without mean and standard deviation: MAE ([\d.]+)"),
         quoted("docs/performance.md", r"for ([\d.]+) and [\d.]+ in fp32"),
     ),
     "U2NETP's maxF1": (
-        quoted("README.md", r"without mean and standard deviation: MAE [\d.]+, maxF1 ([\d.]+)"),
+        quoted(
+            "docs/results.md",
+            r"without mean and standard deviation: MAE [\d.]+, maxF1 ([\d.]+)",
+        ),
         quoted("docs/performance.md", r"for [\d.]+ and ([\d.]+) in fp32"),
     ),
     "a save": (
@@ -86,8 +90,12 @@ FIGURES = {
         quoted("README.md", r"\[(\d+) faults, what happens"),
         quoted("docs/reliability.md", r"what becomes of (\d+) faults"),
     ),
+    "faults, of launching": (
+        quoted("docs/launching.md", r"lists (\d+) faults, what happens"),
+        quoted("docs/reliability.md", r"what becomes of (\d+) faults"),
+    ),
     "torch": (
-        quoted("README.md", r"with torch (\d+\.\d+); the GPU"),
+        quoted("docs/results.md", r"with torch (\d+\.\d+); the GPU"),
         quoted("docs/performance.md", r"torch (\d+\.\d+)\.\d+, torchvision"),
     ),
     "3.5× for u2net_lite": (
@@ -135,10 +143,35 @@ def test_ratios_and_shares_follow_from_their_rows():
 
 
 def test_the_first_result_takes_as_long_as_is_promised(tmp_path):
-    (row,) = [row for row in tables("README.md") if row.get("command") == "`python train.py`"]
+    (row,) = [row for row in tables("docs/results.md") if row.get("command") == "`python train.py`"]
     minutes, seconds = map(int, re.fullmatch(r"(\d+) min (\d+) s", row["time"]).groups())
     limit = ceil(minutes + seconds / 60)
     assert quoted("README.md", r"in less than (\w+) minutes on two CPU cores") == WORDS[limit]
+    assert quoted("README.zh-CN.md", r"不到 (\d+) 分钟") == str(limit)
     assert quoted("train.py", r"embedded data: no download, (\d+) minutes") == str(limit)
     with pytest.raises(UserError, match=rf"\({limit} minutes on two cores\)"):
         newest_best_checkpoint(tmp_path)
+
+
+PLACES = {
+    "a loss": "a. loss",
+    "a network": "b. network",
+    "an augmentation": "c. augmentation",
+    "a metric": "d. metric",
+    "a task": "e. task",
+    "your own torch Dataset": "f. dataset",
+    "another optimizer": "g. optimizer",
+    "a scalar in the log": "h. scalar",
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_an_edit_takes_as_many_lines_as_readme_says(what):
+    (row,) = [row for row in tables("README.md") if row.get("what") == what]
+    _, lines = touched(EDITS[PLACES[what]])
+    assert row["lines"].partition(",")[0] == str(lines)
+
+
+def test_the_depth_task_takes_as_many_lines_as_architecture_says():
+    _, lines = touched(EDITS["e. task"])
+    assert quoted("docs/architecture.md", r"adds a depth task in (\d+) lines") == str(lines)
