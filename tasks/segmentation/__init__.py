@@ -4,6 +4,7 @@ Masks are class indices, and 255 (`IGNORE`) marks pixels that count nowhere. Wha
 are logits [B, classes, h, w]; the class of a pixel is their arg-max at the image's own size.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -25,6 +26,7 @@ from my_dataset import (
     pairs_of,
     split_pairs,
 )
+from tasks import require_network
 from tasks.segmentation.confusion_matrix import ConfusionMatrix, most_likely
 from tasks.segmentation.data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
 from tasks.segmentation.label_maps import LabelReader, MaskScan, scan_masks
@@ -147,17 +149,19 @@ class DataConfig(PhotoData):
 
 @dataclass
 class ModelConfig:
-    """The network."""
+    """The network: what src/__init__.py exports under this name, called with the classes' number.
 
-    name: Literal["fcn32s", "fcn16s", "fcn8s", "fcn", "unet", "unet_vgg16", "unet_resnet50"] = (
-        "unet"
-    )
+    It also gets `channels` and `batch_norm`, if it takes them.
+    """
+
+    name: str = "unet"
     channels: int = 64  # of the first stage; all others follow (not unet_resnet50)
     batch_norm: bool = False  # in a VGG encoder
     weights: str | None = None  # ImageNet weights of the encoder: DEFAULT (torchvision's), a file
     freeze_backbone: bool = False  # train the decoder only
 
     def __post_init__(self) -> None:
+        require_network(self.name)
         if self.channels < 2 or self.channels % 2:
             raise ValueError("channels: must be even and at least 2")
         if self.name == "unet_resnet50" and self.channels != 64:
@@ -172,9 +176,11 @@ class ModelConfig:
     @property
     def backbone(self) -> str:
         """torchvision's name of the encoder; empty where there is none."""
-        if self.name in ("unet", "unet_resnet50"):
-            return self.name.removeprefix("unet").removeprefix("_")
-        return "vgg16_bn" if self.batch_norm else "vgg16"
+        if self.name == "unet_resnet50":
+            return "resnet50"
+        if self.name.startswith("fcn") or self.name == "unet_vgg16":
+            return "vgg16_bn" if self.batch_norm else "vgg16"
+        return ""
 
 
 @dataclass
@@ -360,12 +366,12 @@ class Task(BaseTask):
         return {"loss": {"class_weights": weights}}
 
     def build_models(self) -> dict[str, nn.Module]:
-        model, options = self.cfg.model, {}
-        if model.name != "unet_resnet50":
-            options["channels"] = model.channels
-        if model.batch_norm:
-            options["batch_norm"] = True
-        network = getattr(src, model.name)(self.cfg.data.num_classes, **options)
+        model = self.cfg.model
+        make = getattr(src, model.name)
+        options = {"channels": model.channels, "batch_norm": model.batch_norm}
+        taken = inspect.signature(make).parameters
+        options = {name: value for name, value in options.items() if name in taken}
+        network = make(self.cfg.data.num_classes, **options)
         if model.freeze_backbone:
             network.freeze_backbone()
         return {"model": network}
@@ -399,7 +405,7 @@ class Task(BaseTask):
         if smallest > 1:
             return
         with torch.device("meta"):
-            needed = self.build_models()["model"].min_train_side
+            needed = getattr(self.build_models()["model"], "min_train_side", 1)
         side, network = self.cfg.data.image_size, self.cfg.model.name
         if side < needed:
             raise UserError(
