@@ -1,6 +1,6 @@
 """Train a network on one CPU or one GPU.
 
-    python train.py                                      embedded data: no download, 5 minutes
+    python train.py                                      embedded data: no download, 6 minutes
     python train.py --images photos --masks masks        your own pairs
     python train.py --config configs/u2net_lite.yaml --data-path DIR     DUTS, the published recipe
     python train.py --resume auto                        continue the newest run

@@ -210,7 +210,7 @@ def newest_best_checkpoint(root: Path = Path("runs")) -> Path:
     if not found:
         raise UserError(
             f"{root.resolve()}: no run with a {BEST} yet. Train one with `python train.py` "
-            "(5 minutes on two cores), or name a file with --weights."
+            "(6 minutes on two cores), or name a file with --weights."
         )
     return max(found, key=lambda path: path.stat().st_mtime)
 
