@@ -145,7 +145,7 @@ def train_one_epoch(
     step = _Step(models, optimizers, schedulers, scalers, *settings)
     steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(steps, run.start_step):
-        stop = step.take(number, parts, run.stop_requested())
+        stop = step.take(number, parts, run.stop_requested)
         run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
         if stop:
             break
@@ -335,12 +335,12 @@ class _Step:
         for name in learning_rates(optimizers):
             logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
-    def take(self, number: int, parts: Sequence[Batch], stop: bool) -> bool:
+    def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
         mark(self.windows.where(number))  # first: where settling waits, the loader is not to blame
         if self.logger.is_read:
             self.settle()
-        shares, images, stop = agree_on_shares(parts, self.weight, stop)
+        shares, images, stop = agree_on_shares(parts, self.weight, stop_requested())
         self._parts = list(zip(parts, shares, strict=True))
         self._seed = self._seed_of(number)
         rates = learning_rates(self.optimizers)
