@@ -19,6 +19,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 import torch.distributed as dist
@@ -103,7 +104,8 @@ class Script:
     """A script of this repository that runs, on one process or on several by torchrun's own agent.
 
     Its output goes to files, so that no process waits for a reader. restarts: as --max-restarts.
-    env: what is added to this process's environment. `process` is the script's, or the agent's.
+    env: what is added to this process's environment; TEST_FAULT has faults strike (faults.py).
+    `process` is the script's, or the agent's.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ def _as_main(argv: list[str], folder: Path, env: dict[str, str], files: list[Pat
     """Be a process of its own that runs a script, as far as the script can tell."""
     _settle(folder, env, files)
     sys.argv = argv
+    faults.install(os.environ.get(faults.VARIABLE, ""))
     try:
         runpy.run_path(argv[0], run_name="__main__")
     finally:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
+import faults  # noqa: E402
 from test_exits import TINY  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
@@ -78,11 +79,11 @@ def enter_rank(rank: int, world: int, port: int, case: Case, output: Path) -> No
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ |= {"PIXTRAIN_FAULT": case.fault}
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = [str(REPO / case.script), *case.arguments]
+    faults.install(case.fault)
 
 
 def exit_codes(processes: list[int]) -> list[int | None]:
@@ -118,8 +119,10 @@ def launch_forked(case: Case, world: int, output: Path) -> list[int | None] | st
 def launch_torchrun(case: Case, world: int, output: Path) -> list[int | None]:
     """The exit code of torchrun, which is 1 for any failure of its processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command = [sys.executable, *launcher, str(REPO / case.script), *case.arguments]
-    environment = {**os.environ, "PIXTRAIN_FAULT": case.fault}
+    script, environment = [str(REPO / case.script)], dict(os.environ)
+    if case.fault:
+        script, environment["TEST_FAULT"] = [str(REPO / "tests" / "struck.py"), *script], case.fault
+    command = [sys.executable, *launcher, *script, *case.arguments]
     with output.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         return exit_codes([process.pid])

@@ -1,9 +1,11 @@
-"""train_multi_GPU.py, whose launcher is signalled by it at a chosen moment, once.
+"""A script that faults strike in a real launch: those of TEST_FAULT (tests/faults.py), and signals.
 
-    torchrun … tests/struck.py step|hold|save SIGNAL ARGUMENTS OF train_multi_GPU.py
+    torchrun … tests/struck.py SCRIPT ARGUMENTS
+    torchrun … tests/struck.py step|hold|save SIGNAL SCRIPT ARGUMENTS
 
-step: in rank 0's third backward pass; hold: there, too, and then the pass waits for a file named
-`go`; save: when rank 0's third checkpoint is whole, before it takes the old one's place.
+The signal goes to the launcher, once. step: in rank 0's third backward pass; hold: there, too, and
+then the pass waits for a file named `go`; save: when rank 0's third checkpoint is whole, before it
+takes the old one's place.
 """
 
 import os
@@ -31,16 +33,28 @@ def strike_third(owner, name, wanted, number, hold):
     setattr(owner, name, call)
 
 
-if __name__ == "__main__":
-    moment, number, *arguments = sys.argv[1:]
-    sys.argv = [str(REPO / "train_multi_GPU.py"), *arguments]
-    sys.path.insert(0, str(REPO))
-    if os.environ["RANK"] == "0":
-        if moment == "save":
-            place = (os, "replace", lambda _, target, *_rest: str(target).endswith("last.pth"))
-        else:
-            import torch
+def signal_launcher(moment, number):
+    """Have the launcher signalled at one of the moments."""
+    if moment == "save":
+        place = (os, "replace", lambda _, target, *_rest: str(target).endswith("last.pth"))
+    else:
+        import torch
 
-            place = (torch.Tensor, "backward", lambda *_: True)
-        strike_third(*place, signal.Signals[number], hold=moment == "hold")
+        place = (torch.Tensor, "backward", lambda *_: True)
+    strike_third(*place, number, hold=moment == "hold")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    arguments = sys.argv[1:]
+    if not arguments[0].endswith(".py"):
+        moment, name, *arguments = arguments
+        if os.environ["RANK"] == "0":
+            signal_launcher(moment, signal.Signals[name])
+    if "TEST_FAULT" in os.environ:
+        import faults  # it imports torch
+
+        faults.install(os.environ["TEST_FAULT"])
+    script, *arguments = arguments
+    sys.argv = [str(REPO / script), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from distributed import Script, fork_server
@@ -410,7 +411,7 @@ def save_until_killed(folder, fault="", saved=None):
     saved: a semaphore that is released after each.
     """
     done = saved.release if saved else lambda: None
-    os.environ["PIXTRAIN_FAULT"] = fault
+    faults.install(fault)
     checkpoint.remove_temporaries(folder)
     last, writer = folder / "last.pth", CheckpointWriter()
     n = load_file(last)["n"] if last.exists() else 0

@@ -66,7 +66,7 @@ def test_every_system_survives_a_kill_and_scores_and_predicts(name, tmp_path):
         (tmp_path / folder).mkdir()
     train = ("train_multi_GPU.py", "--config", REPO / "configs" / f"{name}.yaml", *OPTIONS, *extra)
     run_script(tmp_path / "whole", *train, processes=2)
-    fault = {"PIXTRAIN_FAULT": f"step:kill@{kill}"}
+    fault = {"TEST_FAULT": f"step:kill@{kill}"}
     run_script(tmp_path / "killed", *train, processes=2, code=1, **fault)
     whole, run = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
 
@@ -253,7 +253,7 @@ def test_the_same_command_resumes_a_run_on_own_data(tmp_path):
     options = ("--config", REPO / "configs" / "unet.yaml", *own, *size, "--device", "cpu")
     options += ("--set", "loss.class_weights=auto")
     options += ("--epochs", 2, "--cache", "ram")
-    killed = {"PIXTRAIN_FAULT": "step:kill@4"}  # in the second epoch, of two steps
+    killed = {"TEST_FAULT": "step:kill@4"}  # in the second epoch, of two steps
     run_script(tmp_path, "train.py", *options, code=-signal.SIGKILL, **killed)
     (folder,) = (tmp_path / "runs" / "unet").iterdir()
     packs = re.findall(

@@ -12,6 +12,7 @@ from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,6 +44,7 @@ def gloo_threads():
 
 def run_script(script, arguments):
     """Run a script as Python does, in this process, and exit as it does."""
+    faults.install(os.environ.get(faults.VARIABLE, ""))
     sys.argv = [script, *arguments]
     runpy.run_path(str(REPO / script), run_name="__main__")
 
@@ -132,14 +134,12 @@ def test_a_refused_start_has_no_group_left(trained, tmp_path):
     ("fault", "code", "message"),
     [
         ("step:term@2:rank=1", 143, "stopped by SIGTERM"),
-        ("load:raise@3:rank=1", 1, "error (rank 1): PIXTRAIN_FAULT: load, as ordered"),
+        ("load:raise@3:rank=1", 1, "error (rank 1): TEST_FAULT: load, as ordered"),
     ],
 )
 def test_a_training_cut_short_has_no_group_left(fault, code, message, tmp_path):
     arguments = [*TINY, "--output-dir", str(tmp_path / "run")]
-    codes, output = launch(
-        tmp_path, run_script, "train_multi_GPU.py", arguments, PIXTRAIN_FAULT=fault
-    )
+    codes, output = launch(tmp_path, run_script, "train_multi_GPU.py", arguments, TEST_FAULT=fault)
     assert codes == [code, code], output
     assert message in output
     assert threads_left(tmp_path) == ["", ""]

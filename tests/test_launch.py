@@ -89,7 +89,8 @@ def test_two_machines_then_one_process_then_three(alone, tmp_path):
     with held_port() as port:
         where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost"]
         where += [f"--master_port={port}"]
-        script = [REPO / "tests" / "struck.py", "step", "SIGTERM", *arguments]
+        script = [REPO / "tests" / "struck.py", "step", "SIGTERM"]
+        script += ["train_multi_GPU.py", *arguments]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
         machines = [
             subprocess.Popen(
@@ -112,7 +113,7 @@ def test_two_machines_then_one_process_then_three(alone, tmp_path):
     assert state["next_epoch"] == 0 and state["next_step"] in (3, 4)  # the third step, or the next
     assert f"stopped by SIGTERM at epoch 0, step {state['next_step']}" in outputs[0]
 
-    stop = {"PIXTRAIN_FAULT": "step:term@3"}
+    stop = {"TEST_FAULT": "step:term@3"}
     code = 128 + signal.SIGTERM
     done = run_script(tmp_path, "train.py", *arguments, code=code, **stop)
     assert "continuing with 1 process(es) instead of 2: the global batch stays 4" in done.stdout

@@ -198,7 +198,7 @@ def test_killed_run_continues_as_if_nothing_had_happened(tmp_path):
     options += ["--set", "data.image_size=40", "--set", "data.train_size=7"]
     options += ["--set", "train.save_steps=1", "--output-dir"]
     run_script(tmp_path, "train.py", *options, "whole")
-    fault = {"PIXTRAIN_FAULT": "step:kill@8"}  # the last step of the second epoch
+    fault = {"TEST_FAULT": "step:kill@8"}  # the last step of the second epoch
     run_script(tmp_path, "train.py", *options, "run", code=-signal.SIGKILL, **fault)
     state = weights(tmp_path / "run")
     assert state["next_epoch"] == 1 and state["next_step"] in (2, 3)

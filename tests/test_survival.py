@@ -1,6 +1,6 @@
 """Killed, stopped, hung or spoilt at any place, a run ends as if nothing had happened.
 
-Faults on order (train_utils/faults.py) strike real processes under torchrun, start after start; the
+Faults on order (tests/faults.py) strike real processes under torchrun, start after start; the
 run that torchrun restarts each time must reach the weights, the optimizer, the schedule, the moving
 average and the records of a run that was left alone, bit for bit.
 """
@@ -8,6 +8,7 @@ average and the records of a run that was left alone, bit for bit.
 import json
 import math
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from distributed import Script, on_ranks, run_script
@@ -27,7 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from train_utils import faults, train_one_epoch
+from train_utils import train_one_epoch
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.errors import UserError
@@ -77,7 +79,7 @@ def suffer(folder, ordered, *extra):
     The faults strike one after the other, each in the next start.
     """
     faults_on_order = ",".join(f"{fault}:start={start}" for start, fault in enumerate(ordered))
-    launch = {"processes": 2, "restarts": len(ordered), "PIXTRAIN_FAULT": faults_on_order}
+    launch = {"processes": 2, "restarts": len(ordered), "TEST_FAULT": faults_on_order}
     run_script(folder, "train_multi_GPU.py", *OPTIONS, *extra, **launch)
     (path,) = (folder / "runs" / "unet").iterdir()  # every start continues in the same folder
     log = (path / "log.txt").read_text()
@@ -137,7 +139,7 @@ def test_stopped_spoilt_and_hung_anywhere(undisturbed, tmp_path):
     path, log = suffer(tmp_path, ordered, "-j", 0, "--set", "train.hang_timeout=6")
     assert_same_run(undisturbed, path)
     assert "stopped by SIGTERM at epoch 0, step 2" in log  # in a step: after it, on both ranks
-    assert "failed: rank1: UserError: PIXTRAIN_FAULT: load" in log
+    assert "failed: rank1: UserError: TEST_FAULT: load" in log
     assert "step 1 of 3: loss, ce, dice on rank 1 (scene" in log
     assert "stopped by SIGTERM at epoch 1, step 3" in log  # only the evaluation was left
     assert "hang: rank 1" in log and "has been at 'evaluating" in log
@@ -153,7 +155,7 @@ def test_preempted_in_a_long_evaluation(tmp_path):
     run = tmp_path / "run"
     options = (*OPTIONS, "--set", "data.val_size=20000", "-j", 0, "--output-dir", run)
     options += ("--resume", "auto")
-    fault = {"PIXTRAIN_FAULT": "evaluate:term@3:rank=1"}
+    fault = {"TEST_FAULT": "evaluate:term@3:rank=1"}
     run_script(tmp_path, "train_multi_GPU.py", *options, processes=2, code=1, **fault)
     assert_stopped_in_evaluation(run, "SIGTERM")
 
@@ -191,7 +193,7 @@ def start_torchrun(folder, *options, script="train_multi_GPU.py", **env):
 @pytest.mark.slow
 def test_sigterm_to_torchrun_while_a_checkpoint_is_written(tmp_path):
     """Rank 0 sends it when its third file is whole, but not yet in the old one's place."""
-    options = ("save", "SIGTERM", *OPTIONS, "-j", 0, "--output-dir", "run")
+    options = ("save", "SIGTERM", "train_multi_GPU.py", *OPTIONS, "-j", 0, "--output-dir", "run")
     launcher = start_torchrun(tmp_path, *options, script="tests/struck.py")
     output, _ = launcher.communicate(timeout=280)
     assert launcher.returncode != 0, output
@@ -206,7 +208,7 @@ def test_sigterm_to_torchrun_while_a_checkpoint_is_written(tmp_path):
 @pytest.mark.slow
 def test_two_interrupts_to_torchrun_in_one_step(tmp_path):
     """It passes the first one on and sends SIGTERM for the second: all save, and end, once."""
-    options = ("hold", "SIGINT", *OPTIONS, "-j", 0, "--output-dir", "run")
+    options = ("hold", "SIGINT", "train_multi_GPU.py", *OPTIONS, "-j", 0, "--output-dir", "run")
     launcher = start_torchrun(tmp_path, *options, script="tests/struck.py")
     run = tmp_path / "run"
     try:
@@ -230,7 +232,7 @@ def test_two_interrupts_to_torchrun_in_one_step(tmp_path):
 def test_a_second_interrupt_ends_at_once(tmp_path):
     options = ("--set", "data.train_size=16", "-b", 8, "-j", 0, "--print-freq", 1)
     options += ("--output-dir", "run", "--device", "cpu")
-    training = Script(tmp_path, "train.py", *options, PIXTRAIN_FAULT="step:hang")
+    training = Script(tmp_path, "train.py", *options, TEST_FAULT="step:hang")
     run = tmp_path / "run"
     wait_until((run / "last.pth").exists, "the first save")
     process = read_status(run)["pid"]
@@ -291,8 +293,6 @@ def train(mode, fault="", spoilt=(), infinite=False, **options):
 
     infinite: the gradient of this process's images in the third step.
     """
-    os.environ["PIXTRAIN_FAULT"] = fault
-    faults._reached.clear()
     torch.manual_seed(0)
     net = convert_sync_batchnorm(Net())
     images, masks = torch.randn(12, 3, 4, 4), torch.rand(12, 1, 4, 4)
@@ -307,13 +307,13 @@ def train(mode, fault="", spoilt=(), infinite=False, **options):
     )
     model = DistributedDataParallel(net) if get_world_size() > 1 else net
     message = ""
-    try:
-        options = StepOptions(on_nonfinite=mode, **options)
-        train_one_epoch(model, optimizer, loader, CPU, 0, None, 2, options=options)
-    except UserError as error:
-        message = str(error)
-    finally:
-        os.environ.pop("PIXTRAIN_FAULT")
+    with pytest.MonkeyPatch.context() as patch:
+        faults.install(fault, patch.setattr)
+        try:
+            options = StepOptions(on_nonfinite=mode, **options)
+            train_one_epoch(model, optimizer, loader, CPU, 0, None, 2, options=options)
+        except UserError as error:
+            message = str(error)
     return [value.flatten().tolist() for value in net.state_dict().values()], message
 
 
@@ -449,10 +449,20 @@ def test_a_lack_of_memory_says_what_to_do(device):
 
 @pytest.mark.parametrize("text", ["step", "step:explode", "nowhere:kill", "step:kill@x", "a:b:c"])
 def test_faults_that_make_no_sense_are_refused(text):
-    with pytest.raises(UserError, match=rf"PIXTRAIN_FAULT={text}: not PLACE"):
+    with pytest.raises(UserError, match=rf"TEST_FAULT={text}: not PLACE"):
         faults.parse(text)
 
 
 def test_faults_by_place_number_rank_and_start():
     ordered = faults.parse("step:kill,save.write:hang@2:rank=3:start=1")
     assert ordered == (("step", "kill", 1, None, 0), ("save.write", "hang", 2, 3, 1))
+
+
+@pytest.mark.parametrize("place", faults.PLACES)
+def test_a_fault_whose_place_is_gone_is_refused(place, monkeypatch):
+    """It would never strike, and the test that orders it would show nothing."""
+    for owner, name, _ in faults.PLACES[place]:
+        with monkeypatch.context() as patch:
+            patch.delattr(pkgutil.resolve_name(owner), name)
+            with pytest.raises(AttributeError, match=name):
+                faults.install(f"{place}:kill", patch.setattr)

@@ -9,12 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train_utils import faults
 from train_utils.device import pins_memory
 from train_utils.errors import UserError, shortened
 
@@ -47,12 +46,11 @@ def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             # To a file object: given a path, torch tells of a full disk without saying so.
-            torch.save(state, _HalfwayFile(file, _size(state)))  # type: ignore[arg-type]
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         for link in links:
             _link(temporary, link)
-        faults.reach("save.replace")
         temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException as error:
@@ -66,7 +64,6 @@ def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> Non
             "files are kept; free disk space or choose another --output-dir, then continue with "
             "--resume auto."
         ) from error
-    faults.reach("saved")
 
 
 class CheckpointWriter:
@@ -129,35 +126,6 @@ class CheckpointWriter:
         if isinstance(value, (list, tuple)):
             return type(value)(self._copy(item, kept, (*place, i)) for i, item in enumerate(value))
         return value
-
-
-class _HalfwayFile:
-    """Passes a checkpoint of about `size` bytes on, and halfway the place of a possible fault."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self.file, self.until_half = file, size // 2
-
-    def write(self, data: memoryview) -> None:
-        if 0 <= self.until_half < len(data):
-            self.file.write(data[: self.until_half])
-            self.file.flush()
-            faults.reach("save.write")
-            self.file.write(data[self.until_half :])
-        else:
-            self.file.write(data)
-        self.until_half -= len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _size(value: Any) -> int:
-    """Bytes of all tensors in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _file_error(error: BaseException) -> str:

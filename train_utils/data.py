@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
-from train_utils import faults
 from train_utils.device import pins_memory
 from train_utils.distributed_utils import end_with_parent
 from train_utils.errors import UserError
@@ -93,7 +92,6 @@ class KeyedDataset(Dataset):
             return [self._keyed(key) for key in keys]
 
     def _keyed(self, key: SampleKey) -> Any:
-        faults.reach("load")
         seed_generators(stable_seed(self.seed, key.epoch, key.index))
         item = self.dataset[key.index]
         return item if key.real else _StandIn(item)

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train_utils import faults
 from train_utils.device import (
     collective_device,
     process_group_backend,
@@ -331,7 +330,6 @@ def init_distributed_mode(args: Namespace) -> None:
     take_device(device)
     if device.type == "cpu":
         _share_cores(local_world)
-    faults.announce()
     if launch is None:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:

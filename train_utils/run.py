@@ -161,6 +161,7 @@ class Run(EpochRun):
         if due or progress.stop if midway else self.evaluates(progress.epoch):
             self.state.epoch, self.state.step = progress.epoch, progress.step
             progress.settle()
+            self.state.lr = progress.logger.read["lr"].value
             self.state.meters = progress.logger.state_dict()
             self._save()
         done = progress.epoch * self.steps + progress.step

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from train_utils import faults
 from train_utils.data import sample_names, stable_seed
 from train_utils.device import fp64_device
 from train_utils.distributed_utils import (
@@ -146,7 +145,7 @@ def train_one_epoch(
     step = _Step(models, optimizers, schedulers, scalers, *settings)
     steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(steps, run.start_step):
-        stop = step.take(number, parts, run.stop_requested())
+        stop = step.take(number, parts, run.stop_requested)
         run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
         if stop:
             break
@@ -330,19 +329,18 @@ class _Step:
         scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
         self.amp_dtype = options.amp_dtype or (torch.float16 if scaled else None)
         self.guard = NonfiniteGuard(options.on_nonfinite, device, scaled, models)
-        self._spoil, self._checked = 1.0, False
+        self._checked = False
         for network in models.values():
             network.train()
         for name in learning_rates(optimizers):
             logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
-    def take(self, number: int, parts: Sequence[Batch], stop: bool) -> bool:
+    def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
-        faults.reach("step")
         mark(self.windows.where(number))  # first: where settling waits, the loader is not to blame
         if self.logger.is_read:
             self.settle()
-        shares, images, stop = agree_on_shares(parts, self.weight, stop)
+        shares, images, stop = agree_on_shares(parts, self.weight, stop_requested())
         self._parts = list(zip(parts, shares, strict=True))
         self._seed = self._seed_of(number)
         rates = learning_rates(self.optimizers)
@@ -375,11 +373,7 @@ class _Step:
 
     def _gradients(self) -> dict[str, Tensor]:
         """Gradients of the whole step, and its losses by name."""
-        spoilt_loss = faults.reach("loss")
-        self._spoil = faults.reach("gradient") * spoilt_loss
         losses = self._all_parts(synchronise=True)
-        if spoilt_loss != 1:
-            losses = {name: loss * spoilt_loss for name, loss in losses.items()}
         if not self._checked:
             self._refuse_unused_parameters()
         return losses
@@ -421,7 +415,6 @@ class _Step:
                 for network, means in [(first, found)] if isinstance(found, Mapping) else found:
                     total, values = minimised(means, shares, outputs[network], network == first)
                     total = spoilt_if_nonfinite(total)
-                    total = total * self._spoil if self._spoil != 1 else total
                     # Here data-parallel processes wait for each other's gradients.
                     with (
                         torch.autocast(self.device.type, enabled=False),
@@ -565,7 +558,6 @@ def evaluate(
         return memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY)
 
     def forward(chunk: _Chunk) -> tuple[_Chunk, Tensor]:
-        faults.reach("evaluate")
         with memory_for(chunk):
             # Stacked on the device: one by one, images in page-locked memory come without waiting.
             images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
