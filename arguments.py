@@ -1,7 +1,7 @@
 """The command lines of training and validation, and the config that a training's comes to.
 
-The scripts read their command lines before they import what takes seconds, torch above all, so that
---help and mistakes are answered at once; hence the imports inside functions.
+A training reads its command line before it imports what takes seconds, torch above all: --help and
+mistakes are answered at once, and its process is set up first. Hence the imports inside functions.
 """
 
 import argparse
