@@ -156,8 +156,9 @@ class BaseTask:
         return self.make_metrics()
 
     def pairs_of_files(self, predictions: str, targets: str) -> Dataset:
-        """(prediction, target) as metrics take them, of a folder of each: what other programs
-        wrote, to be scored without a network.
+        """Predictions of any program with their targets, from a folder each, as metrics take them.
+
+        Raises UserError for a task that cannot be scored from files.
         """
         raise UserError(
             f"--predictions: {self.name} is scored with its network only. Give --weights instead."
