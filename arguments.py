@@ -1,11 +1,12 @@
 """The command lines of training and validation, and the config that a training's comes to.
 
-The scripts read their command lines before they import what takes seconds, torch above all, so that
---help and mistakes are answered at once; hence the imports inside functions.
+A training reads its command line before it imports what takes seconds, torch above all: --help and
+mistakes are answered at once, and its process is set up first. Hence the imports inside functions.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +84,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
 
 def parse_validation_args(
-    argv: list[str] | None = None, description: str | None = None
+    argv: list[str] | None, description: str | None, switches: Mapping[str, str]
 ) -> argparse.Namespace:
-    """The command line of validation.py."""
+    """The command line of validation.py; `switches` of tasks → what --help says of them."""
     parser = new_parser(description)
     add = parser.add_argument
     add("--weights", metavar="FILE", help="default: the newest best checkpoint under runs/")
@@ -94,8 +95,8 @@ def parse_validation_args(
     add("--images", metavar="DIR", help="any folder of images, all of which are scored")
     add("--masks", metavar="DIR", help="the masks of --images or --predictions")
     add("--predictions", metavar="DIR", help="score these maps instead of a network")
-    add("--post-norm", action="store_true", help="stretch each prediction to [0, 1] first")
-    add("--toolbox", action="store_true", help="also by the common toolbox's protocol")
+    for name, about in switches.items():
+        add(f"--{name}", action="store_true", help=about)
     add("--json", metavar="FILE", help="write the scores at full precision")
     add("--device", default="auto")
     add("-b", "--batch-size", type=int, default=8, help="images read at a time; changes no score")

@@ -42,6 +42,7 @@ from train_utils.config import parse_assignments
 from train_utils.errors import UserError
 from train_utils.image_io import list_images, save_image
 from train_utils.inference import prepare
+from train_utils.prediction import Job, Predictor
 from train_utils.setup import clean_errors
 
 
@@ -105,7 +106,7 @@ def stage_times(
     task, models = tasks.load_models(weights, settings)
     cfg = task.cfg
     models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
-    predictor = predict.Predictor(task, models, device)
+    predictor = Predictor(task, models, device)
     times: dict[str, list[float]] = {"read": [], "forward": [], "render": [], "write": []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -115,7 +116,7 @@ def stage_times(
 
     with torch.inference_mode():
         for file in files:
-            job = predict.Job(file, {"map": output / f"{file.stem}.png"})
+            job = Job(file, {"map": output / f"{file.stem}.png"})
             done: dict[str, Any] = {}
             timed("read", lambda job=job, done=done: done.update(picture=predictor.read(job)))
             picture = done["picture"]

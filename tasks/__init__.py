@@ -33,6 +33,11 @@ def load_task(name: str, source: str = "config") -> ModuleType:
     return import_module(f"tasks.{name}")
 
 
+def all_tasks() -> dict[str, type[BaseTask]]:
+    """The class `Task` of every system, by name."""
+    return {name: load_task(name).Task for name in task_names()}
+
+
 def read_config(
     values: dict[str, Any],
     source: str,

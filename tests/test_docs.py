@@ -12,6 +12,7 @@ from conftest import REPO
 import arguments
 import predict
 import tasks
+import validation
 from train_utils import settings
 from train_utils.config import load_yaml, parse_assignments
 
@@ -49,7 +50,7 @@ DOCUMENTS = [*sorted(REPO.glob("*.md")), *PAGES]
 PARSERS = {
     "train.py": arguments.parse_args,
     "train_multi_GPU.py": arguments.parse_args,
-    "validation.py": arguments.parse_validation_args,
+    "validation.py": validation.parse_args,
     "predict.py": predict.parse_args,
 }
 

@@ -9,7 +9,6 @@ Promised on CPUs, for one build of torch on one kind of processor: another devic
 instruction set rounds a convolution otherwise, and then a score may differ in its last digits.
 """
 
-from dataclasses import replace
 from functools import cache
 from math import ceil
 
@@ -20,7 +19,6 @@ from test_parity import Ignoring, narrow_u2net
 from torch.utils.data import ConcatDataset, Subset
 
 import tasks
-from tasks import saliency
 from train_utils.data import eval_loader
 from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.train_and_eval import evaluate
@@ -79,19 +77,16 @@ def networks(name):
     return models
 
 
-def make_metrics(task, cfg):
+def make_metrics(task):
     """All that a task has: also of stretched maps, and by the toolbox's protocol."""
-    metrics = [*task.make_metrics()]
-    if task is saliency:
-        stretched = replace(cfg, eval=replace(cfg.eval, post_norm=True))
-        metrics += [*task.make_metrics(stretched), *task.make_toolbox_metrics()]
-    return metrics
+    flags = task.SCORE_FLAGS
+    return [*task.make_metrics(), *(task.metrics_with(flags) if flags else ())]
 
 
 def score(name, dataset, batch_size):
     """The states and the scores of all metrics, over the present processes."""
-    task, cfg = read_task(name, min(SIZES))
-    metrics = make_metrics(task, cfg)
+    task, _ = read_task(name, min(SIZES))
+    metrics = make_metrics(task)
     loader = eval_loader(dataset, batch_size, 0, CPU, get_rank(), get_world_size())
     evaluate(networks(name), loader, CPU, metrics=metrics, predict=task.predict)
     return [metric.state.tolist() for metric in metrics], [metric.scores() for metric in metrics]

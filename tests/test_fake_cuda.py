@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_map
 
 import tasks
 from benchmarks.fake_cuda import CPU, CUDA, fake_gpu
-from predict import Job, Predictor
 from train_utils import evaluate, inference
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.config import to_dict
 from train_utils.data import GlobalBatchSampler
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.inference import prepare
+from train_utils.prediction import Job, Predictor
 from train_utils.setup import place_models, seed_everything
 from train_utils.threads import in_threads
 from train_utils.train_and_eval import StepOptions, train_one_epoch
@@ -431,7 +431,8 @@ def predicted(folder, name, options, kinds, sizes=PHOTOGRAPHS, before=None):
         for path, mode, colour in zip(paths, ("RGB", "L"), ("teal", 128), strict=True):
             Image.new(mode, size, colour).save(path)
         outputs = {kind: folder / f"{number}_{kind}.png" for kind in kinds}
-        jobs.append(Job(paths[0], outputs, paths[1] if name == "matting" else None))
+        extras = {"trimap": paths[1]} if name == "matting" else {}
+        jobs.append(Job(paths[0], outputs, extras))
 
     def read(function, job):
         picture = function(job)
@@ -447,7 +448,7 @@ def predicted(folder, name, options, kinds, sizes=PHOTOGRAPHS, before=None):
 
     with (
         fake_gpu(**({"before": before} if before else {})) as spy,
-        mock.patch("train_utils.threads.in_threads", in_this_thread),
+        mock.patch("train_utils.prediction.in_threads", in_this_thread),
     ):
         trained = system(name)
         networks = prepare(trained.networks, CUDA, trained.amp_dtype)

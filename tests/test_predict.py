@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import predict
-from predict import Job, Predictor
 from tasks import matting, saliency
 from train_utils.image_io import UNKNOWN, read_image, save_image
 from train_utils.inference import GPU_CHUNK
+from train_utils.prediction import Job, Predictor, remove_frames_after
+from train_utils.prediction_files import plan
 from train_utils.threads import in_threads
 from train_utils.tiles import MIN_PIXELS
 
@@ -86,7 +86,7 @@ def test_an_output_that_cannot_be_written_fails_alone(device, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "beside"])
 def test_few_images_are_in_memory_whatever_their_number(device, tmp_path, monkeypatch):
     """Jobs are drawn as they are needed, while the consumer has what came before."""
-    monkeypatch.setattr("train_utils.distributed_utils.cpu_cores", lambda: 2)
+    monkeypatch.setattr("train_utils.prediction.cpu_cores", lambda: 2)
     path = tmp_path / "a.png"
     save_image(Image.new("RGB", (8, 8)), path)
     drawn = 0
@@ -239,7 +239,7 @@ def test_an_empty_file_may_be_replaced(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "a.png").touch()
-    assert len(predict.plan([str(tmp_path / "a.jpg")], out, ["map"])) == 1
+    assert len(plan([str(tmp_path / "a.jpg")], out, ["map"])) == 1
 
 
 def test_a_shorter_video_leaves_no_frames_of_a_longer_one(tmp_path):
@@ -247,6 +247,6 @@ def test_a_shorter_video_leaves_no_frames_of_a_longer_one(tmp_path):
     for number in range(1, 6):
         save_image(Image.new("L", (2, 2)), tmp_path / f"{number:06d}.png")
     (tmp_path / "000005.png").write_bytes(b"somebody's own")
-    predict.remove_frames_after(2, Job(tmp_path / "clip.mp4", {"map": pattern}))
+    remove_frames_after(2, Job(tmp_path / "clip.mp4", {"map": pattern}))
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["000001.png", "000002.png", "000005.png"]

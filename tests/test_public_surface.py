@@ -9,6 +9,7 @@ import my_dataset
 import predict
 import src
 import train_utils
+import validation
 from train_utils import distributed_utils
 
 NONE = inspect.Parameter.empty
@@ -74,7 +75,7 @@ FLAGS = {
         --epochs 1 --lr 1 --wd 1 --weight-decay 1 --amp --amp off --sync-bn --compile
         --deterministic --on-nonfinite skip --seed 1 --print-freq 1 --eval-interval 1
         --weights X --resume auto --output-dir X --test-only --set a=b""",
-    arguments.parse_validation_args: """
+    validation.parse_args: """
         --weights X --config X --data-path X --images X --masks X --predictions X --post-norm
         --toolbox --json X --device cpu -b 1 --batch-size 1 -j 0 --workers 0 --set a=b""",
     predict.parse_args: """

@@ -25,7 +25,8 @@ def test_every_recipe_builds(path):
     assert set(models) == set(optimizers) == set(schedules)
     metric, goal = deciding_metric(cfg, task.METRICS)
     assert task.METRICS[metric] == goal
-    assert {"cutout", "overlay", "threshold", "trimap"} >= task.PREDICT_FLAGS.keys()
+    known = {"cutout", "overlay", "threshold", *task.EXTRA_INPUTS}
+    assert known >= task.PREDICT_FLAGS.keys() >= task.EXTRA_INPUTS.keys()
 
 
 @pytest.mark.parametrize("name", tasks.task_names())

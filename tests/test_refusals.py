@@ -1,5 +1,6 @@
 """Bad input is refused before the first step, with its name, the cause and the fix."""
 
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -10,6 +11,7 @@ from distributed import fork_server, run_script
 from PIL import Image
 
 import predict
+import tasks
 import train
 import validation
 from src import u2net_full, u2net_lite
@@ -18,8 +20,11 @@ from train_utils import init_distributed_mode
 from train_utils.amp import choose_amp_dtype
 from train_utils.distributed_utils import cpu_cores, read_launch_environment, resolve_device
 from train_utils.errors import UserError
-from train_utils.image_io import save_image
+from train_utils.image_io import read_trimap, save_image
+from train_utils.prediction import read_inputs
+from train_utils.prediction_files import plan
 from train_utils.run_folder import choose_run_folder
+from train_utils.scores import write_json
 from train_utils.setup import default_workers
 
 REPO = Path(__file__).resolve().parents[1]
@@ -221,17 +226,17 @@ def test_trimaps_are_found_by_name_and_missing_ones_fail_by_themselves():
     for name in ("in/a.jpg", "in/sub/b.png", "tri/a_trimap.png", "tri/sub/b.png", "in/c.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4)).save(name)
-    jobs = predict.plan(["in"], Path("out"), ["map"], "tri")
+    jobs = plan(["in"], Path("out"), ["map"], {"trimap": "tri"})
     trimaps = ["tri/a_trimap.png", "tri/c_trimap.png", "tri/sub/b.png"]
-    assert [str(job.trimap) for job in jobs] == trimaps
+    assert [str(job.extras["trimap"]) for job in jobs] == trimaps
     with pytest.raises(UserError, match=r"tri/c_trimap\.png: no such file"):
-        predict.read_inputs(jobs[1])
+        read_inputs(jobs[1], {"trimap": read_trimap})
     with pytest.raises(UserError, match=r"no trimap for in/c\.png"):
-        predict.plan(["in/c.png"], Path("out"), ["map"], "tri")
+        plan(["in/c.png"], Path("out"), ["map"], {"trimap": "tri"})
     with pytest.raises(UserError, match="one file for several images"):
-        predict.plan(["in"], Path("out"), ["map"], "tri/a_trimap.png")
+        plan(["in"], Path("out"), ["map"], {"trimap": "tri/a_trimap.png"})
     with pytest.raises(UserError, match="is the image itself"):
-        predict.plan(["in/a.jpg"], Path("out"), ["map"], "in/a.jpg")
+        plan(["in/a.jpg"], Path("out"), ["map"], {"trimap": "in/a.jpg"})
 
 
 def test_trimaps_that_only_the_suffix_tells_apart():
@@ -239,17 +244,17 @@ def test_trimaps_that_only_the_suffix_tells_apart():
         Path(name).parent.mkdir(exist_ok=True)
         Image.new("L", (4, 4)).save(name)
     with pytest.raises(UserError, match="only the suffix"):
-        predict.plan(["in"], Path("out"), ["map"], "tri")
+        plan(["in"], Path("out"), ["map"], {"trimap": "tri"})
 
 
 def test_trimaps_among_the_images_are_no_inputs():
     Path("in").mkdir()
     for name in ("a.png", "a_trimap.png"):
         Image.new("L", (4, 4)).save(Path("in", name))
-    (job,) = predict.plan(["in"], Path("out"), ["map"], "in")
-    assert (job.source.name, job.trimap.name) == ("a.png", "a_trimap.png")
+    (job,) = plan(["in"], Path("out"), ["map"], {"trimap": "in"})
+    assert (job.source.name, job.extras["trimap"].name) == ("a.png", "a_trimap.png")
     with pytest.raises(UserError, match="overwrite an input"):
-        predict.plan(["in/a.png"], Path("in"), ["map"], "in")
+        plan(["in/a.png"], Path("in"), ["map"], {"trimap": "in"})
 
 
 def test_flags_that_the_network_has_no_use_for_or_lacks():
@@ -258,6 +263,23 @@ def test_flags_that_the_network_has_no_use_for_or_lacks():
     torch.save(u2net_lite().state_dict(), "lite.pth")
     message = refused(predict, "photo.png", "--weights", "lite.pth", "--trimap", "trimap.png")
     assert "--trimap" in message and "--cutout, --overlay, --threshold" in message
+
+
+def test_what_the_network_needs_beside_an_image_is_asked_for():
+    Image.new("RGB", (40, 30)).save("photo.png")
+    values = {"task": "matting", "model": {"channels": 4}}
+    task = tasks.read_config(values, "test", {})
+    state = task.build_models()["model"].state_dict()
+    torch.save({"model": state, "args": values, "next_epoch": 1}, "matting.pth")
+    message = refused(predict, "photo.png", "--weights", "matting.pth")
+    assert "--trimap: matting.pth needs one beside every image" in message
+    for flag in ("--overlay", "--threshold=0"):
+        flags = ("--trimap", "trimap.png", flag)
+        message = refused(predict, "photo.png", "--weights", "matting.pth", *flags)
+        assert message.startswith(flag.partition("=")[0]) and "takes --trimap, --cutout" in message
+    for switch in ("--post-norm", "--toolbox"):
+        message = refused(validation, "--weights", "matting.pth", switch)
+        assert f"{switch}: is for saliency, and matting.pth is of another task" in message
 
 
 def test_an_image_too_large_to_render_does_not_end_the_folder(monkeypatch, capsys):
@@ -400,7 +422,7 @@ def test_predict_plans_patterns_and_leaves_its_own_output_out():
         Image.new("RGB", (8, 8)).save(name)
 
     def planned(*inputs, output="in/out"):
-        jobs = predict.plan(list(inputs), Path(output), ["map"])
+        jobs = plan(list(inputs), Path(output), ["map"])
         return sorted(job.outputs["map"].as_posix() for job in jobs)
 
     assert planned("in") == ["in/out/a.png", "in/out/deep/b.png"]
@@ -432,12 +454,36 @@ def test_predictions_of_a_part_of_the_images_are_refused():
     assert "1 of the masks in masks have no prediction" in message
 
 
+def test_prediction_files_are_scored_without_a_network():
+    """By hand: of white masks a map of 0, 0.2, 0.2, 0.4 is off by 0.8, stretched by 0.5."""
+    for name, levels in (("a", [[0, 51], [51, 102]]), ("b", [[255, 255], [255, 255]])):
+        for folder, pixels in (("maps", levels), ("masks", [[255, 255], [255, 255]])):
+            Path(folder).mkdir(exist_ok=True)
+            picture = Image.fromarray(torch.tensor(pixels, dtype=torch.uint8).numpy())
+            picture.save(f"{folder}/{name}.png")
+
+    def scores(*switches):
+        files = ("--predictions", "maps", "--masks", "masks", "--json", "s.json")
+        args = validation.parse_args([*files, "--device", "cpu", *switches])
+        init_distributed_mode(args)
+        validation.main(args)
+        return json.loads(Path("s.json").read_text())
+
+    plain, all_of_it = scores(), scores("--post-norm", "--toolbox")
+    assert plain.keys() == {"MAE", "maxF1", "n"} < all_of_it.keys()
+    assert (plain["n"], all_of_it["n"]) == (2, 2)
+    assert plain["MAE"] == pytest.approx(0.8 / 2) and all_of_it["MAE"] == pytest.approx(0.5 / 2)
+    recipe = ("--config", REPO / "configs" / "matting.yaml")
+    message = refused(validation, "--predictions", "maps", "--masks", "masks", *recipe)
+    assert "matting is scored with its network only" in message
+
+
 def test_scores_are_written_whole_or_refused():
-    validation.write_json(Path("s.json"), {"MAE": 0.1})
+    write_json(Path("s.json"), {"MAE": 0.1})
     assert Path("s.json").read_text() == '{\n  "MAE": 0.1\n}\n'
     if Path("/dev/full").exists():
         with pytest.raises(UserError, match="No space left"):
-            validation.write_json(Path("/dev/full"), {"MAE": 0.1})
+            write_json(Path("/dev/full"), {"MAE": 0.1})
 
 
 def test_predict_leaves_files_alone_that_it_has_not_written():
@@ -446,7 +492,7 @@ def test_predict_leaves_files_alone_that_it_has_not_written():
     Image.new("L", (8, 8)).save("gt/a.png")
     assert "was not written by predict.py" in refused(predict, "a.jpg", "-o", "gt")
     save_image(Image.new("L", (8, 8)), Path("gt/a.png"))
-    assert len(predict.plan(["a.jpg"], Path("gt"), ["map"])) == 1  # a second call may
+    assert len(plan(["a.jpg"], Path("gt"), ["map"])) == 1  # a second call may
     assert "not a folder" in refused(predict, "a.jpg", "-o", "a.jpg/x")
     assert "empty" in refused(predict, "")
 

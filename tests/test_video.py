@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from test_predict import predictor
 
-import predict
 from train_utils.errors import UserError
 from train_utils.image_io import save_image
+from train_utils.prediction_files import plan
 from train_utils.video import is_video, read_frames, read_ppm
 
 # Frames of 4×2 pixels whose red is their number, from 1 on.
@@ -107,7 +107,7 @@ def test_without_ffmpeg_the_error_tells_how_to_do_without(tmp_path, monkeypatch)
     video = tmp_path / "clip.mp4"
     video.touch()
     with pytest.raises(UserError) as error:
-        predict.plan([str(video)], tmp_path / "out", ["map"])
+        plan([str(video)], tmp_path / "out", ["map"])
     stem = tmp_path / "clip"
     assert f'mkdir "{stem}" && ffmpeg -i "{video}" "{stem}/%06d.png"' in str(error.value)
 
@@ -118,7 +118,7 @@ def test_frames_become_numbered_files_beside_other_inputs(tmp_path, monkeypatch)
     (tmp_path / "clip.mp4").touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     inputs = [str(tmp_path / name) for name in ("clip.mp4", "b.png")]
-    jobs = predict.plan(inputs, tmp_path / "out", ["map", "cutout"])
+    jobs = plan(inputs, tmp_path / "out", ["map", "cutout"])
     done = list(predictor("cpu").run(jobs))
     assert [bool(picture.error) for picture in done] == [False] * 3 + [True, False]
     assert "cut off" in done[3].error
@@ -128,10 +128,10 @@ def test_frames_become_numbered_files_beside_other_inputs(tmp_path, monkeypatch)
     assert names == ["b.png", "b_cutout.png", *frames]
     assert Image.open(out / "clip" / "000002.png").getextrema() == (2, 2)
     # A second run may write the same frames again; what others have put there it may not.
-    predict.plan(inputs, out, ["map"])
+    plan(inputs, out, ["map"])
     Image.new("L", (2, 2)).save(out / "clip" / "mine.png")
     with pytest.raises(UserError, match=r"mine\.png: exists and was not written by predict"):
-        predict.plan(inputs, out, ["map"])
+        plan(inputs, out, ["map"])
 
 
 def test_frames_collide_with_nothing(tmp_path, monkeypatch):
@@ -141,10 +141,10 @@ def test_frames_collide_with_nothing(tmp_path, monkeypatch):
     (tmp_path / "x" / "clip").mkdir(parents=True)
     save_image(Image.new("L", (2, 2)), tmp_path / "x" / "clip" / "000001.png")
 
-    def refusal(*inputs, output="out", trimap=None):
+    def refusal(*inputs, output="out", **extras):
         with pytest.raises(UserError) as error:
             given = [str(tmp_path / name) for name in inputs]
-            predict.plan(given, tmp_path / output, ["map"], trimap)
+            plan(given, tmp_path / output, ["map"], extras)
         return str(error.value)
 
     assert "clip.mov and" in refusal("clip.mp4", "clip.mov")

@@ -1,6 +1,7 @@
 """What the scripts ask of a system that they train, with a default for what most have in common."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
 from train_utils.config import build, merge, to_dict
+from train_utils.errors import UserError
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.schedule import make_optimizer, make_schedule
@@ -25,13 +27,19 @@ class BaseTask:
 
     Each is the class `Task` of a folder `tasks/<name>`, and states what is its own. METRICS: score
     → "max" or "min"; the first one decides the best checkpoint unless `train.best` names another.
-    LABELS: whether targets are class indices, not values. PREDICT_FLAGS: which of predict.py's
-    `cutout`, `overlay`, `threshold` and `trimap` it takes → whether it needs them.
+    LABELS: whether targets are class indices, not values.
+    EXTRA_INPUTS: what lies beside every image in a file of its own → the reader of such a file,
+    [C, H, W]; predict.py has a flag of that name, and `network_input` and `render` an argument.
+    PREDICT_FLAGS: which of these and of predict.py's `cutout`, `overlay` and `threshold` it takes
+    → whether it needs them.
+    SCORE_FLAGS: switches that validation.py has for it → what its --help says.
     """
 
     METRICS: ClassVar[Mapping[str, str]]
     LABELS: ClassVar[bool] = False
+    EXTRA_INPUTS: ClassVar[Mapping[str, Callable[[Path], Tensor]]] = {}
     PREDICT_FLAGS: ClassVar[Mapping[str, bool]] = {}
+    SCORE_FLAGS: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -143,9 +151,18 @@ class BaseTask:
         """Metrics at zero."""
         raise NotImplementedError
 
-    def make_toolbox_metrics(self) -> tuple[ExactMetric, ...]:
-        """Additional scores by the field's common protocol, where there is one."""
-        return ()
+    def metrics_with(self, flags: Collection[str]) -> tuple[ExactMetric, ...]:
+        """Metrics at zero, as validation.py has them under these of SCORE_FLAGS."""
+        return self.make_metrics()
+
+    def pairs_of_files(self, predictions: str, targets: str) -> Dataset:
+        """Predictions of any program with their targets, from a folder each, as metrics take them.
+
+        Raises UserError for a task that cannot be scored from files.
+        """
+        raise UserError(
+            f"--predictions: {self.name} is scored with its network only. Give --weights instead."
+        )
 
     def curves(self, metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:
         """TensorBoard's precision–recall curves by tag."""

@@ -22,7 +22,7 @@ from tasks.matting.losses import alpha_prediction_loss, compositional_loss
 from tasks.matting.metrics import MattingMetrics, finish_alpha
 from train_utils import settings
 from train_utils.errors import UserError
-from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
+from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN, read_trimap
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.pretrained import backbone_state
@@ -177,6 +177,7 @@ class Task(BaseTask):
     """Deep Image Matting; an input is an image with its trimap behind it, four channels."""
 
     METRICS: ClassVar = {"loss": "min", "SAD": "min", "MSE": "min", "Grad": "min", "Conn": "min"}
+    EXTRA_INPUTS: ClassVar = {"trimap": read_trimap}
     PREDICT_FLAGS: ClassVar = {"trimap": True, "cutout": False}
 
     cfg: Config

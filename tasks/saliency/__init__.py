@@ -1,6 +1,6 @@
 """Salient object detection with U²-Net (Qin et al., Pattern Recognition 2020)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import src
-from my_dataset import DUTSDataset, ShapesDataset, check_pairs, folder_pairs, image_reader
+from my_dataset import (
+    DUTSDataset,
+    PairFolderDataset,
+    ShapesDataset,
+    check_pairs,
+    folder_pairs,
+    image_reader,
+)
 from src.u2net import from_official, is_official
 from tasks import require_network
 from tasks.saliency.losses import soft_iou_loss
@@ -100,6 +107,10 @@ def _root(data: DataConfig) -> str:
     return data.root
 
 
+def _as_maps(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return image[:1], mask  # a map is grey: its three channels are equal
+
+
 _LOSSES = {"bce": criterion, "iou": soft_iou_loss}
 
 
@@ -108,6 +119,10 @@ class Task(BaseTask):
 
     METRICS: ClassVar = {"maxF1": "max", "MAE": "min"}
     PREDICT_FLAGS: ClassVar = {"cutout": False, "overlay": False, "threshold": False}
+    SCORE_FLAGS: ClassVar = {
+        "post-norm": "stretch each prediction to [0, 1] first",
+        "toolbox": "also by the common toolbox's protocol",
+    }
 
     cfg: Config
 
@@ -235,9 +250,23 @@ class Task(BaseTask):
     def make_metrics(self) -> tuple[ExactMetric, ...]:
         return MeanAbsoluteError(self.cfg.eval.post_norm), F1Score(self.cfg.eval.post_norm)
 
-    def make_toolbox_metrics(self) -> tuple[ExactMetric, ...]:
-        """Additional scores by the field's common protocol (validation.py --toolbox)."""
-        return (ToolboxMetrics(),)
+    def metrics_with(self, flags: Collection[str]) -> tuple[ExactMetric, ...]:
+        """Metrics at zero; post-norm: of stretched maps; toolbox: also by its protocol."""
+        stretched = {"eval": {"post_norm": True}} if "post-norm" in flags else {}
+        metrics = self.with_values(stretched).make_metrics()
+        return (*metrics, ToolboxMetrics()) if "toolbox" in flags else metrics
+
+    def pairs_of_files(self, predictions: str, targets: str) -> Dataset:
+        """Maps, 8-bit images with the names of their masks, and the masks."""
+        pairs = PairFolderDataset(predictions, targets, transforms=_as_maps)
+        if pairs.unmatched_masks:
+            raise UserError(
+                f"{predictions}: {pairs.unmatched_masks} of the masks in {targets} have no "
+                "prediction, and leaving images out flatters the scores. Predict them all, or "
+                "score against the masks that are meant."
+            )
+        check_pairs(pairs)
+        return pairs
 
     def curves(self, metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:
         """TensorBoard's precision–recall curves by tag."""
