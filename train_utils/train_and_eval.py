@@ -248,15 +248,18 @@ def agree_on_shares(
 
 
 def minimised(
-    means: Losses, shares: Mapping[str, float], idle: Sequence[Tensor], is_first: bool
+    means: Losses,
+    shares: Mapping[str, float],
+    images: int,
+    outputs: Sequence[Tensor],
+    is_first: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of a network's losses that have a gradient, and what is logged of all by name.
 
-    Each mean counts by its share, at least in fp32. One without a share, as all of its pixels are
-    ignored or there is no image, may be 0/0, and so may its gradients: it is left out, and `idle`,
-    the network's outputs, take its place in the sum, times 0. The backward pass then meets those of
-    other processes in all layers. The first network's sum is logged as `loss`, beside its terms if
-    they are several.
+    Each mean counts by its share, at least in fp32. One without a share counts as 0, with gradients
+    of 0 in all layers, where the backward pass meets those of other processes. Where it is 0/0, as
+    all pixels are ignored, so may its gradients be: the network's `outputs`, times 0, then stand
+    for it. The first network's sum is logged as `loss`, beside its terms if they are several.
     """
     trained = [name for name, mean in means.items() if mean.requires_grad]
     if not trained:
@@ -264,17 +267,17 @@ def minimised(
             f"no loss has a gradient ({', '.join(means) or 'there is none'}). Return one that is "
             "computed from the network's output and not detached."
         )
-    values = {}
+    values, terms = {}, []
     for name, mean in means.items():
         share = shares.get(name, shares[_ANY])
         mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
-        mean = mean if share else mean.new_zeros(())
-        values[name] = mean if share in (0, 1) else mean * share
-    terms = [values[name] for name in trained] + [output.sum() * 0 for output in idle]
-    if not any(
-        term.requires_grad for term in terms
-    ):  # a network that was not called as it is given
-        terms += [means[name].nan_to_num(0.0, 0.0, 0.0) * 0 for name in trained]
+        if not share and images and outputs and not mean.isfinite():
+            terms += [output.sum() * 0 for output in outputs]
+            mean = mean.new_zeros(())
+        elif not share:
+            mean = mean.nan_to_num(0.0, 0.0, 0.0)  # of no image, which has no gradients to spoil
+        values[name] = mean if share == 1 else mean * share
+    terms += [values[name] for name in trained]
     total = torch.stack(terms).sum() if terms[1:] else terms[0]
     if is_first and "loss" not in means:
         kept = {name: value for name, value in values.items() if trained[1:] or name != trained[0]}
@@ -283,7 +286,7 @@ def minimised(
 
 
 @contextmanager
-def outputs_of(models: Models, needed: bool) -> Iterator[dict[str, list[Tensor]]]:
+def outputs_of(models: Models, needed: Any) -> Iterator[dict[str, list[Tensor]]]:
     """What the networks return in a block, by network, where that is needed."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in models}
 
@@ -407,13 +410,14 @@ class _Step:
         logged: dict[str, Tensor] = {}
         with (
             memory_errors(f"in a forward pass of {images} images", _smaller_batches(images)),
-            outputs_of(self.models, needed=not all(shares.values())) as outputs,
+            outputs_of(self.models, needed=images and not all(shares.values())) as outputs,
         ):
             batch = to_device(batch, self.device)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
                 found = self.losses(self.models, batch)
                 for network, means in [(first, found)] if isinstance(found, Mapping) else found:
-                    total, values = minimised(means, shares, outputs[network], network == first)
+                    passed = outputs[network]
+                    total, values = minimised(means, shares, images, passed, network == first)
                     total = spoilt_if_nonfinite(total)
                     # Here data-parallel processes wait for each other's gradients.
                     with (
@@ -421,7 +425,7 @@ class _Step:
                         waiting(f"gradients of {network}"),
                     ):
                         self.scalers[network].scale(total).backward()
-                    for passed in outputs.values():  # their graph is gone
+                    for passed in outputs.values():  # their graphs are gone
                         passed.clear()
                     logged |= {name: value.detach() for name, value in values.items()}
         return logged
