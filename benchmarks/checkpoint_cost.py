@@ -53,7 +53,7 @@ def make_training(args: argparse.Namespace) -> tuple[Callable[[], None], dict[st
     masks = (torch.rand(args.batch_size, 1, args.size, args.size, device=device) > 0.5).float()
 
     def step() -> None:
-        criterion(model(images), masks, masks.numel()).backward()
+        criterion(model(images), masks).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
