@@ -20,19 +20,18 @@ import torch
 
 import tasks
 from arguments import parse_validation_args
-from my_dataset import readable
+from my_dataset import prepare_datasets
 from process_setup import keep_freed_memory
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
 from train_utils.config import load_yaml, merge, parse_assignments
-from train_utils.data import eval_loader
 from train_utils.device import allow_tf32
-from train_utils.distributed_utils import call_on_main, is_main_process
+from train_utils.distributed_utils import is_main_process
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.run_folder import newest_best_checkpoint
 from train_utils.scores import report, scores_of, write_json
-from train_utils.setup import launched, place_models, worker_count
+from train_utils.setup import build_val_loader, launched, place_models
 from train_utils.task import BaseTask
 
 
@@ -73,10 +72,10 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     models = place_models(models, device, sync_bn=False)
 
     cfg.data.cache = "none"  # nothing is read twice
-    (dataset,) = readable(cfg.data, task.build_val_dataset(all_pairs=bool(args.images)))
-    workers = worker_count(args.workers, device, args.local_world_size)
-    call_on_main(lambda: task.prepare_data(None, dataset, workers))
-    loader = eval_loader(dataset, args.batch_size, workers, device, args.rank, args.world_size)
+    cfg.train.workers, cfg.eval.batch_size = args.workers, args.batch_size
+    dataset = task.build_val_dataset(all_pairs=bool(args.images))
+    task, _, dataset = prepare_datasets(args, task, None, dataset)
+    loader = build_val_loader(args, cfg, dataset)
     get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
     metrics = task.metrics_with(args.switches)
     evaluate(models, loader, device, metrics=metrics, predict=task.predict, amp_dtype=amp_dtype)

@@ -67,7 +67,13 @@ class BaseTask:
 
     def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
         """Check the data; returns settings that they decide, by section."""
+        for dataset in (train_set, val_set):
+            if dataset is not None:
+                self.check_data(dataset)
         return {}
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse a dataset whose files cannot be used, before the first step."""
 
     def check_batches(self, smallest: int) -> None:
         """Refuse a smallest batch (of a step, on a process) on which the networks cannot train."""

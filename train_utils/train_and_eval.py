@@ -208,7 +208,12 @@ class _Windows:
         mark(place, lambda: ", ".join(self.names(step)))
 
     def where(self, step: int) -> str:
-        return f"epoch {self.epoch}, step {step + 1} of {self.start_step + len(self)}"
+        return f"epoch {self.epoch}, step {step + 1} of {self.steps}"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole epoch."""
+        return self.start_step + len(self)
 
     def names(self, step: int) -> list[str]:
         """The samples of a step on this process."""
@@ -371,8 +376,8 @@ class _Step:
         """What a step's dropout is drawn by on this rank."""
         if self.options.seed is None:
             return None
-        steps = self.windows.start_step + len(self.windows)
-        return stable_seed(self.options.seed, self.windows.epoch * steps + number, get_rank())
+        done = self.windows.epoch * self.windows.steps + number
+        return stable_seed(self.options.seed, done, get_rank())
 
     def _gradients(self) -> dict[str, Tensor]:
         """Gradients of the whole step, and its losses by name."""

@@ -212,12 +212,9 @@ class Task(BaseTask):
         pairs = composition_pairs if data.name == "composed" else matting_pairs
         return pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
 
-    def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
-        """Check the files; nothing in the config comes from the data."""
-        for dataset in (train_set, val_set):
-            if dataset is not None:
-                check_matting_files(dataset)
-        return {}
+    def check_data(self, dataset: Dataset) -> None:
+        """Check the files."""
+        check_matting_files(dataset)
 
     def build_models(self) -> dict[str, nn.Module]:
         return {"model": DeepMatting(self.cfg.model.channels)}

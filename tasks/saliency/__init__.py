@@ -156,12 +156,9 @@ class Task(BaseTask):
             data, train=False, transforms=transforms, all_pairs=all_pairs, read_first=reader
         )
 
-    def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
-        """Check every file's header; nothing in the config comes from the data."""
-        for dataset in (train_set, val_set):
-            if dataset is not None:
-                check_pairs(dataset)
-        return {}
+    def check_data(self, dataset: Dataset) -> None:
+        """Check every file's header."""
+        check_pairs(dataset)
 
     def build_models(self) -> dict[str, nn.Module]:
         return {"model": getattr(src, self.cfg.model.name)(out_ch=1)}

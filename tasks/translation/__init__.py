@@ -176,12 +176,9 @@ class Task(BaseTask):
             )
         return _pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
 
-    def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
+    def check_data(self, dataset: Dataset) -> None:
         """Refuse pairs that cannot be read, cannot be halved or differ in size."""
-        for dataset in (train_set, val_set):
-            if dataset is not None:
-                check_translation_pairs(dataset)
-        return {}
+        check_translation_pairs(dataset)
 
     def build_models(self) -> dict[str, nn.Module]:
         model = self.cfg.model
