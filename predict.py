@@ -14,6 +14,10 @@ is depends on the network: a saliency map, an alpha matte, a label map (palette 
 indices) or the translated image. A trimap is 0 on the ground, 128 where unknown, 255 on the object.
 """
 
+from launch.heap import keep_freed_memory
+
+keep_freed_memory()  # before the imports that take seconds
+
 import argparse
 import sys
 from collections.abc import Mapping
@@ -21,9 +25,8 @@ from contextlib import closing
 from pathlib import Path
 
 import tasks
-from arguments import new_parser
-from process_setup import keep_freed_memory
 from train_utils.amp import choose_amp_dtype
+from train_utils.arguments import new_parser
 from train_utils.config import parse_assignments
 from train_utils.device import allow_tf32, resolve_device, take_device
 from train_utils.errors import UserError
@@ -69,7 +72,6 @@ def main(args: argparse.Namespace) -> int:
 
     device = resolve_device(args.device)
     take_device(device)
-    keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
     task, models = tasks.load_models(weights, parse_assignments(args.set), args.config)
     check_flags(args, task.PREDICT_FLAGS, str(weights))

@@ -8,14 +8,11 @@
 Several processes take the same arguments: torchrun --nproc_per_node=N train_multi_GPU.py …
 """
 
+from launch.heap import keep_freed_memory
+
+keep_freed_memory()  # before the imports that take seconds
+
 import argparse
-
-from arguments import configure, parse_args
-from process_setup import set_up_process
-
-if __name__ == "__main__":  # before the imports that take seconds
-    args = parse_args(description=__doc__)
-    set_up_process(args.device)
 
 import torch
 
@@ -23,6 +20,7 @@ import tasks
 from my_dataset import fingerprint, prepare_datasets
 from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
+from train_utils.arguments import parse_args
 from train_utils.checkpoint import split_states
 from train_utils.config import to_dict
 from train_utils.distributed_utils import refuse_launcher
@@ -35,16 +33,16 @@ from train_utils.setup import (
     launched,
     place_models,
     start_process,
+    step_options,
     wrap_models,
 )
 from train_utils.task import BaseTask
-from train_utils.train_and_eval import StepOptions
 from train_utils.training_state import TrainingState
 
 
 def main(args: argparse.Namespace) -> None:
     """Arguments → data → networks → resume → epochs, as rank `args.rank` of `args.world_size`."""
-    task, resume, saved = configure(args)
+    task, resume, saved = tasks.configure(args)
     device = torch.device(args.device)
     start_process(args, task.cfg)
     if args.test_only:
@@ -54,8 +52,8 @@ def main(args: argparse.Namespace) -> None:
     # Data. What a step's samples are does not depend on the number of processes or workers.
     train_set, val_set = task.build_datasets()  # or any two torch Datasets
     task, train_set, val_set = prepare_datasets(args, task, train_set, val_set)
-    loader, val_loader = build_loaders(args, task, train_set, val_set, saved)
-    sampler, cfg = loader.batch_sampler, task.cfg
+    loader, val_loader, sampler = build_loaders(args, task, train_set, val_set, saved)
+    cfg = task.cfg
 
     # Networks, and what trains them.
     sync_bn = cfg.train.sync_bn and args.world_size > 1
@@ -81,15 +79,7 @@ def main(args: argparse.Namespace) -> None:
 
     with Run(args, task, state, resume, loader, val_loader) as run:
         models = wrap_models(networks, device, cfg.train.compile)
-        options = StepOptions(
-            amp_dtype,
-            accumulate=sampler.parts_per_step,
-            clip_norm=cfg.train.clip_norm,
-            clip_value=cfg.train.clip_value,
-            seed=cfg.train.seed,
-            ema=state.ema,
-            on_nonfinite=cfg.train.on_nonfinite,
-        )
+        options = step_options(cfg.train, amp_dtype, sampler.parts_per_step, state.ema)
         for epoch in run.epochs():
             train_one_epoch(
                 models,
@@ -105,9 +95,8 @@ def main(args: argparse.Namespace) -> None:
                 options=options,
                 run=run,
             )
-            scores = {}
-            if run.evaluates(epoch):
-                scores = evaluate_task(task, run.networks, val_loader, device, run)
+            due = run.evaluates(epoch)
+            scores = evaluate_task(task, run.networks, val_loader, device, run) if due else {}
             run.end_epoch(epoch, scores)
 
 
@@ -124,5 +113,6 @@ def evaluate_only(args: argparse.Namespace, task: BaseTask, weights: str) -> Non
 if __name__ == "__main__":
     with clean_errors():
         refuse_launcher("train.py")
+    args = parse_args(description=__doc__, task_flags=tasks.train_flags())
     with launched(args):
         main(args)

@@ -12,18 +12,17 @@ Several machines, on each of them (N = 0 on the first):
 The arguments are train.py's. --batch-size is per process; the learning rate is not scaled.
 """
 
+from launch.heap import keep_freed_memory
+
+keep_freed_memory()  # before the imports that take seconds
+
 import argparse
-
-from arguments import parse_args
-from process_setup import set_up_process
-
-if __name__ == "__main__":  # before the imports that take seconds
-    args = parse_args(description=__doc__)
-    set_up_process(args.device)
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import tasks
 from train import main
+from train_utils.arguments import parse_args
 from train_utils.setup import launched
 
 
@@ -35,4 +34,4 @@ def launch(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch(args)
+    launch(parse_args(description=__doc__, task_flags=tasks.train_flags()))

@@ -12,6 +12,10 @@ The network is found from the file. Every sample is scored once, by one process;
 are the same to the last bit for any number of processes, threads and images per batch.
 """
 
+from launch.heap import keep_freed_memory
+
+keep_freed_memory()  # before the imports that take seconds
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,10 @@ from typing import Any
 import torch
 
 import tasks
-from arguments import parse_validation_args
 from my_dataset import prepare_datasets
-from process_setup import keep_freed_memory
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
+from train_utils.arguments import parse_validation_args
 from train_utils.config import load_yaml, merge, parse_assignments
 from train_utils.device import allow_tf32
 from train_utils.distributed_utils import is_main_process
@@ -37,9 +40,8 @@ from train_utils.task import BaseTask
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with the switches that tasks declare."""
-    switches: dict[str, str] = {}
-    for task in tasks.all_tasks().values():
-        switches |= task.SCORE_FLAGS
+    declared = [task.SCORE_FLAGS for task in tasks.all_tasks().values()]
+    switches = {name: about for flags in declared for name, about in flags.items()}
     args = parse_validation_args(argv, __doc__, switches)
     args.switches = [name for name in switches if vars(args)[name.replace("-", "_")]]
     return args
@@ -59,7 +61,6 @@ def main(args: argparse.Namespace) -> None:
 def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     """Scores of a network on its task's validation data."""
     device = torch.device(args.device)
-    keep_freed_memory(device.type)
     weights = args.weights or newest_best_checkpoint()
     data = {"root": args.data_path, "images": args.images, "masks": args.masks}
     data = {key: value for key, value in data.items() if value is not None}

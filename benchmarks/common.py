@@ -22,8 +22,8 @@ import torchvision
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from arguments import new_parser
 from src import u2net_full, u2net_lite
+from train_utils.arguments import new_parser
 from train_utils.device import device_name, resolve_device
 from train_utils.distributed_utils import cpu_cores
 from train_utils.log import get_logger
@@ -105,7 +105,7 @@ def take_turns(
 def names_of_ways(device: torch.device, amp_dtype: torch.dtype | None) -> list[str]:
     """The usual way, the same under autocast where ours is, and ours, with its settings as well.
 
-    Only processes on CPUs have such settings: see process_setup.py.
+    Only processes on CPUs have such settings: see launch/heap.py.
     """
     plain = ["plain", "plain amp"] if amp_dtype else ["plain"]
     same = [name + SAME_ENV for name in plain] if device.type == "cpu" else []

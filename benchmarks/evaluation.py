@@ -26,7 +26,6 @@ from torch import Tensor, nn
 import tasks
 from benchmarks import common, plain
 from benchmarks.processes import Work, processes_of
-from process_setup import keep_freed_memory
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
 from train_utils.setup import clean_errors
@@ -90,8 +89,6 @@ PLAIN = {"saliency": plain_saliency, "segmentation": plain_segmentation}
 
 def make_work(device: torch.device, args: argparse.Namespace, system: str, way: str) -> Work:
     """What the process of a way does: score all images, or count its FLOPs."""
-    if common.has_settings(way):
-        keep_freed_memory(device.type)  # as validation.py does
     score = make_way(args, system, way)
     return {"score": score, "flops": lambda: common.convolution_flops(score)}
 
@@ -136,7 +133,8 @@ def measure(args: argparse.Namespace, system: str, ceilings: Mapping[str, float]
     device = torch.device(args.device)
     names = common.names_of_ways(device, choose_amp_dtype(args.amp, device))
     ways = {name: (args, system, name) for name in names}
-    with processes_of(args.device, make_work, ways) as worlds:
+    set_up = list(filter(common.has_settings, names))
+    with processes_of(args.device, make_work, ways, set_up) as worlds:
         work = worlds["plain"]("flops")
         score = {name: partial(world, "score") for name, world in worlds.items()}
         times = common.take_turns(score, args.rounds)

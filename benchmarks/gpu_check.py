@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from arguments import new_parser
 from benchmarks import common, gpu_correctness, gpu_runs
 from benchmarks.gpu_correctness import Skipped
+from train_utils.arguments import new_parser
 
 
 class Check(NamedTuple):

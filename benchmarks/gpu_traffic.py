@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tasks
-from arguments import new_parser
 from benchmarks import common
 from benchmarks.fake_cuda import CUDA, fake_gpu
 from train_utils import train_one_epoch
+from train_utils.arguments import new_parser
 from train_utils.setup import clean_errors, place_models
 from train_utils.train_and_eval import EpochRun, Progress, StepOptions
 

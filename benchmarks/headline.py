@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import new_parser
 from benchmarks.common import Rows, shown
+from train_utils.arguments import new_parser
 from train_utils.errors import UserError
 from train_utils.setup import clean_errors
 

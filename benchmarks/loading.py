@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import functional as F
 
-import shapes
 from benchmarks.common import make_parser, positive, quietly, ratio, report, take_turns
 from my_dataset import DUTSDataset, cached, pairs_of
+from train_utils import shapes
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
 from train_utils.setup import clean_errors

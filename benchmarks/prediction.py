@@ -34,8 +34,6 @@ import predict
 import tasks
 from benchmarks import common
 from benchmarks.processes import Work, processes_of
-from process_setup import keep_freed_memory
-from shapes import render_scene
 from src import u2net_lite
 from train_utils.amp import choose_amp_dtype
 from train_utils.config import parse_assignments
@@ -44,6 +42,7 @@ from train_utils.image_io import list_images, save_image
 from train_utils.inference import prepare
 from train_utils.prediction import Job, Predictor
 from train_utils.setup import clean_errors
+from train_utils.shapes import render_scene
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,10 +91,8 @@ def predict_ours(command: list[str]) -> None:
             raise UserError(f"{command[0]} …: a file could not be predicted.")
 
 
-def make_work(device: torch.device, way: str, predict_all: Callable, *args: Any) -> Work:
+def make_work(device: torch.device, predict_all: Callable, *args: Any) -> Work:
     """What the process of a way does."""
-    if common.has_settings(way):
-        keep_freed_memory(device.type)  # as predict.py does
     return {"predict": partial(predict_all, *args)}
 
 
@@ -147,11 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in common.names_of_ways(device, amp_dtype):
             dtype = amp_dtype if name.startswith("plain amp") else None
             (output := folder / name).mkdir()
-            ways[name] = (name, predict_plainly, weights, settings, files, output, device, dtype)
+            ways[name] = (predict_plainly, weights, settings, files, output, device, dtype)
         command = [*map(str, files), "-o", str(output), "--weights", str(weights)]
         command += ["--device", args.device, *(f"--set={each}" for each in args.set)]
-        ways["ours"] = ("ours", predict_ours, command)
-        with processes_of(args.device, make_work, ways) as worlds:
+        ways["ours"] = (predict_ours, command)
+        set_up = list(filter(common.has_settings, ways))
+        with processes_of(args.device, make_work, ways, set_up) as worlds:
             work = {name: partial(world, "predict") for name, world in worlds.items()}
             times = common.take_turns(work, args.rounds)
         stages = stage_times(weights, settings, files, output, device)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import process_setup
 from benchmarks.common import synchronize
+from launch import heap
 from train_utils.device import process_group_backend, take_device
 from train_utils.errors import UserError
 from train_utils.log import get_logger
@@ -104,7 +104,8 @@ def processes_of(
 def _environment(set_up: bool) -> Iterator[None]:
     """The environment of processes that start meanwhile."""
     before = dict(os.environ)
-    os.environ |= process_setup.environment() if set_up else {}
+    settings = {"GLIBC_TUNABLES": heap.TUNABLES, "GOMP_SPINCOUNT": heap.SPINS}
+    os.environ |= settings if set_up else {}
     try:
         yield
     finally:

@@ -4,8 +4,8 @@ A folder's module defines `Config`, the typed sections of its YAML, and `Task`, 
 `train_utils.task.BaseTask`.
 """
 
-import difflib
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +13,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import src
-from train_utils.checkpoint import load_weights, split_states
-from train_utils.config import build, load_yaml, merge, to_dict
+from train_utils.checkpoint import load_training_state, load_weights, split_states
+from train_utils.config import build, load_yaml, merge, parse_assignments, to_dict
 from train_utils.distributed_utils import broadcast_tensors, call_on_main
 from train_utils.errors import UserError
 from train_utils.log import get_logger
+from train_utils.run_folder import LAST, find_resume, restarted_run
+from train_utils.settings import deciding_metric
 from train_utils.task import BaseTask
+
+DEFAULT_TASK = "saliency"  # of a recipe that names none
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "shapes.yaml"
+
+# -- the tasks that there are ---------------------------------------------------------------------
 
 
 def task_names() -> list[str]:
@@ -38,6 +44,63 @@ def all_tasks() -> dict[str, type[BaseTask]]:
     return {name: load_task(name).Task for name in task_names()}
 
 
+def train_flags() -> dict[str, str]:
+    """The flags of train.py that tasks declare, for `parse_args`."""
+    return {key: about for task in all_tasks().values() for key, about in task.TRAIN_FLAGS.items()}
+
+
+# -- recipe and command line → task ---------------------------------------------------------------
+
+
+def configure(args: Namespace) -> tuple[BaseTask, Path | None, dict[str, Any] | None]:
+    """A training's task, with its config, and the checkpoint to continue from with its content.
+
+    Precedence: defaults, the checkpoint's settings, --config, flags, --set.
+    """
+    overrides = parse_assignments(args.set)
+    for name, value in vars(args).items():
+        section, dot, key = name.partition(".")
+        if dot:
+            overrides = merge({section: {key: value}}, overrides)
+
+    name = args.run_name = Path(args.config or DEFAULT_CONFIG).stem
+    if not args.test_only and (run := restarted_run(args.resume, args.output_dir, name)):
+        args.output_dir = str(run)
+        args.resume = str(run) if (run / LAST).exists() else args.resume
+    resume = find_resume(args.resume, args.output_dir, name)
+    saved = load_training_state(resume) if resume else None
+
+    if saved is None:
+        source = str(args.config or DEFAULT_CONFIG)
+        task = read_config(load_yaml(source), source, overrides)
+    else:
+        task = _continued_task(saved, str(resume), args.config, overrides)
+    deciding_metric(task.cfg, task.METRICS)  # refuses a metric that is not tracked
+    if args.test_only and not (saved or task.cfg.train.weights):
+        raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
+    return task, resume, saved
+
+
+def _continued_task(
+    saved: dict[str, Any], resume: str, config: str | None, overrides: dict[str, Any]
+) -> BaseTask:
+    """The task of a checkpoint under a recipe and a command line that may change settings.
+
+    Keys that are newer than the checkpoint get their defaults in `saved`.
+    """
+    of = str(saved["args"].get("task"))
+    base = saved["args"] = to_dict(build(load_task(of).Config, saved["args"], resume))
+    if config is None:
+        return read_config(base, resume, overrides)
+    recipe = load_yaml(config)
+    if (wanted := recipe.get("task", DEFAULT_TASK)) != of:
+        raise UserError(
+            f"{resume}: is a run of {of}, and {config} is for {wanted}. Resume it without "
+            "--config, or name its own."
+        )
+    return read_config(recipe, config, overrides, base)
+
+
 def read_config(
     values: dict[str, Any],
     source: str,
@@ -49,31 +112,28 @@ def read_config(
     `values` are checked on their own first, so that their faults are reported under the name of
     their `source`; then they are laid over those of a checkpoint, the `base`, if there is one.
     """
-    module = load_task(str(merge(values, overrides).get("task", "saliency")), source)
-    build(module.Config, values, source)
-    data = meant_data(overrides.get("data", {}), module.DataConfig.sources)
-    overrides = {**overrides, "data": data}
+    module = load_task(str(merge(values, overrides).get("task", DEFAULT_TASK)), source)
+    sources = build(module.Config, values, source).data.sources
+    overrides = {**overrides, "data": without_replaced(overrides.get("data", {}), sources)}
     return module.Task(build(module.Config, merge(base or {}, values, overrides), "command line"))
 
 
-def complete(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """A checkpoint's config with the defaults of keys that are newer than the checkpoint."""
-    return to_dict(build(load_task(str(values.get("task"))).Config, values, source))
+def without_replaced(data: Any, sources: Iterable[str]) -> Any:
+    """Data settings of a command line, and null for the recipe's that they replace.
 
-
-def meant_data(flags: Any, sources: Sequence[str]) -> Any:
-    """Data settings of a command line that names folders, without those that they replace.
-
-    `root` and `images` each say by themselves which data is meant: all other `sources`, of a recipe
-    or of a checkpoint, no longer count. Raises UserError if both are given.
+    `root` and `images` each say by themselves where the data is: no other of the `sources`, the
+    keys that do so, counts any longer. Raises UserError if both are given.
     """
     folders = {"images", "masks"}
-    if not isinstance(flags, dict) or not flags.keys() & {"root", *folders}:
-        return flags
-    if "root" in flags and flags.keys() & folders:
+    if not isinstance(data, dict) or not data.keys() & {"root", *folders}:
+        return data
+    if "root" in data and data.keys() & folders:
         raise UserError("--data-path and --images: name one or the other.")
-    kept = {"root"} if "root" in flags else folders
-    return {**{key: None for key in sources if key not in kept}, **flags}
+    kept = {"root"} if "root" in data else folders
+    return {**{key: None for key in sources if key not in kept}, **data}
+
+
+# -- weights → networks ---------------------------------------------------------------------------
 
 
 def load_models(
@@ -92,14 +152,12 @@ def load_models(
             "single settings with --set."
         )
     if recipe:
-        values = load_yaml(recipe)
-        module = load_task(str(values.get("task", "saliency")))
-        adopted = module.Task.adopt_weights(state_dict)
-        state_dict = adopted[1] if adopted else state_dict
-    elif values is None:
-        name, found, state_dict = _recognise(state_dict, weights)
-        values = {"task": name, **found}
-    task = read_config(values, str(weights), overrides)
+        task = read_config(load_yaml(recipe), recipe, overrides)
+        state_dict = _in_own_names(task, state_dict)
+    else:
+        if values is None:
+            values, state_dict = _recognise(state_dict, weights)
+        task = read_config(values, str(weights), overrides)
     models = task.build_models()
     split_states(models, state_dict, str(weights))
     for model in models.values():
@@ -118,14 +176,21 @@ def read_weights(task: BaseTask, weights: str) -> dict[str, Tensor]:
             f"{weights}: holds weights of {values['task']}, and this recipe is for {task.name}. "
             "Choose other weights, or a recipe of their task with --config."
         )
+    return _in_own_names(task, state_dict)
+
+
+def _in_own_names(task: BaseTask, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     adopted = task.adopt_weights(state_dict)
     return adopted[1] if adopted else state_dict
 
 
-def _recognise(state_dict: dict, weights: str | Path) -> tuple[str, dict, dict]:
-    for name in task_names():
-        if found := load_task(name).Task.adopt_weights(state_dict):
-            return name, *found
+def _recognise(
+    state_dict: dict[str, Tensor], weights: str | Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config, and the weights in the task's names, of a file that says nothing of itself."""
+    for name, task in all_tasks().items():
+        if adopted := task.adopt_weights(state_dict):
+            return {"task": name, **adopted[0]}, adopted[1]
     raise UserError(
         f"{weights}: says nothing of its network and is none that is recognised; it has "
         f"{len(state_dict)} tensors, such as {', '.join(list(state_dict)[:3])}. Name the recipe "
@@ -146,15 +211,3 @@ def start_models(task: BaseTask, resume: Path | None) -> dict[str, nn.Module]:
         for network in networks.values():
             broadcast_tensors(list(network.state_dict().values()))
     return networks
-
-
-def require_network(name: str) -> None:
-    """Raise ValueError for a name that src/__init__.py does not export."""
-    if name in src.__all__:
-        return
-    nearest = difflib.get_close_matches(name, src.__all__, n=1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
-    raise ValueError(
-        f"name: {name!r} is not exported by src/__init__.py, which has {', '.join(src.__all__)}."
-        f"{hint}"
-    )

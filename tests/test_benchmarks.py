@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import REPO
 
-import predict
 from benchmarks import (
     checkpoint_cost,
     common,
@@ -44,11 +43,9 @@ def in_this_process(device, make, ways, set_up=()):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """Benchmarks of ways in this process, whose memory stays as it is; ceilings take seconds."""
+    """Benchmarks of ways in this process; ceilings take seconds."""
     for module in (training_step, evaluation, prediction):
         monkeypatch.setattr(module, "processes_of", in_this_process)
-    for module in (evaluation, prediction, predict):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda device: None)
     found = {"conv float32": 50.0, "conv bfloat16": 80.0}
     monkeypatch.setattr(common, "ceilings", lambda *of: found)
 

@@ -15,9 +15,8 @@ from distributed import run_script
 from PIL import Image
 from test_scripts import REPO, records, weights
 
-import shapes
 import tasks
-from train_utils import evaluate
+from train_utils import evaluate, shapes
 from train_utils.amp import choose_amp_dtype
 from train_utils.data import eval_loader
 from train_utils.metrics import all_scores

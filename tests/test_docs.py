@@ -4,16 +4,17 @@ import dataclasses
 import importlib.util
 import re
 import shlex
+from functools import partial
 
 import pytest
 import yaml
 from conftest import REPO
 
-import arguments
 import predict
 import tasks
 import validation
 from train_utils import settings
+from train_utils.arguments import parse_args
 from train_utils.config import load_yaml, parse_assignments
 
 PAGE = (REPO / "docs" / "reliability.md").read_text(encoding="utf-8")
@@ -48,8 +49,8 @@ ENGLISH, CHINESE = REPO / "README.md", REPO / "README.zh-CN.md"
 PAGES = sorted((REPO / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(REPO.glob("*.md")), *PAGES]
 PARSERS = {
-    "train.py": arguments.parse_args,
-    "train_multi_GPU.py": arguments.parse_args,
+    "train.py": partial(parse_args, task_flags=tasks.train_flags()),
+    "train_multi_GPU.py": partial(parse_args, task_flags=tasks.train_flags()),
     "validation.py": validation.parse_args,
     "predict.py": predict.parse_args,
 }

@@ -303,7 +303,7 @@ def copy(tmp_path):
     """A copy of what the scripts need."""
     folder = tmp_path / "repo"
     folder.mkdir()
-    for name in ("configs", "src", "tasks", "train_utils"):
+    for name in ("configs", "launch", "src", "tasks", "train_utils"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in REPO.glob("*.py"):
         shutil.copy(file, folder)

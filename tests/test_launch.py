@@ -12,7 +12,7 @@ import yaml
 from distributed import children, run_script
 from test_scripts import REPO, held_port, logged, records, wait_until, weights
 
-import arguments
+from train_utils.arguments import parse_args
 
 pytestmark = pytest.mark.xdist_group("launch")  # what the tests share is made once
 
@@ -228,7 +228,7 @@ def test_kubernetes_template_starts_what_there_is():
     assert pod["terminationGracePeriodSeconds"] > 30  # torchrun's own patience
     (container,) = pod["containers"]
     assert (REPO / container["command"][-1]).is_file()
-    args = arguments.parse_args(container["args"])
+    args = parse_args(container["args"])
     assert (REPO / args.config).is_file() and args.resume == "auto"
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-import shapes
 from my_dataset import fingerprint
 from tasks.matting.data import (
     CompositionDataset,
@@ -18,6 +17,7 @@ from tasks.matting.data import (
     composition_pairs,
     matting_pairs,
 )
+from train_utils import shapes
 from train_utils.errors import UserError
 from train_utils.image_io import read_image, read_mask, read_trimap
 from transforms import MattingEval, MattingTrain, composite, cover, make_trimap, matting_input

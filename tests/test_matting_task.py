@@ -10,12 +10,12 @@ from PIL import Image
 from steps import Noting
 from torch import nn
 
-import shapes
 import tasks
 from my_dataset import PairFolderDataset
 from tasks import matting
 from tasks.matting.data import CompositionDataset, MattingShapesDataset
 from tasks.matting.metrics import MattingMetrics, finish_alpha
+from train_utils import shapes
 from train_utils.config import load_yaml
 from train_utils.data import collate, eval_loader
 from train_utils.errors import UserError

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 
 import my_dataset
-import shapes
 from my_dataset import (
     DUTSDataset,
     PairFolderDataset,
@@ -25,6 +24,7 @@ from my_dataset import (
     image_reader,
     split_pairs,
 )
+from train_utils import shapes
 from train_utils.errors import UserError
 from train_utils.image_io import read_image
 

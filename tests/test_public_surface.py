@@ -4,13 +4,13 @@ import inspect
 
 import pytest
 
-import arguments
 import my_dataset
 import predict
 import src
+import tasks
 import train_utils
 import validation
-from train_utils import distributed_utils
+from train_utils import arguments, distributed_utils
 
 NONE = inspect.Parameter.empty
 # What may be passed by position, in order, with its default; more keyword arguments may follow.
@@ -68,8 +68,12 @@ def test_meters_and_metrics_keep_their_names(name, methods):
         assert hasattr(made, method), method
 
 
+def parse_train_args(argv):
+    return arguments.parse_args(argv, task_flags=tasks.train_flags())
+
+
 FLAGS = {
-    arguments.parse_args: """
+    parse_train_args: """
         --config X --data-path X --images X --masks X --val-images X --val-masks X
         --direction BtoA --cache disk --device cpu -b 1 --batch-size 1 -j 0 --workers 0
         --epochs 1 --lr 1 --wd 1 --weight-decay 1 --amp --amp off --sync-bn --compile

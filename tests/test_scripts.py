@@ -16,7 +16,7 @@ import torch
 from distributed import Script, children, run_script
 from PIL import Image
 
-import shapes
+from train_utils import shapes
 from train_utils.data import GlobalBatchSampler
 
 REPO = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ import steps
 import torch
 from PIL import Image
 
-import shapes
 from tasks import read_config, segmentation
 from tasks.segmentation import voc_palette
+from train_utils import shapes
 from train_utils.config import build, load_yaml, to_dict
 from train_utils.data import collate
 from train_utils.errors import UserError

@@ -10,8 +10,8 @@ import pytest
 import torch
 from distributed import on_ranks
 
-import shapes
-from shapes import CLASS_NAMES, Scene, class_palette, render_scene
+from train_utils import shapes
+from train_utils.shapes import CLASS_NAMES, Scene, class_palette, render_scene
 
 SCENES = 200
 

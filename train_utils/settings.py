@@ -172,6 +172,7 @@ class BaseConfig:
     """What train.py itself reads; a task adds its own sections and narrows `task`."""
 
     task: str = ""
+    data: FolderData = field(default_factory=FolderData)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
 from typing import Any, NoReturn
@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from process_setup import keep_freed_memory
 from train_utils.amp import choose_amp_dtype
 from train_utils.data import GlobalBatchSampler, eval_loader, loader_errors, train_loader
 from train_utils.device import Feature, allow_tf32, choose_kernels, fast_layout, has
@@ -27,10 +26,12 @@ from train_utils.distributed_utils import (
     lost_peers,
     shutdown_distributed,
 )
+from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError, is_out_of_memory, plain_message
-from train_utils.settings import BaseConfig
+from train_utils.settings import BaseConfig, TrainConfig
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.task import BaseTask
+from train_utils.train_and_eval import StepOptions
 from train_utils.training_state import resumed_forward_batch, resumed_global_batch
 from train_utils.watch import doing, waiting
 
@@ -56,7 +57,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def start_process(args: Namespace, cfg: BaseConfig) -> None:
-    """Seeds, kernels and memory of this process; UserError for settings that cannot be."""
+    """Seeds and kernels of this process; UserError for settings that cannot be."""
     device, train = torch.device(args.device), cfg.train
     choose_amp_dtype(cfg.eval.amp, device, "eval.amp")  # refused now, not after an epoch
     if train.compile and train.sync_bn and args.world_size > 1:
@@ -64,15 +65,17 @@ def start_process(args: Namespace, cfg: BaseConfig) -> None:
             "--compile, --sync-bn: synchronised batch norm waits for other processes in each of "
             "its layers, and would cut what is compiled there. Leave one of them out."
         )
-    keep_freed_memory(device.type)
     seed_everything(train.seed, train.deterministic)
     allow_tf32(train.tf32)
 
 
 def build_loaders(
     args: Namespace, task: BaseTask, train_set: Dataset, val_set: Dataset, saved: Any = None
-) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training and validation data; a run that continues (`saved`) keeps its batches."""
+) -> tuple[DataLoader, DataLoader, GlobalBatchSampler]:
+    """Loaders of training and validation data, and the sampler of the first.
+
+    A run that continues (`saved`) keeps its batches.
+    """
     device, train, world_size = torch.device(args.device), task.cfg.train, args.world_size
     forward_batch = train.batch_size * world_size
     global_batch = forward_batch * train.accumulate
@@ -91,7 +94,7 @@ def build_loaders(
     task.check_batches(sampler.smallest_part)
     workers = worker_count(train.workers, device, args.local_world_size)
     loader = train_loader(train_set, sampler, workers, device)
-    return loader, build_val_loader(args, task.cfg, val_set)
+    return loader, build_val_loader(args, task.cfg, val_set), sampler
 
 
 def build_val_loader(args: Namespace, cfg: BaseConfig, val_set: Dataset) -> DataLoader:
@@ -143,6 +146,24 @@ def default_workers(device: torch.device, local_world_size: int) -> int:
 def worker_count(asked: int | None, device: torch.device, local_world_size: int) -> int:
     """The loader processes that were asked for, or the default."""
     return default_workers(device, local_world_size) if asked is None else asked
+
+
+def step_options(
+    train: TrainConfig,
+    amp_dtype: torch.dtype | None,
+    accumulate: int,
+    ema: Mapping[str, ExponentialMovingAverage],
+) -> StepOptions:
+    """How a recipe has its steps taken."""
+    return StepOptions(
+        amp_dtype,
+        accumulate,
+        train.clip_norm,
+        train.clip_value,
+        train.seed,
+        ema,
+        train.on_nonfinite,
+    )
 
 
 @contextmanager

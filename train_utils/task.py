@@ -16,7 +16,7 @@ from train_utils.errors import UserError
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.schedule import make_optimizer, make_schedule
-from train_utils.settings import OptimConfig
+from train_utils.settings import BaseConfig, OptimConfig, PhotoData
 from train_utils.train_and_eval import Batch, Losses, Models, Sample
 
 Self = TypeVar("Self", bound="BaseTask")
@@ -33,6 +33,7 @@ class BaseTask:
     PREDICT_FLAGS: which of these and of predict.py's `cutout`, `overlay` and `threshold` it takes
     → whether it needs them.
     SCORE_FLAGS: switches that validation.py has for it → what its --help says.
+    TRAIN_FLAGS: keys of the config for which train.py has a flag of the same name, likewise.
     """
 
     METRICS: ClassVar[Mapping[str, str]]
@@ -40,6 +41,9 @@ class BaseTask:
     EXTRA_INPUTS: ClassVar[Mapping[str, Callable[[Path], Tensor]]] = {}
     PREDICT_FLAGS: ClassVar[Mapping[str, bool]] = {}
     SCORE_FLAGS: ClassVar[Mapping[str, str]] = {}
+    TRAIN_FLAGS: ClassVar[Mapping[str, str]] = {}
+
+    cfg: BaseConfig  # a task's own Config
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -84,7 +88,7 @@ class BaseTask:
         """The networks by name; `model` where there is one."""
         raise NotImplementedError
 
-    def initialise(self, models: Models) -> None:
+    def initialise(self, models: dict[str, nn.Module]) -> None:
         """Give networks the weights that a new training starts from, if not torch's own."""
 
     def optim_sections(self) -> dict[str, OptimConfig]:
@@ -197,4 +201,6 @@ class BaseTask:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Network input made of uint8 images; floats are taken as they are."""
-        return normalize_images(images, self.cfg.data.mean, self.cfg.data.std)
+        data = self.cfg.data
+        assert isinstance(data, PhotoData), "data without mean and std: normalise them yourself"
+        return normalize_images(images, data.mean, data.std)

@@ -19,7 +19,6 @@ from my_dataset import (
     image_reader,
 )
 from src.u2net import from_official, is_official
-from tasks import require_network
 from tasks.saliency.losses import soft_iou_loss
 from train_utils import settings
 from train_utils.errors import UserError
@@ -65,7 +64,7 @@ class ModelConfig:
     name: str = "u2net_lite"
 
     def __post_init__(self) -> None:
-        require_network(self.name)
+        src.require_network(self.name)
 
 
 @dataclass

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-import shapes
 import src
 from my_dataset import (
     PairDataset,
@@ -26,7 +25,6 @@ from my_dataset import (
     pairs_of,
     split_pairs,
 )
-from tasks import require_network
 from tasks.segmentation.confusion_matrix import ConfusionMatrix, most_likely
 from tasks.segmentation.data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
 from tasks.segmentation.label_maps import LabelReader, MaskScan, scan_masks
@@ -37,6 +35,7 @@ from tasks.segmentation.losses import (
     one_hot_cross_entropy,
     pixel_cross_entropy,
 )
+from train_utils import shapes
 from train_utils.data import behind_subsets
 from train_utils.errors import UserError
 from train_utils.log import get_logger
@@ -161,7 +160,7 @@ class ModelConfig:
     freeze_backbone: bool = False  # train the decoder only
 
     def __post_init__(self) -> None:
-        require_network(self.name)
+        src.require_network(self.name)
         if self.channels < 2 or self.channels % 2:
             raise ValueError("channels: must be even and at least 2")
         if self.name == "unet_resnet50" and self.channels != 64:

@@ -146,6 +146,7 @@ class Task(BaseTask):
     """pix2pix on pairs of source and target."""
 
     METRICS: ClassVar = {"L1": "min", "PSNR": "max", "SSIM": "max"}
+    TRAIN_FLAGS: ClassVar = {"data.direction": "AtoB or BtoA: what is made of what"}
 
     cfg: Config
 
@@ -211,8 +212,8 @@ class Task(BaseTask):
 
         fake = generator(source)
         # Without DistributedDataParallel's wrapper: its reducer must see D's own two passes only.
-        with _frozen(unwrap(discriminator)) as judge:
-            gan = least_squares_gan(judge(fake, source), 1.0)
+        with _frozen(unwrap(discriminator)) as critic:
+            gan = least_squares_gan(critic(fake, source), 1.0)
         pixel = l1_term(fake, target)
         loss = gan + self.cfg.loss.l1_weight * pixel
         yield "generator", {"loss": loss, "GAN": gan.detach(), "pixel": pixel.detach()}

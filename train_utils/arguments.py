@@ -1,19 +1,9 @@
-"""The command lines of training and validation, and the config that a training's comes to.
-
-A training reads its command line before it imports what takes seconds, torch above all: --help and
-mistakes are answered at once, and its process is set up first. Hence the imports inside functions.
-"""
+"""The command lines of training and validation."""
 
 import argparse
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from train_utils.task import BaseTask
-
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shapes.yaml"
+from typing import Any
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
@@ -28,8 +18,15 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=raw)
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """The command line of a training; a flag whose dest has a dot sets that key of the config."""
+def parse_args(
+    argv: list[str] | None = None,
+    description: str | None = None,
+    task_flags: Mapping[str, str] = {},
+) -> argparse.Namespace:
+    """The command line of a training; a flag whose dest has a dot sets that key of the config.
+
+    task_flags: keys for which tasks want a flag (`BaseTask.TRAIN_FLAGS`) → what --help says.
+    """
     parser = new_parser(description)
 
     def add(*names: str, **options: Any) -> None:
@@ -42,7 +39,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--masks", dest="data.masks", metavar="DIR", help="… and the folder of their masks")
     add("--val-images", dest="data.val_images", metavar="DIR", help="default: a held-out share")
     add("--val-masks", dest="data.val_masks", metavar="DIR")
-    add("--direction", dest="data.direction", choices=["AtoB", "BtoA"], help="of pix2pix")
+    for key, about in task_flags.items():
+        name = key.rpartition(".")[2].replace("_", "-")
+        add(f"--{name}", dest=key, metavar="VALUE", help=about)
     add(
         "--cache",
         dest="data.cache",
@@ -53,7 +52,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("-b", "--batch-size", dest="train.batch_size", type=int, help="images per process")
     add("-j", "--workers", dest="train.workers", type=int, help="loader workers per process")
     add("--epochs", dest="train.epochs", type=int)
-    add("--lr", dest="optim.lr", type=float, help="of pix2pix's generator; D has optim_d.lr")
+    add("--lr", dest="optim.lr", type=float, help="learning rate")
     add("--wd", "--weight-decay", dest="optim.weight_decay", type=float)
     add(
         "--amp",
@@ -106,42 +105,3 @@ def parse_validation_args(
     if args.batch_size < 1 or (args.workers is not None and args.workers < 0):
         parser.error("--batch-size must be at least 1 and --workers not negative")
     return args
-
-
-def configure(args: argparse.Namespace) -> "tuple[BaseTask, Path | None, dict | None]":
-    """The task, with its config, and the checkpoint to continue from with its content, if any.
-
-    Precedence: defaults, the checkpoint's settings, --config, flags and --set.
-    """
-    import tasks
-    from train_utils.checkpoint import load_training_state
-    from train_utils.config import load_yaml, merge, parse_assignments
-    from train_utils.errors import UserError
-    from train_utils.run_folder import LAST, find_resume, restarted_run
-    from train_utils.settings import deciding_metric
-
-    flags = [(*key.split("."), value) for key, value in vars(args).items() if "." in key]
-    overrides = merge(
-        {}, *({section: {key: value}} for section, key, value in flags), parse_assignments(args.set)
-    )
-    name = args.run_name = Path(args.config or DEFAULT_CONFIG).stem
-    if not args.test_only and (run := restarted_run(args.resume, args.output_dir, name)):
-        args.output_dir = str(run)
-        args.resume = str(run) if (run / LAST).exists() else args.resume
-    resume = find_resume(args.resume, args.output_dir, name)
-    saved = load_training_state(resume) if resume else None
-    if saved:
-        saved["args"] = tasks.complete(saved["args"], str(resume))
-    source = str(args.config or (resume if saved else DEFAULT_CONFIG))
-    recipe = load_yaml(source) if args.config or not saved else {}
-    base = saved["args"] if saved else {}
-    if recipe and saved and recipe.get("task", "saliency") != base["task"]:
-        raise UserError(
-            f"{resume}: is a run of {base['task']}, and {source} is for "
-            f"{recipe.get('task', 'saliency')}. Resume it without --config, or name its own."
-        )
-    task = tasks.read_config(recipe or base, source, overrides, base)
-    deciding_metric(task.cfg, task.METRICS)  # refuses a metric that is not tracked
-    if args.test_only and not (saved or task.cfg.train.weights):
-        raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
-    return task, resume, saved

@@ -1,24 +1,20 @@
-"""Memory that stays with a process, as set at its start or while it runs; how threads wait."""
+"""Memory that stays with a process from its start, and how its threads wait."""
 
-import ctypes
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import REPO
 
-import process_setup
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="concerns glibc")
 
-pytestmark = pytest.mark.skipif(not process_setup._is_glibc(), reason="concerns glibc")
-
-PATH = f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
-RESTART = """
-import os
-from process_setup import set_up_process
+RESTART = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+from launch import heap
 print("start", os.getpid(), sys.orig_argv[1:], flush=True)
-set_up_process("cpu")
+heap.keep_freed_memory()
 """
 # As torch does it in a training: aligned memory of a few sizes comes and goes among small objects.
 PAGE_FAULTS = """
@@ -61,7 +57,7 @@ def run(tmp_path):
 
     def start(code: str, *options: str) -> list[str]:
         path = tmp_path / "script.py"
-        path.write_text(PATH + code)
+        path.write_text(code)
         command = [option.replace("SCRIPT", str(path)) for option in options]
         done = subprocess.run([sys.executable, *command], capture_output=True, check=True)
         return done.stdout.decode().splitlines()
@@ -72,7 +68,12 @@ def run(tmp_path):
 def test_a_script_starts_again_once_as_the_same_process(run):
     first, second = run(RESTART, "-u", "-W", "error", "SCRIPT", "a b", "--c")
     assert first == second and first.endswith("'a b', '--c']") and "'-u', '-W', 'error'" in first
-    assert len(run(f"import os; os.environ.pop('GLIBC_TUNABLES', 0)\n{RESTART}", "SCRIPT")) == 2
+
+
+def test_its_child_processes_have_the_settings_and_do_not_start_again(run):
+    child = "\nif 'child' not in sys.argv: os.system(f'{sys.executable} {sys.argv[0]} child')"
+    first, second, in_child = run(RESTART + child, "SCRIPT")
+    assert first == second and in_child.endswith("'child']")
 
 
 def test_a_script_inside_another_program_does_not_start_again(run, tmp_path):
@@ -81,8 +82,7 @@ def test_a_script_inside_another_program_does_not_start_again(run, tmp_path):
     (tmp_path / "host.py").write_text(host.replace("SCRIPT", str(tmp_path / "script.py")))
     assert len(run(RESTART, str(tmp_path / "host.py"), "SCRIPT")) == 1
     assert len(run(RESTART, "-c", "exec(open('SCRIPT').read())", "SCRIPT")) == 1
-    traced = RESTART.replace('print("', 'sys.settrace(lambda *event: None)\nprint("')
-    assert len(run(traced, "SCRIPT")) == 1
+    assert len(run(RESTART, "-m", "cProfile", "-o", "/dev/null", "SCRIPT")) == 1
     with (tmp_path / "script.py").open() as script:
         piped = subprocess.run(
             ["sh", "-c", f"cat | {sys.executable} -"], stdin=script, capture_output=True, check=True
@@ -90,16 +90,15 @@ def test_a_script_inside_another_program_does_not_start_again(run, tmp_path):
     assert piped.stdout.count(b"start") == 1
 
 
-def test_settings_of_one_s_own_are_left_alone(run, monkeypatch):
-    for name, value in (("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.check=0")):
-        monkeypatch.setenv(name, value)
-        assert len(run(RESTART, "SCRIPT")) == 1
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.nns=4")  # has nothing to do with memory
-    assert len(run(RESTART, "SCRIPT")) == 2
-    assert process_setup.environment()["GLIBC_TUNABLES"].startswith(
-        "glibc.rtld.nns=4:glibc.malloc."
-    )
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.check=0")],
+)
+def test_settings_of_one_s_own_are_left_alone(run, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    show = "\nprint(os.environ['GOMP_SPINCOUNT'])"
+    start, spins = run(RESTART + show, "SCRIPT")
+    assert start.startswith("start") and spins == "10000"
 
 
 def test_large_tensors_find_their_place_again(run):
@@ -110,44 +109,38 @@ def test_large_tensors_find_their_place_again(run):
 
 
 @pytest.mark.parametrize(
-    ("device", "driver", "visible", "expected"),
+    ("options", "driver", "visible", "starts"),
     [
-        ("cpu", "/dev/null", None, True),
-        ("cuda", "/dev/no-driver", None, False),
-        ("auto", "/dev/no-driver", None, True),
-        ("auto", "/dev/null", None, False),
-        ("auto", "/dev/null", "", True),
-        ("auto", "/dev/null", "0", False),
+        ("", "/dev/no-driver", None, 2),
+        ("--device auto", "/dev/null", None, 1),
+        ("", "/dev/null", "", 2),
+        ("", "/dev/null", "0", 1),
+        ("--device=cpu -b 2", "/dev/null", None, 2),
+        ("-b 2 --device cpu", "/dev/null", "0", 2),
+        ("--device cuda", "/dev/null", None, 1),
     ],
 )
-def test_where_a_training_will_be(monkeypatch, device, driver, visible, expected):
-    monkeypatch.setattr(process_setup, "_GPU_DRIVERS", [driver])
+def test_where_the_computing_will_be(run, monkeypatch, options, driver, visible, starts):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert process_setup._on_cpu(device) is expected
+    code = RESTART.replace("print", f"heap.GPU_DRIVERS = [{driver!r}]\nprint")
+    assert len(run(code, "SCRIPT", *options.split())) == starts
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
 def test_threads_wait_as_the_environment_says(run, monkeypatch, name):
     show = "\nprint(os.environ.get('GOMP_SPINCOUNT'))"
     assert run(RESTART + show, "SCRIPT")[-1] == "10000"
-    as_a_notebook_does = "import runpy; runpy.run_path('SCRIPT', run_name='__main__')"
-    assert run(RESTART + show, "-c", as_a_notebook_does)[-1] == "10000"
     monkeypatch.setenv(name, "active")
     assert run(RESTART + show, "SCRIPT")[-1] == str(os.environ.get("GOMP_SPINCOUNT"))
 
 
-def test_settings_while_the_process_runs(monkeypatch):
-    calls = []
-    library = SimpleNamespace(mallopt=lambda *setting: calls.append(setting))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    process_setup.keep_freed_memory("cuda")
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    process_setup.keep_freed_memory("cpu")
-    assert calls == []
-    monkeypatch.delenv("MALLOC_ARENA_MAX")
-    process_setup.keep_freed_memory("cpu")
-    assert calls == [(-3, 2**25), (-1, -1), (-8, 1)]
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
-    process_setup.keep_freed_memory("cpu")  # a C library without mallopt
+@pytest.mark.parametrize(
+    "script", ["train.py", "train_multi_GPU.py", "validation.py", "predict.py"]
+)
+def test_scripts_start_again_before_what_takes_long(script):
+    lines = (REPO / script).read_text(encoding="utf-8").splitlines()
+    imports = [line for line in lines if line.startswith(("import ", "from ", "keep_"))]
+    assert imports[0] == "from launch.heap import keep_freed_memory"
+    assert imports[1].startswith("keep_freed_memory()")

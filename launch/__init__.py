@@ -1,0 +1,1 @@
+"""What starts processes: `heap` for the scripts, templates for clusters."""

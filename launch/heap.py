@@ -1,0 +1,38 @@
+"""Memory and waiting threads of a process that computes on CPUs; docs/performance.md has figures.
+
+By default glibc returns large tensors to the system as they are freed, and the system fills them
+with zeros, page by page, when they are needed again a moment later: up to a third of a training
+step. Threads of GNU's OpenMP spin for milliseconds until the last one is done, which can stop a
+training almost entirely where that one waits for a core that other programs use.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# Tensors of any size come from the heap and go back to it, not to the system; one heap serves all
+# threads. Without caches of small chunks: they would keep the slivers beside aligned tensors, freed
+# tensors would leave gaps too small for the next ones, and peak memory would grow by a quarter.
+_HEAP = {"mmap_max": 0, "trim_threshold": 2**62, "arena_max": 1, "tcache_count": 0, "mxfast": 0}
+TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in _HEAP.items())
+SPINS = "10000"  # some tenths of a millisecond; libgomp's default is 300,000
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+def keep_freed_memory() -> None:
+    """Start the calling script anew as the same process, once, if it is to compute on a CPU.
+
+    glibc reads its settings only then. A script inside another program (a notebook, a debugger,
+    `python -m`) goes on as it is. Settings that the environment holds stay, these ones as well.
+    """
+    caller, given = sys._getframe(1), sys.argv
+    is_main = caller.f_globals["__name__"] == "__main__" and caller.f_back is None
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    no_gpu = hidden or not any(Path(driver).exists() for driver in GPU_DRIVERS)
+    on_cpu = no_gpu or "--device cpu" in " ".join(given).replace("=", " ")
+    if sys.platform == "linux" and is_main and Path(given[0]).is_file() and on_cpu:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        if not any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ):
+            os.environ["GLIBC_TUNABLES"] = TUNABLES
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
