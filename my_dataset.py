@@ -19,7 +19,7 @@ from dataclasses import is_dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -49,7 +49,8 @@ from train_utils.setup import worker_count
 from train_utils.task import BaseTask
 from transforms import IGNORE, TwoParts
 
-JointTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (image, target) → an item, which may have more parts behind these two
+JointTransform = Callable[..., tuple[Tensor, ...]]
 Pair = tuple[Path, Path]
 Item = TypeVar("Item")
 
@@ -120,7 +121,7 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         pair = self.cache.get(index, self._prepared) if self.cache else self._read(index)
         if self.cache and _has_two_parts(self.transforms):
             return self.transforms.augment(*pair)
@@ -259,7 +260,7 @@ class ShapesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         image, target = self._draw(self.scenes[index])
         # Clones, so that a transform which works in place leaves the kept scene alone.
         return _transformed(
@@ -479,7 +480,7 @@ def check_pair(pair: Pair) -> None:
     _require_one_size(pair, image, target)
 
 
-def pairs_of(dataset: Dataset) -> Sequence[Pair]:
+def pairs_of(dataset: Any) -> Sequence[Pair]:
     """The files behind the items of a dataset or of a `Subset` of one, item by item."""
     if isinstance(dataset, Subset):
         pairs = pairs_of(dataset.dataset)
@@ -489,7 +490,7 @@ def pairs_of(dataset: Dataset) -> Sequence[Pair]:
 
 def prepare_datasets(
     args: Namespace, task: BaseTask, train_set: Dataset | None, val_set: Dataset
-) -> tuple[BaseTask, Any, Dataset]:
+) -> tuple[BaseTask, Any, Any]:
     """The data checked and cached as the recipe says, and the task with what they decide."""
     device = torch.device(args.device)
     workers = worker_count(task.cfg.train.workers, device, args.local_world_size)
@@ -557,7 +558,7 @@ def cached(data: Any, dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _has_two_parts(transforms: Any) -> bool:
+def _has_two_parts(transforms: Any) -> TypeGuard[TwoParts]:
     """Whether a transform is its two parts and nothing more."""
     is_one = isinstance(transforms, TwoParts)
     return is_one and type(transforms).__call__ is TwoParts.__call__
@@ -666,7 +667,7 @@ def read_pair(
 
 def _transformed(
     image: Tensor, target: Tensor, transforms: JointTransform | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return transforms(image, target) if transforms else (image, target)
 
 

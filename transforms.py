@@ -61,7 +61,19 @@ class TwoParts:
     """
 
     def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment(*self.prepare(image, target))  # type: ignore[attr-defined]
+        return self.augment(*self.prepare(image, target))
+
+    def prepare(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def augment(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        raise NotImplementedError
+
+    def preparation(self) -> str:
+        raise NotImplementedError
 
 
 class SaliencyTrain(TwoParts):
@@ -197,7 +209,8 @@ class TranslationTrain(TwoParts):
     def prepare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(source, target), both `load_size` × `load_size`."""
         source, target = _directed(a, b, self.direction)
-        return tuple(predict_input(x.as_subclass(Tensor), self.load_size) for x in (source, target))
+        source, target = source.as_subclass(Tensor), target.as_subclass(Tensor)
+        return predict_input(source, self.load_size), predict_input(target, self.load_size)
 
     def augment(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The random part, of what `prepare` gives."""
@@ -341,7 +354,7 @@ class MattingTrain:
         alpha = planes.pop(1)
         trimap = make_trimap(alpha, *radii)
         colours = [self._changed(plane, changes) for plane in planes]
-        image = colours[0] if background is None else composite(*colours, alpha)
+        image = colours[0] if background is None else composite(colours[0], colours[1], alpha)
         pair = torch.cat([image, trimap]), torch.cat([alpha, trimap])
         return pair if background is None else (*pair, *colours)
 

@@ -50,7 +50,7 @@ def vgg_stages(channels: int = 64, batch_norm: bool = False, in_channels: int = 
             # The bias is idle before batch norm, but torchvision's weights come with one.
             conv = nn.Conv2d(in_channels, width, 3, padding=1)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.get_parameter("bias"))
             stage.append(conv)
             if batch_norm:
                 stage.append(nn.BatchNorm2d(width))
@@ -72,7 +72,7 @@ def load_vgg_stages(stages: nn.ModuleList, state_dict: Mapping[str, Tensor]) -> 
         for key in stage.state_dict():
             layer, _, name = key.partition(".")
             names[f"{number}.{key}"] = f"features.{index + int(layer)}.{name}"
-        index += len(stage) + 1  # torchvision counts the pooling too
+        index += len(list(stage.children())) + 1  # torchvision counts the pooling too
     _load(stages, state_dict, names, ignored="classifier.")
 
 

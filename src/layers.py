@@ -75,9 +75,10 @@ def _weights(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Te
 
     That is 1 − the distance of their centres, and 0 beyond a distance of 1.
     """
-    counted = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
-    centres = ((torch.arange(new, **counted) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
-    distances = centres - torch.arange(old, **counted)[:, None]
+    wide = torch.promote_types(dtype, torch.float32)
+    numbers = torch.arange(max(old, new), dtype=wide, device=device)
+    centres = ((numbers[:new] + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
+    distances = centres - numbers[:old, None]
     return (1 - distances.abs()).clamp(min=0).to(dtype)
 
 
@@ -133,7 +134,7 @@ def unpool(x: Tensor, indices: Tensor) -> Tensor:
     writing is of no consequence, although torch calls every unpooling nondeterministic.
     """
     if x.device.type == "cpu":
-        return F.max_unpool2d(x, indices, 2)
+        return F.max_unpool2d(x, indices, (2, 2))
     return scatter_unpool(x, indices)
 
 

@@ -117,7 +117,7 @@ class U2Net(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor] | Tensor:
         size = x.shape[-2:]
-        skips = []
+        skips: list[Tensor] = []
         for stage in self.encoder.values():
             x = stage(halve(skips[-1]) if skips else x)
             skips.append(x)

@@ -315,7 +315,7 @@ def test_a_file_is_written_as_it_is_scored():
     again = MattingMetrics()
     for number, sample in enumerate(samples, FIRST_VAL_SCENE):
         image, trimap = shapes.render_scene(0, number, 40, familiar=True).image, sample.target[1:]
-        assert torch.equal(matting.Task(cfg).network_input(image, trimap), sample.image)
+        assert torch.equal(matting.Task(cfg).network_input(image, trimap=trimap), sample.image)
         pictures = matting.Task(cfg).render(image, sample.prediction, ["map"], None, trimap)
         codes = (finish_alpha(sample.prediction, trimap) * 255).round()
         assert (np.array(pictures["map"]) == codes.numpy()).all()

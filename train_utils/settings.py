@@ -17,7 +17,9 @@ class FolderData:
 
     layout: ClassVar[str] = ""  # what `root` means where no `name` is given
     # the keys that say where the data is
-    sources: ClassVar = ("name", "root", "images", "masks", "val_images", "val_masks")
+    sources: ClassVar[tuple[str, ...]] = (
+        *("name", "root", "images", "masks", "val_images", "val_masks"),
+    )
 
     # null: folders where `images` is given, the task's layout where `root` is, else shapes
     name: str | None = None

@@ -335,8 +335,9 @@ def _hair(draw: _Draw, dx: Tensor, dy: Tensor, distance: Tensor) -> Tensor:
     turn = (turn + draw.uniform(-20, 20) * distance).abs()
     lengths = draw.tensor(count)
     here = turn.int().flatten() % count
-    ends = (hairs.index_select(0, here).view_as(turn) for hairs in (lengths, lengths.roll(-1)))
-    return _mix(*ends, turn.frac())
+    low = lengths.index_select(0, here).view_as(turn)
+    high = lengths.roll(-1).index_select(0, here).view_as(turn)
+    return _mix(low, high, turn.frac())
 
 
 # --- textures -------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def _visible_pair(draw: _Draw, ground_colours: Tensor) -> tuple[Tensor, Tensor]:
     """Of three colour pairs the one whose mean is the farthest from the ground colours [2, 3]."""
     return max(
         [_colour_pair(draw) for _ in range(3)],
-        key=lambda pair: (_mix(*pair, 0.5) - ground_colours).abs().amax(1).amin().item(),
+        key=lambda pair: (_mix(pair[0], pair[1], 0.5) - ground_colours).abs().amax(1).amin().item(),
     )
 
 
@@ -445,13 +446,12 @@ class _Canvas:
     def window(self, shape: _Shape) -> tuple[slice, slice]:
         """The rows and columns that a shape can touch."""
         reach = _REACH * shape.radius + self.edge
-        return tuple(
-            slice(
-                max(0, math.floor((centre - reach + 1) / 2 * self.size)),
-                math.ceil((centre + reach + 1) / 2 * self.size),
-            )
-            for centre in (shape.y, shape.x)
-        )
+
+        def span(centre: float) -> slice:
+            start = max(0, math.floor((centre - reach + 1) / 2 * self.size))
+            return slice(start, math.ceil((centre + reach + 1) / 2 * self.size))
+
+        return span(shape.y), span(shape.x)
 
     def zeros(self, *channels: int) -> Tensor:
         return torch.zeros(*channels, self.size, self.size, dtype=torch.float32)

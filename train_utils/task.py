@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -20,6 +20,14 @@ from train_utils.settings import BaseConfig, OptimConfig, PhotoData
 from train_utils.train_and_eval import Batch, Losses, Models, Sample
 
 Self = TypeVar("Self", bound="BaseTask")
+
+
+class SizedDataset(Protocol):
+    """A torch Dataset that knows its length, as all do but torch's own type."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class BaseTask:
@@ -165,7 +173,7 @@ class BaseTask:
         """Metrics at zero, as validation.py has them under these of SCORE_FLAGS."""
         return self.make_metrics()
 
-    def pairs_of_files(self, predictions: str, targets: str) -> Dataset:
+    def pairs_of_files(self, predictions: str, targets: str) -> SizedDataset:
         """Predictions of any program with their targets, from a folder each, as metrics take them.
 
         Raises UserError for a task that cannot be scored from files.

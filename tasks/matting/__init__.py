@@ -110,10 +110,10 @@ class DataConfig(PhotoData):
         if self.val_trimaps and not self.val_images:
             raise ValueError("val_trimaps: go with val_images. Add them.")
 
-    def composed_folders(self) -> tuple[str, ...]:
+    def composed_folders(self) -> tuple[str, str, str]:
         """The folders of foregrounds, alphas and backgrounds; UserError if none are named."""
         if self.root:
-            return tuple(f"{self.root}/{part}" for part in ("fg", "alpha", "bg"))
+            return f"{self.root}/fg", f"{self.root}/alpha", f"{self.root}/bg"
         if self.foregrounds and self.alphas and self.backgrounds:
             return self.foregrounds, self.alphas, self.backgrounds
         raise UserError(
@@ -194,8 +194,9 @@ class Task(BaseTask):
             data.image_size, data.crop_sizes, data.max_radius, data.hflip, data.jitter
         )
         if data.name == "shapes":
-            size = max(data.crop_sizes)
-            train = MattingShapesDataset(size, data.seed, data.train_size, transforms=transforms)
+            train: Dataset = MattingShapesDataset(
+                max(data.crop_sizes), data.seed, data.train_size, transforms=transforms
+            )
         elif data.name == "composed":
             train = composition_pairs(data, train=True, transforms=transforms)
         else:
@@ -224,8 +225,10 @@ class Task(BaseTask):
         weights = self.cfg.model.weights
         if not weights:
             return
+        network = models["model"]
+        assert isinstance(network, DeepMatting)
         try:
-            models["model"].load_backbone(backbone_state(weights, "vgg16_bn"))
+            network.load_backbone(backbone_state(weights, "vgg16_bn"))
         except ValueError as error:
             raise UserError(
                 f"model.weights {weights}: {error}. Use torchvision's vgg16_bn with "
@@ -248,17 +251,17 @@ class Task(BaseTask):
         batch: input [B, 4, S, S], target [B, 2, S, S] (see `transforms.MattingTrain`), and maybe
         foreground and background [B, 3, S, S], all uint8.
         """
-        inputs, target, *colours = batch
+        inputs, target, *parts = batch
         predicted = torch.sigmoid(models["model"](self.normalize(inputs)))
         alpha, unknown = target[:, :1], target[:, 1:] == UNKNOWN
         of_alpha = alpha_prediction_loss(predicted, alpha, unknown)
-        if not colours:
+        if not parts:
             return {"loss": of_alpha, "alpha": of_alpha.detach()}
-        of_colours = compositional_loss(predicted, *colours, inputs[:, :3], unknown)
+        of_colours = compositional_loss(predicted, parts[0], parts[1], inputs[:, :3], unknown)
         w = 0.5 if self.cfg.loss.alpha_weight is None else self.cfg.loss.alpha_weight
         loss = w * of_alpha + (1 - w) * of_colours
-        parts = {"alpha": of_alpha.detach(), "compositional": of_colours.detach()}
-        return {"loss": loss, **parts}
+        shown = {"alpha": of_alpha.detach(), "compositional": of_colours.detach()}
+        return {"loss": loss, **shown}
 
     def weight(self, batch: Batch) -> float:
         """Unknown pixels."""
@@ -278,8 +281,11 @@ class Task(BaseTask):
         """Colours as of any photograph; the trimap becomes 0, 0.502 and 1."""
         return normalize_images(images, (*self.cfg.data.mean, 0.0), (*self.cfg.data.std, 1.0))
 
-    def network_input(self, image: Tensor, trimap: Tensor) -> Tensor:
-        """What evaluation would feed of this image and its trimap, uint8 [4, h, w]."""
+    def network_input(
+        self, image: Tensor, sides: Sequence[int] | None = None, trimap: Tensor | None = None
+    ) -> Tensor:
+        """What evaluation would feed of an image, uint8 [4, h, w]; all of it unknown by default."""
+        trimap = torch.full_like(image[:1], UNKNOWN) if trimap is None else trimap
         return matting_input(image, trimap, self.cfg.data.eval_size)
 
     def render(

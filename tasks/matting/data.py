@@ -5,7 +5,7 @@ is, it is (image, alpha), uint8 [3 | 1, H, W], and where a trimap comes along, i
 alpha: [2, H, W]. Then the transforms are applied to these parts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from my_dataset import (
+    JointTransform,
     Pair,
     PairFolderDataset,
     ShapesDataset,
@@ -42,9 +43,6 @@ from train_utils.image_io import (
 )
 from transforms import cover
 
-# (image, alpha [, trimap below it]) → item, or (foreground, alpha, background) → item
-MattingTransform = Callable[..., tuple[Tensor, ...]]
-
 
 class MattingShapesDataset(ShapesDataset):
     """Scenes as their parts: foreground, alpha and background, uint8 [3 | 1 | 3, S, S].
@@ -58,7 +56,7 @@ class MattingShapesDataset(ShapesDataset):
         seed: int,
         count: int,
         first: int = 0,
-        transforms: MattingTransform | None = None,
+        transforms: JointTransform | None = None,
     ) -> None:
         super().__init__(size, seed, count, first, transforms, target="alpha")
         self.fields = "foreground", "alpha", "background"
@@ -90,7 +88,7 @@ class CompositionDataset(Dataset):
         alphas: str | PathLike[str],
         backgrounds: str | PathLike[str],
         per_foreground: int = 20,
-        transforms: MattingTransform | None = None,
+        transforms: JointTransform | None = None,
         train: bool = True,
     ) -> None:
         folders = PairFolderDataset(foregrounds, alphas)
@@ -176,7 +174,7 @@ class TrimapReader:
 
 
 def matting_pairs(
-    data: Any, train: bool, transforms: MattingTransform | None = None, all_pairs: bool = False
+    data: Any, train: bool, transforms: JointTransform | None = None, all_pairs: bool = False
 ) -> Dataset:
     """Images and alphas as `folder_pairs` gives them, with trimaps where validation has them.
 
@@ -196,7 +194,7 @@ def matting_pairs(
 
 
 def composition_pairs(
-    data: Any, train: bool, transforms: MattingTransform | None = None, all_pairs: bool = False
+    data: Any, train: bool, transforms: JointTransform | None = None, all_pairs: bool = False
 ) -> Dataset:
     """Training or validation composites of the folders that `data` names.
 
@@ -204,7 +202,8 @@ def composition_pairs(
     them all. Backgrounds serve both. Raises UserError for a single foreground.
     """
     count = data.per_foreground if train else data.val_per_foreground
-    dataset = CompositionDataset(*data.composed_folders(), count, transforms, train)
+    foregrounds, alphas, backgrounds = data.composed_folders()
+    dataset = CompositionDataset(foregrounds, alphas, backgrounds, count, transforms, train)
     if all_pairs:
         return dataset
     if len(dataset.foregrounds) == 1:

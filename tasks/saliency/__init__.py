@@ -130,7 +130,7 @@ class Task(BaseTask):
         data = self.cfg.data
         transforms = SaliencyTrain(data.image_size, data.crop, data.hflip)
         if data.name == "shapes":
-            train = ShapesDataset(
+            train: Dataset = ShapesDataset(
                 data.image_size, data.seed, data.train_size, transforms=transforms
             )
         elif data.name == "duts":
@@ -252,7 +252,7 @@ class Task(BaseTask):
         metrics = self.with_values(stretched).make_metrics()
         return (*metrics, ToolboxMetrics()) if "toolbox" in flags else metrics
 
-    def pairs_of_files(self, predictions: str, targets: str) -> Dataset:
+    def pairs_of_files(self, predictions: str, targets: str) -> PairFolderDataset:
         """Maps, 8-bit images with the names of their masks, and the masks."""
         pairs = PairFolderDataset(predictions, targets, transforms=_as_maps)
         if pairs.unmatched_masks:

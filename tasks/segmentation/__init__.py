@@ -266,7 +266,8 @@ def _file_pairs(data: DataConfig, train: bool, transforms: Any, all_pairs: bool 
 def _scan_scenes(data: DataConfig) -> MaskScan:
     """What the masks of the embedded training scenes hold."""
     scenes = _training_scenes(data)
-    counts = torch.stack([label_counts(mask, data.num_classes) for _, mask in scenes])
+    masks = [scenes[index][1] for index in range(len(scenes))]
+    counts = torch.stack([label_counts(mask, data.num_classes) for mask in masks])
     there, total = counts > 0, counts.sum(0).tolist()
     return MaskScan(
         label_reader(data),
@@ -381,8 +382,9 @@ class Task(BaseTask):
             return
         arch: Arch = self.cfg.model.backbone  # type: ignore[assignment]
         state = backbone_state(self.cfg.model.weights, arch)
+        network: Any = models["model"]  # an FCN or a U-Net
         try:
-            models["model"].load_backbone(state)
+            network.load_backbone(state)
         except ValueError as error:
             raise UserError(
                 f"{self.cfg.model.weights}: {error}. Use weights of torchvision's {arch}, or "
@@ -421,7 +423,7 @@ class Task(BaseTask):
     def loss_terms(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The recipe's terms by name; all but Dice's are means over pixels, weighted by class."""
         loss, weights = self.cfg.loss, self._class_weights()
-        terms = {}
+        terms: dict[str, Tensor] = {}
         for name in loss.terms:
             if name == "dice":
                 terms[name] = dice_loss(logits, target)

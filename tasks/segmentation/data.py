@@ -35,7 +35,7 @@ def segmentation_layout(root: str | PathLike[str]) -> str:
     )
 
 
-def voc_pairs(root: str | PathLike[str], train: bool) -> tuple[list[Pair], list[str]]:
+def voc_pairs(root: str | PathLike[str], train: bool) -> tuple[Sequence[Pair], list[str]]:
     """Pairs that PASCAL VOC's ImageSets/Segmentation/train.txt (or val.txt) names, and stems.
 
     `root` holds VOCdevkit, or is it, or is one year of it (VOC2012); all years are joined. Later
@@ -65,7 +65,7 @@ def voc_pairs(root: str | PathLike[str], train: bool) -> tuple[list[Pair], list[
     return pairs, stems
 
 
-def camvid_pairs(root: str | PathLike[str], train: bool) -> tuple[list[Pair], list[str]]:
+def camvid_pairs(root: str | PathLike[str], train: bool) -> tuple[Sequence[Pair], list[str]]:
     """Pairs of train and trainannot, or of val and valannot (without val: of test), and stems.
 
     Raises UserError if folders are missing, an image has no mask, or a training image is a copy of
@@ -86,7 +86,7 @@ def camvid_pairs(root: str | PathLike[str], train: bool) -> tuple[list[Pair], li
     return dataset.pairs, dataset.stems
 
 
-def bag_pairs(root: str | PathLike[str]) -> tuple[list[Pair], list[str]]:
+def bag_pairs(root: str | PathLike[str]) -> tuple[Sequence[Pair], list[str]]:
     """All pairs of image and mask (or images and masks), and stems.
 
     Raises UserError if these folders are missing or an image has no mask.
