@@ -113,6 +113,6 @@ def evaluate_only(args: argparse.Namespace, task: BaseTask, weights: str) -> Non
 if __name__ == "__main__":
     with clean_errors():
         refuse_launcher("train.py")
-    args = parse_args(description=__doc__, task_flags=tasks.train_flags())
+    args = parse_args(description=__doc__, flags=tasks.train_flags())
     with launched(args):
         main(args)

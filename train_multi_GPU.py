@@ -34,4 +34,4 @@ def launch(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch(parse_args(description=__doc__, task_flags=tasks.train_flags()))
+    launch(parse_args(description=__doc__, flags=tasks.train_flags()))

@@ -49,8 +49,8 @@ ENGLISH, CHINESE = REPO / "README.md", REPO / "README.zh-CN.md"
 PAGES = sorted((REPO / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(REPO.glob("*.md")), *PAGES]
 PARSERS = {
-    "train.py": partial(parse_args, task_flags=tasks.train_flags()),
-    "train_multi_GPU.py": partial(parse_args, task_flags=tasks.train_flags()),
+    "train.py": partial(parse_args, flags=tasks.train_flags()),
+    "train_multi_GPU.py": partial(parse_args, flags=tasks.train_flags()),
     "validation.py": validation.parse_args,
     "predict.py": predict.parse_args,
 }

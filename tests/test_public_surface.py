@@ -69,7 +69,7 @@ def test_meters_and_metrics_keep_their_names(name, methods):
 
 
 def parse_train_args(argv):
-    return arguments.parse_args(argv, task_flags=tasks.train_flags())
+    return arguments.parse_args(argv, flags=tasks.train_flags())
 
 
 FLAGS = {

@@ -19,13 +19,11 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse_args(
-    argv: list[str] | None = None,
-    description: str | None = None,
-    task_flags: Mapping[str, str] = {},
+    argv: list[str] | None = None, description: str | None = None, flags: Mapping[str, str] = {}
 ) -> argparse.Namespace:
     """The command line of a training; a flag whose dest has a dot sets that key of the config.
 
-    task_flags: keys for which tasks want a flag (`BaseTask.TRAIN_FLAGS`) → what --help says.
+    flags: keys for which tasks want a flag (`BaseTask.TRAIN_FLAGS`) → what --help says.
     """
     parser = new_parser(description)
 
@@ -39,7 +37,7 @@ def parse_args(
     add("--masks", dest="data.masks", metavar="DIR", help="… and the folder of their masks")
     add("--val-images", dest="data.val_images", metavar="DIR", help="default: a held-out share")
     add("--val-masks", dest="data.val_masks", metavar="DIR")
-    for key, about in task_flags.items():
+    for key, about in flags.items():
         name = key.rpartition(".")[2].replace("_", "-")
         add(f"--{name}", dest=key, metavar="VALUE", help=about)
     add(
