@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import src
 from train_utils.checkpoint import load_weights, split_states
+from train_utils.collectives import broadcast_tensors, call_on_main
 from train_utils.config import build, load_yaml, merge, to_dict
-from train_utils.distributed_utils import broadcast_tensors, call_on_main
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.task import BaseTask

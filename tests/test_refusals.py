@@ -18,7 +18,8 @@ from src import u2net_full, u2net_lite
 from tasks import saliency
 from train_utils import init_distributed_mode
 from train_utils.amp import choose_amp_dtype
-from train_utils.distributed_utils import cpu_cores, read_launch_environment, resolve_device
+from train_utils.device import resolve_device
+from train_utils.distributed_utils import cpu_cores, read_launch_environment
 from train_utils.errors import UserError
 from train_utils.image_io import read_trimap, save_image
 from train_utils.prediction import read_inputs

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from train_utils import train_one_epoch
+from train_utils.collectives import get_rank, get_world_size
 from train_utils.data import GlobalBatchSampler, train_loader
-from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.errors import UserError
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.train_and_eval import StepOptions

@@ -256,11 +256,3 @@ def take_device(device: torch.device) -> None:
     """Make a device the one that this process means when it names none."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-
-
-def collective_device() -> torch.device:
-    """Where numbers must lie for a collective: on the CPU if the process group has it do them."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or "cpu" in str(dist.get_backend_config()):
-        return torch.device("cpu")
-    return accelerator

@@ -6,6 +6,8 @@ from collections import deque
 from functools import cache
 from pathlib import Path
 
+from train_utils.collectives import is_main_process
+
 
 def get_logger() -> logging.Logger:
     """The logger of this project; the first call gives it a console handler.
@@ -56,16 +58,18 @@ class _Console(logging.StreamHandler):
 
 
 def _main_process_or_warning(record: logging.LogRecord) -> bool:
-    from train_utils.distributed_utils import is_main_process
-
     return record.levelno >= logging.WARNING or is_main_process()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Do without lines for which the disk has no room."""
 
 
 def log_to_file(path: Path) -> None:
     """Also append every line, with its time, to a file: those of before too."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk
     for record in _early.records:
         handler.handle(record)
     _early.records.clear()

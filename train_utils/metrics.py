@@ -19,9 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_utils.device import collective_device
+from train_utils.activity import waiting
+from train_utils.collectives import collective_device, is_dist_avail_and_initialized
 from train_utils.losses import unit_values
-from train_utils.watch import waiting
 
 Images = Tensor | Sequence[Tensor]
 
@@ -139,7 +139,7 @@ def reduce_metrics(metrics: Iterable[ExactMetric], stop: bool = False) -> bool:
     reduced already are passed over; without a process group nothing happens.
     """
     pending = [metric for metric in metrics if not metric.reduced]
-    if not pending or not (dist.is_available() and dist.is_initialized()):
+    if not pending or not is_dist_avail_and_initialized():
         return stop
     device = collective_device()
     states = [metric.state.to(device) for metric in pending]

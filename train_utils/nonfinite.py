@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from train_utils.distributed_utils import all_gather, sum_over_ranks
+from train_utils.activity import waiting
+from train_utils.collectives import all_gather, sum_over_ranks
 from train_utils.errors import UserError, shortened
 from train_utils.foreach import copy_all
 from train_utils.log import get_logger
-from train_utils.watch import waiting
 
 HOW_TO_TAME = (
     "Lower --lr, try --amp off or gradient clipping (--set train.clip_norm=1), and check the "

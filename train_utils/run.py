@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from train_utils.activity import SAVING, set_activity
 from train_utils.amp import choose_amp_dtype
+from train_utils.collectives import all_gather, sum_over_ranks
 from train_utils.data import SampleKey, loader_errors
 from train_utils.device import describe_precision, tf32
-from train_utils.distributed_utils import all_gather, sum_over_ranks
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger
@@ -38,7 +39,6 @@ from train_utils.train_and_eval import (
     predict_samples,
 )
 from train_utils.training_state import TrainingState
-from train_utils.watch import SAVING, mark
 
 SHEET_ROWS = 8
 
@@ -186,7 +186,7 @@ class Run(EpochRun):
     # -- inside ---------------------------------------------------------------------------------
 
     def _save(self, best: bool = False, numbered: int | None = None) -> None:
-        mark(SAVING)
+        set_activity(SAVING)
         train, state = self.cfg.train, self.state
         self.folder.save(state.capture(), best, numbered, train.keep, train.keep_every)
         self.folder.status("running", epoch=state.epoch, step=state.step)
@@ -204,7 +204,7 @@ class Run(EpochRun):
 
     def _save_samples(self, step: int) -> None:
         """A sheet of the first validation samples, drawn by this process alone."""
-        mark("drawing a sheet of samples")
+        set_activity("drawing a sheet of samples")
         count = min(SHEET_ROWS, len(self.val_set))  # type: ignore[arg-type]
         items = [self.val_set[SampleKey(0, index)] for index in range(count)]
         amp_dtype = choose_amp_dtype(self.cfg.eval.amp, self.device, "eval.amp")

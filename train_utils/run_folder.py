@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from train_utils.checkpoint import (
     CheckpointWriter,
@@ -22,19 +23,18 @@ from train_utils.checkpoint import (
     offer_another,
     remove_temporaries,
 )
+from train_utils.collectives import call_on_main, get_rank, is_main_process, lost_peers
 from train_utils.config import dump_yaml
-from train_utils.distributed_utils import (
-    call_on_main,
-    get_rank,
-    is_main_process,
-    launcher_ids,
-    lost_peers,
-    mkdir,
-)
+from train_utils.distributed_utils import launcher_ids, mkdir
 from train_utils.errors import UserError, plain_message
 from train_utils.files import write_text
 from train_utils.image_io import save_image
 from train_utils.log import get_logger, log_to_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LAST, BEST = "last.pth", "model_best.pth"
 AT_ONCE = "SIGINT, at once"
@@ -111,10 +111,8 @@ def _lock(path: Path) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}). Choose another --output-dir."
         ) from error
-    if os.name != "posix":
+    if fcntl is None:
         return
-    import fcntl
-
     try:
         # A record lock, unlike flock, dies with this process even while its loader workers live.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,8 +233,6 @@ class RunFolder:
         log_to_file(path / "log.txt")
         dump_yaml(dict(config), path / "config.yaml")
         self._keep_records_before(epoch)
-        from torch.utils.tensorboard import SummaryWriter
-
         self.writer = SummaryWriter(str(path), purge_step=step + 1, flush_secs=30)
 
     def _keep_records_before(self, epoch: int) -> None:

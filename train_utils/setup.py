@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from process_setup import keep_freed_memory
+from train_utils.activity import current_activity, waiting
 from train_utils.amp import choose_amp_dtype
+from train_utils.collectives import is_dist_avail_and_initialized, lost_peers
 from train_utils.data import GlobalBatchSampler, eval_loader, loader_errors, train_loader
 from train_utils.device import Feature, allow_tf32, choose_kernels, fast_layout, has
 from train_utils.distributed_utils import (
     cpu_cores,
     init_distributed_mode,
-    is_dist_avail_and_initialized,
-    lost_peers,
     shutdown_distributed,
 )
 from train_utils.errors import UserError, is_out_of_memory, plain_message
@@ -32,7 +32,6 @@ from train_utils.settings import BaseConfig
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.task import BaseTask
 from train_utils.training_state import resumed_forward_batch, resumed_global_batch
-from train_utils.watch import doing, waiting
 
 # The option's name until torch 2.14, and since.
 _BUFFER_SYNC = next(
@@ -195,8 +194,8 @@ def clean_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             _exit_with(
-                f"out of memory ({doing().place}). Use a smaller network or smaller images, or a "
-                f"device that no other program uses. It said: {str(error)[:200]}"
+                f"out of memory ({current_activity().name}). Use a smaller network or smaller "
+                f"images, or a device that no other program uses. It said: {str(error)[:200]}"
             )
         if not lost_peers(error):
             raise

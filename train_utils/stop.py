@@ -8,7 +8,7 @@ import threading
 import time
 from types import FrameType
 
-from train_utils.distributed_utils import get_rank, get_world_size, shared_store
+from train_utils.collectives import get_rank, get_world_size, shared_store
 from train_utils.log import get_logger
 from train_utils.run_folder import AT_ONCE, RunFolder
 from train_utils.watch import Watch

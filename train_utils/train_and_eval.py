@@ -17,16 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from train_utils.activity import LOADING, set_activity, waiting
+from train_utils.collectives import broadcast_buffers, get_rank, sum_over_ranks
 from train_utils.data import sample_names, stable_seed
 from train_utils.device import fp64_device
-from train_utils.distributed_utils import (
-    broadcast_buffers,
-    get_rank,
-    no_sync,
-    reduce_metrics,
-    sum_over_ranks,
-    unwrap,
-)
+from train_utils.distributed_utils import no_sync, unwrap
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError, memory_errors, shortened
 from train_utils.inference import (
@@ -39,7 +34,7 @@ from train_utils.inference import (
 )
 from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
-from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
+from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, reduce_metrics
 from train_utils.nonfinite import (
     HOW_TO_TAME,
     NonfiniteGuard,
@@ -48,7 +43,6 @@ from train_utils.nonfinite import (
     spoilt_if_nonfinite,
 )
 from train_utils.normalize import normalize_images
-from train_utils.watch import LOADING, mark, waiting
 
 Models = Mapping[str, nn.Module]
 Batch = tuple[Any, ...]
@@ -191,21 +185,21 @@ class _Windows:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         window, step, batches = [], self.start_step, len(self.loader)  # type: ignore[arg-type]
-        self._mark(step)
+        self._note(step)
         for number, batch in enumerate(self.loader, 1):
             window.append(batch)
             if len(window) == self.size:
                 yield window
                 window, step = [], step + 1
             if number < batches:
-                self._mark(step)
+                self._note(step)
         if window:
             yield window
 
-    def _mark(self, step: int) -> None:
+    def _note(self, step: int) -> None:
         what = LOADING if getattr(self.loader, "num_workers", 0) else "loading"
-        place = f"{what}: images of epoch {self.epoch}, step {step + 1}"
-        mark(place, lambda: ", ".join(self.names(step)))
+        name = f"{what}: images of epoch {self.epoch}, step {step + 1}"
+        set_activity(name, lambda: ", ".join(self.names(step)))
 
     def where(self, step: int) -> str:
         return f"epoch {self.epoch}, step {step + 1} of {self.steps}"
@@ -345,7 +339,7 @@ class _Step:
 
     def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
-        mark(self.windows.where(number))  # first: where settling waits, the loader is not to blame
+        set_activity(self.windows.where(number))  # first: what settling waits for is no loader
         if self.logger.is_read:
             self.settle()
         shares, images, stop = agree_on_shares(parts, self.weight, stop_requested())
@@ -589,7 +583,7 @@ def evaluate(
         scores = in_order(lambda chunk: score(forward(chunk)), _chunks(data_loader, device), device)
     for metric in metrics:
         metric.state = metric.state.to(scored_on)  # or each image's would wait to come to the host
-    mark("evaluating")
+    set_activity("evaluating")
     kept: dict[int, Sample] = {}
     done = 0
     for scored, pictures in scores:
@@ -598,7 +592,7 @@ def evaluate(
                 metric.merge(state)
         kept |= pictures
         done += len(scored)
-        mark(f"evaluating, {done} images done")
+        set_activity(f"evaluating, {done} images done")
         if stop_requested and stop_requested():
             break
     if reduce_metrics(metrics, stop=bool(stop_requested and stop_requested())):
