@@ -252,8 +252,8 @@ BUSY = """
 import torch
 from pathlib import Path
 from train_utils.run_folder import RunFolder
-from train_utils.stop import Supervisor
-with RunFolder(Path("run"), {}) as run, Supervisor(run, 0):
+from train_utils.stop import StopSignals
+with RunFolder(Path("run"), {}) as run, StopSignals(run, 0):
     large = torch.rand(6000, 6000)
     run.status("running")
     Path("busy").touch()

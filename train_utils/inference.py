@@ -101,11 +101,11 @@ def in_order(
     """
     inference = torch.inference_mode()
 
-    def whole(item: Item) -> Any:
+    def both(item: Item) -> Any:
         return job(item) if finish is None else finish(job(item))
 
     if device.type == "cpu":
-        yield from in_threads(inference(whole), items, torch.get_num_threads())
+        yield from in_threads(inference(both), items, torch.get_num_threads())
         return
     results = map(_by_rule(inference(job)), items)
     if finish is None:

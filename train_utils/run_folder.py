@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -62,7 +62,7 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
         mkdir(path)
         _lock(path)
         if resume and another:  # its records and best checkpoint go on in the new folder
-            for name in ("metrics.jsonl", "results.txt", BEST):
+            for name in ("metrics.jsonl", BEST):
                 if (resume.parent / name).exists():
                     shutil.copyfile(resume.parent / name, path / name)
         if resume and resume.name != LAST:
@@ -240,14 +240,13 @@ class RunFolder:
             if _epoch_of_file(file) >= epoch:
                 get_logger().info(f"removing {file}, from the epochs that are trained again")
                 file.unlink()
-        for name, epoch_of in (
-            ("metrics.jsonl", _epoch_of_json),
-            ("results.txt", _epoch_of_result),
-        ):
-            file = self.path / name
-            if file.exists():
-                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-                write_text(file, "".join(f"{line}\n" for line in lines if epoch_of(line) < epoch))
+        if not (file := self.path / "metrics.jsonl").exists():
+            return
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _epoch_of_record(line) < epoch]
+        results = [_result(json.loads(line)) for line in kept]
+        write_text(file, "".join(f"{line}\n" for line in kept))
+        write_text(self.path / "results.txt", "".join(results))
 
     @property
     def writes(self) -> bool:
@@ -304,55 +303,45 @@ class RunFolder:
         for file in self.path.glob("failed_rank*.txt"):
             file.unlink(missing_ok=True)
 
-    def step_writer(self, first: int) -> Callable[[int, Mapping[str, float]], None]:
-        """A function that writes the i-th step from `first` on to TensorBoard, under train/."""
-
-        def write(i: int, values: Mapping[str, float]) -> None:
-            if self.writer:
-                for name, value in values.items():
-                    self.writer.add_scalar(f"train/{name}", value, first + i + 1)
-
-        return write
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """A step's values to TensorBoard, under train/."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(f"train/{name}", value, step)
 
     def log_epoch(self, record: Mapping[str, Any]) -> None:
         """One epoch's object to metrics.jsonl, its val/ values to TensorBoard and results.txt."""
-        if not is_main_process():
+        if not self.writer:
             return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        scores = {k: v for k, v in record.items() if k.startswith("val/")}
-        if scores:
-            self._write_result(record, scores)
-        if self.writer:
-            for name in (*scores, "img_per_s"):
-                if name in record:
-                    self.writer.add_scalar(name, record[name], record["step"])
-            self.writer.flush()
+        lines = {"metrics.jsonl": json.dumps(record) + "\n", "results.txt": _result(record)}
+        for name, line in lines.items():
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(line)
+        for name, value in record.items():
+            if name.startswith("val/") or name == "img_per_s":
+                self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()
 
-    def _write_result(self, record: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        losses = {k: v for k, v in record.items() if k.startswith("train/")}
-        figures = {**losses, **scores}
-        text = "  ".join(f"{name}: {value:.5f}" for name, value in figures.items())
-        line = f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}"
-        with (self.path / "results.txt").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def log_evaluation(
+        self, sheet: Tensor, curves: Mapping[str, Mapping[str, Tensor]], step: int
+    ) -> None:
+        """To TensorBoard: a uint8 picture [3, H, W], and precision–recall curves by tag.
 
-    def log_picture(self, tag: str, picture: Tensor, step: int) -> None:
-        """A uint8 picture [3, H, W] to TensorBoard."""
+        A curve holds the arguments of TensorBoard's raw curve.
+        """
         if self.writer:
-            self.writer.add_image(tag, picture, step)
+            self.writer.add_image("val/sheet", sheet, step)
+            for tag, curve in curves.items():
+                thresholds = len(curve["precision"])
+                self.writer.add_pr_curve_raw(
+                    tag, **curve, global_step=step, num_thresholds=thresholds
+                )
 
     def save_sheet(self, picture: Tensor, step: int) -> None:
         """A uint8 picture [3, H, W] as samples/step_<step>.png."""
         if self.writer:
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
             save_image(image, self.path / "samples" / f"step_{step:07d}.png")
-
-    def log_pr_curve(self, tag: str, curve: Mapping[str, Tensor], step: int) -> None:
-        """A precision–recall curve, given as the arguments of TensorBoard's raw curve."""
-        if self.writer:
-            thresholds = len(curve["precision"])
-            self.writer.add_pr_curve_raw(tag, **curve, global_step=step, num_thresholds=thresholds)
 
     def save(
         self,
@@ -405,17 +394,20 @@ def _epoch_of_file(path: Path) -> int:
     return int(path.stem.partition("_")[2])
 
 
-def _epoch_of_json(line: str) -> float:
+def _epoch_of_record(line: str) -> float:
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # half a line, from a kill while it was written
 
 
-def _epoch_of_result(line: str) -> float:
-    head, _, rest = line.partition(" ")
-    number = rest.partition(" ")[0]
-    return int(number) if head == "epoch:" and number.isdecimal() else float("inf")
+def _result(record: Mapping[str, Any]) -> str:
+    """An evaluated epoch's line of results.txt; empty for other epochs."""
+    if not any(name.startswith("val/") for name in record):
+        return ""
+    figures = {name: value for name, value in record.items() if name.startswith(("train/", "val/"))}
+    text = "  ".join(f"{name}: {value:.5f}" for name, value in figures.items())
+    return f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}\n"
 
 
 def resize_for_sheet(image: Tensor, size: int) -> Tensor:

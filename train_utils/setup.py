@@ -21,7 +21,7 @@ from train_utils.activity import current_activity, waiting
 from train_utils.amp import choose_amp_dtype
 from train_utils.collectives import is_dist_avail_and_initialized, lost_peers
 from train_utils.data import GlobalBatchSampler, eval_loader, loader_errors, train_loader
-from train_utils.device import Feature, allow_tf32, choose_kernels, fast_layout, has
+from train_utils.device import Feature, allow_tf32, fast_layout, has
 from train_utils.distributed_utils import (
     cpu_cores,
     init_distributed_mode,
@@ -48,7 +48,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     seed: they are keyed.
     """
     torch.manual_seed(seed)
-    choose_kernels(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # it tries out kernels, takes the fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -133,15 +133,14 @@ def place_models(
     return {name: model.to(device).to(memory_format=layout) for name, model in models.items()}
 
 
-def default_workers(device: torch.device, local_world_size: int) -> int:
-    """Loader processes per training process: a CPU's cores are busy training, a GPU's are free."""
-    cores = cpu_cores(local_world_size)
-    return min(8, cores) if device.type != "cpu" else int(cores > 1)
-
-
 def worker_count(asked: int | None, device: torch.device, local_world_size: int) -> int:
-    """The loader processes that were asked for, or the default."""
-    return default_workers(device, local_world_size) if asked is None else asked
+    """Loader processes per training process: as asked for, or as many as there are free cores.
+
+    A CPU's cores are busy training, a GPU's are free.
+    """
+    cores = cpu_cores(local_world_size)
+    default = min(8, cores) if device.type != "cpu" else int(cores > 1)
+    return default if asked is None else asked
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -132,12 +133,20 @@ def train_one_epoch(
     or a gradient is not finite, unless that is to be skipped, and when the memory does not suffice.
     """
     run = run or EpochRun()
-    windows = _Windows(data_loader, options.accumulate, epoch, run.start_step)
-    models, optimizers = _by_name(model), _by_name(optimizer)
-    schedulers, scalers = _by_name(lr_scheduler), _by_name(scaler)
-    settings = torch.device(device), losses, weight, options, run.logger, windows
-    step = _Step(models, optimizers, schedulers, scalers, *settings)
-    steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
+    batches = StepBatches(data_loader, options.accumulate, epoch, run.start_step)
+    step = _Step(
+        _by_name(model),
+        _by_name(optimizer),
+        _by_name(lr_scheduler),
+        _by_name(scaler),
+        torch.device(device),
+        losses,
+        weight,
+        options,
+        run.logger,
+        batches,
+    )
+    steps = run.logger.log_every(batches, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(steps, run.start_step):
         stop = step.take(number, parts, run.stop_requested)
         run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
@@ -150,13 +159,11 @@ def train_one_epoch(
 
 def mean_losses(logger: MetricLogger) -> dict[str, float]:
     """An epoch's mean of every loss, by name."""
-    means = {name: m.global_avg for name, m in logger.meters.items() if not _is_rate(name)}
-    means.pop("skipped", None)
-    return means
-
-
-def _is_rate(name: str) -> bool:
-    return name == "lr" or name.startswith("lr_")
+    return {
+        name: meter.global_avg
+        for name, meter in logger.meters.items()
+        if name not in ("lr", "skipped") and not name.startswith("lr_")
+    }
 
 
 def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
@@ -173,8 +180,8 @@ def check_finite(meters: Mapping[str, SmoothedValue], epoch: int) -> None:
         raise UserError(f"epoch {epoch}: {', '.join(bad)} became NaN or infinite. {HOW_TO_TAME}")
 
 
-class _Windows:
-    """A loader's batches, grouped by `size`; the last group may be smaller."""
+class StepBatches:
+    """A loader's batches in groups of `size`, one for each step; the last may be smaller."""
 
     def __init__(self, loader: Iterable, size: int, epoch: int, start_step: int) -> None:
         self.loader, self.size = loader, size
@@ -184,17 +191,17 @@ class _Windows:
         return -(-len(self.loader) // self.size)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        window, step, batches = [], self.start_step, len(self.loader)  # type: ignore[arg-type]
+        group, step, batches = [], self.start_step, len(self.loader)  # type: ignore[arg-type]
         self._note(step)
         for number, batch in enumerate(self.loader, 1):
-            window.append(batch)
-            if len(window) == self.size:
-                yield window
-                window, step = [], step + 1
+            group.append(batch)
+            if len(group) == self.size:
+                yield group
+                group, step = [], step + 1
             if number < batches:
                 self._note(step)
-        if window:
-            yield window
+        if group:
+            yield group
 
     def _note(self, step: int) -> None:
         what = LOADING if getattr(self.loader, "num_workers", 0) else "loading"
@@ -226,7 +233,7 @@ def weights_of(weight: Weight | None, batch: Batch) -> dict[str, float]:
     return {_ANY: images, **given} if isinstance(given, Mapping) else {_ANY: float(given)}
 
 
-def agree_on_shares(
+def shares_of_step(
     parts: Sequence[Batch], weight: Weight | None, stop: bool
 ) -> tuple[list[dict[str, float]], int, bool]:
     """The parts' shares in a step, its number of images, and whether to stop, on all ranks.
@@ -246,7 +253,7 @@ def agree_on_shares(
     return shares, int(images), stops > 0
 
 
-def minimised(
+def weighed(
     means: Losses,
     shares: Mapping[str, float],
     images: int,
@@ -320,14 +327,14 @@ class _Step:
         weight: Weight | None,
         options: StepOptions,
         logger: MetricLogger,
-        windows: _Windows,
+        batches: StepBatches,
     ) -> None:
         self.models, self.optimizers, self.schedulers = models, optimizers, schedulers
         # A disabled scaler passes everything through: one loop serves all precisions.
         off = torch.amp.GradScaler(device.type, enabled=False)
         self.scalers = {name: scalers.get(name) or off for name in optimizers}
         self.device, self.losses, self.weight, self.options = device, losses, weight, options
-        self.logger, self.windows = logger, windows
+        self.logger, self.batches = logger, batches
         scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
         self.amp_dtype = options.amp_dtype or (torch.float16 if scaled else None)
         self.guard = NonfiniteGuard(options.on_nonfinite, device, scaled, models)
@@ -339,20 +346,22 @@ class _Step:
 
     def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
-        set_activity(self.windows.where(number))  # first: what settling waits for is no loader
+        set_activity(self.batches.where(number))  # first: what settling waits for is no loader
         if self.logger.is_read:
             self.settle()
-        shares, images, stop = agree_on_shares(parts, self.weight, stop_requested())
+        shares, images, stop = shares_of_step(parts, self.weight, stop_requested())
         self._parts = list(zip(parts, shares, strict=True))
         self._seed = self._seed_of(number)
         rates = learning_rates(self.optimizers)
         self.guard.keep_buffers()
         losses = self._gradients()
+        if not self._checked:
+            self._refuse_unused_parameters()
         skipped = self.guard.found(number, losses)
         if skipped:
-            names = self.windows.names(number)
+            names = self.batches.names(number)
             bad_gradients = self._own_bad_gradients()
-            self.guard.act(self.windows.where(number), losses, names, bad_gradients)
+            self.guard.act(self.batches.where(number), losses, names, bad_gradients)
         self._update(skipped)
         self.logger.images += images
         if self.options.on_nonfinite == "skip":
@@ -363,33 +372,18 @@ class _Step:
     def settle(self) -> None:
         """Read all values from the device; UserError if any is not finite."""
         self.logger.flush()
-        self.guard.review(self.windows.where, self.windows.names)
-        check_finite(self.logger.read, self.windows.epoch)
+        self.guard.review(self.batches.where, self.batches.names)
+        check_finite(self.logger.read, self.batches.epoch)
 
     def _seed_of(self, number: int) -> int | None:
         """What a step's dropout is drawn by on this rank."""
         if self.options.seed is None:
             return None
-        done = self.windows.epoch * self.windows.steps + number
+        done = self.batches.epoch * self.batches.steps + number
         return stable_seed(self.options.seed, done, get_rank())
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """Gradients of the whole step, and its losses by name."""
-        losses = self._all_parts(synchronise=True)
-        if not self._checked:
-            self._refuse_unused_parameters()
-        return losses
-
-    def _own_bad_gradients(self) -> int:
-        """How many gradients are not finite in this process's own part of the step."""
-        self._forget_gradients()
-        self._all_parts(synchronise=False)
-        with waiting("gradients of this process alone"):  # batch norm may be over all of them
-            bad = int(nonfinite_gradients(self.models.values()))
-        self._forget_gradients()
-        return bad
-
-    def _all_parts(self, synchronise: bool) -> dict[str, Tensor]:
+    def _gradients(self, synchronise: bool = True) -> dict[str, Tensor]:
+        """Gradients of the whole step; returns its losses by name."""
         if self._seed is not None:
             torch.manual_seed(self._seed)
         total: dict[str, Tensor] = {}
@@ -402,6 +396,15 @@ class _Step:
             for name, loss in losses.items():
                 total[name] = total[name] + loss if name in total else loss
         return total
+
+    def _own_bad_gradients(self) -> int:
+        """How many gradients are not finite in this process's own part of the step."""
+        self._forget_gradients()
+        self._gradients(synchronise=False)
+        with waiting("gradients of this process alone"):  # batch norm may be over all of them
+            bad = int(nonfinite_gradients(self.models.values()))
+        self._forget_gradients()
+        return bad
 
     def _forward_backward(self, batch: Batch, shares: Mapping[str, float]) -> dict[str, Tensor]:
         """Add the gradients of one part; returns its losses by name, times its shares."""
@@ -416,7 +419,7 @@ class _Step:
                 found = self.losses(self.models, batch)
                 for network, means in [(first, found)] if isinstance(found, Mapping) else found:
                     passed = outputs[network]
-                    total, values = minimised(means, shares, images, passed, network == first)
+                    total, values = weighed(means, shares, images, passed, network == first)
                     total = spoilt_if_nonfinite(total)
                     # Here data-parallel processes wait for each other's gradients.
                     with (
@@ -519,6 +522,9 @@ class Sample(NamedTuple):
     prediction: Tensor
 
 
+_Scored = tuple[int, list[Tensor], Sample | None]
+
+
 def default_predict(models: Models, images: Tensor) -> Tensor:
     """What the one network makes of uint8 or normalised images [B, 3, H, W], in fp32."""
     (network,) = models.values()
@@ -547,50 +553,22 @@ def evaluate(
     been true on any.
     """
     device = torch.device(device)
-    models = {name: unwrap(network) for name, network in _by_name(model).items()}
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
+    models = {name: unwrap(network) for name, network in _by_name(model).items()}
     for network in models.values():
         broadcast_buffers(network)
     with memory_errors("for a copy of the network", SPARE_MEMORY):
         models = prepare(models, device, amp_dtype)
-    on_host = any(metric.on_host for metric in metrics)
-    scored_on = torch.device("cpu") if on_host else fp64_device(device)
-
-    def memory_for(chunk: _Chunk) -> AbstractContextManager:
-        size = "×".join(map(str, chunk[0][1].shape[-2:]))
-        return memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY)
-
-    def forward(chunk: _Chunk) -> tuple[_Chunk, Tensor]:
-        with memory_for(chunk):
-            # Stacked on the device: one by one, images in page-locked memory come without waiting.
-            images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
-            outputs = forward_chunk(lambda x: predict(models, x), images, device)
-            return chunk, outputs.to(scored_on)
-
-    def score(predicted: tuple[_Chunk, Tensor]) -> tuple[list[list[Tensor]], dict[int, Sample]]:
-        states, pictures = [], {}
-        with memory_for(predicted[0]):
-            for (number, image, target), output in zip(*predicted, strict=True):
-                beside = target.to(scored_on, non_blocking=True)
-                states.append([metric.sample_state(output, beside) for metric in metrics])
-                if number < keep:
-                    pictures[number] = Sample(image, target, output.cpu())
-        return states, pictures
-
-    if on_host:
-        scores = in_order(forward, _chunks(data_loader, device), device, finish=score)
-    else:
-        scores = in_order(lambda chunk: score(forward(chunk)), _chunks(data_loader, device), device)
-    for metric in metrics:
-        metric.state = metric.state.to(scored_on)  # or each image's would wait to come to the host
+    scoring = _Scoring(models, predict, metrics, device, keep)
     set_activity("evaluating")
     kept: dict[int, Sample] = {}
     done = 0
-    for scored, pictures in scores:
-        for states in scored:
+    for scored in scoring.results(data_loader):
+        for number, states, sample in scored:
             for metric, state in zip(metrics, states, strict=True):
                 metric.merge(state)
-        kept |= pictures
+            if sample:
+                kept[number] = sample
         done += len(scored)
         set_activity(f"evaluating, {done} images done")
         if stop_requested and stop_requested():
@@ -602,6 +580,53 @@ def evaluate(
     return metrics
 
 
+class _Scoring:
+    """What an evaluation computes of chunks of images, and on which device and threads."""
+
+    def __init__(
+        self,
+        models: Models,
+        predict: Callable[[Models, Tensor], Tensor],
+        metrics: Sequence[ExactMetric],
+        device: torch.device,
+        keep: int,
+    ) -> None:
+        self.predict, self.metrics, self.keep = partial(predict, models), metrics, keep
+        self.device = device
+        self.on_host = any(metric.on_host for metric in metrics)
+        self.scored_on = torch.device("cpu") if self.on_host else fp64_device(device)
+        for metric in metrics:
+            metric.state = metric.state.to(self.scored_on)  # or each image's would come to the host
+
+    def results(self, loader: Iterable) -> Iterator[list[_Scored]]:
+        """Chunk by chunk, each image's number, metric states, and itself among the first `keep`."""
+        chunks = _chunks(loader, self.device)
+        if self.on_host:
+            return in_order(self._forward, chunks, self.device, finish=self._score)
+        return in_order(lambda chunk: self._score(self._forward(chunk)), chunks, self.device)
+
+    def _forward(self, chunk: _Chunk) -> tuple[_Chunk, Tensor]:
+        with self._memory_errors(chunk):
+            # Stacked on the device: one by one, images in page-locked memory come without waiting.
+            images = [image.to(self.device, non_blocking=True) for _, image, _ in chunk]
+            outputs = forward_chunk(self.predict, torch.stack(images), self.device)
+            return chunk, outputs.to(self.scored_on)
+
+    def _score(self, predicted: tuple[_Chunk, Tensor]) -> list[_Scored]:
+        scored: list[_Scored] = []
+        with self._memory_errors(predicted[0]):
+            for (number, image, target), output in zip(*predicted, strict=True):
+                truth = target.to(self.scored_on, non_blocking=True)
+                states = [metric.sample_state(output, truth) for metric in self.metrics]
+                sample = Sample(image, target, output.cpu()) if number < self.keep else None
+                scored.append((number, states, sample))
+        return scored
+
+    def _memory_errors(self, chunk: _Chunk) -> AbstractContextManager:
+        size = "×".join(map(str, chunk[0][1].shape[-2:]))
+        return memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY)
+
+
 def predict_samples(
     models: Models,
     items: Sequence[tuple[Tensor, Tensor]],
@@ -610,11 +635,11 @@ def predict_samples(
     amp_dtype: torch.dtype | None = None,
 ) -> list[Sample]:
     """Predictions of a few (input, target) items, on this process alone: for pictures."""
-    models = prepare(models, device, amp_dtype)
+    forward = partial(predict, prepare(models, device, amp_dtype))
 
     def one(item: tuple[Tensor, Tensor]) -> Sample:
         image, target = (tensor.as_subclass(Tensor) for tensor in item)
-        output = forward_chunk(lambda x: predict(models, x), image[None].to(device), device)
+        output = forward_chunk(forward, image[None].to(device), device)
         return Sample(image, target, output[0].cpu())
 
     return list(in_order(one, items, device))
