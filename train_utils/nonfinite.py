@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from train_utils.activity import waiting
 from train_utils.collectives import all_gather, sum_over_ranks
+from train_utils.ema import copy_all
 from train_utils.errors import UserError, shortened
-from train_utils.foreach import copy_all
 from train_utils.log import get_logger
 
 HOW_TO_TAME = (

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import make_grid
 
 from train_utils.checkpoint import (
     CheckpointWriter,
@@ -410,31 +412,20 @@ def _result(record: Mapping[str, Any]) -> str:
     return f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}\n"
 
 
-def resize_for_sheet(image: Tensor, size: int) -> Tensor:
-    """Fit an image into a white square, its aspect ratio kept: uint8 [3, size, size].
+def contact_sheet(rows: list[list[Tensor]], size: int = 160) -> Tensor:
+    """Images row by row, e.g. input | truth | prediction, as one uint8 picture [3, H, W].
 
-    image: [1 or 3, H, W], uint8 or float in [0, 1].
+    Each is [1 or 3, h, w], uint8 or float in [0, 1], and is fitted into a white square.
     """
-    if image.dtype == torch.uint8:
-        image = image / 255
+    squares = [_fitted(image, size) for row in rows for image in row]
+    return make_grid(squares, nrow=len(rows[0]), padding=4, pad_value=255)
+
+
+def _fitted(image: Tensor, size: int) -> Tensor:
+    image = F.to_dtype(image, torch.float32, scale=True).clamp(0, 1)
     scale = size / max(image.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
-    image = torch.nn.functional.interpolate(
-        image[None].float(), size=(height, width), mode="bilinear", antialias=True
-    )
-    square = torch.full((3, size, size), 255, dtype=torch.uint8)
-    top, left = (size - height) // 2, (size - width) // 2
-    codes = (image[0].clamp(0, 1) * 255).round().to(torch.uint8)
-    square[:, top : top + height, left : left + width] = codes
-    return square
-
-
-def contact_sheet(rows: list[list[Tensor]], size: int = 160, gap: int = 4) -> Tensor:
-    """Images row by row, e.g. input | truth | prediction, as one uint8 picture [3, H, W]."""
-    step = size + gap
-    sheet = torch.full((3, len(rows) * step + gap, len(rows[0]) * step + gap), 255).byte()
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            top, left = i * step + gap, j * step + gap
-            sheet[:, top : top + size, left : left + size] = resize_for_sheet(image, size)
-    return sheet
+    image = F.resize(image.expand(3, -1, -1), [height, width], antialias=True)
+    left, top = (size - width) // 2, (size - height) // 2
+    edges = [left, top, size - width - left, size - height - top]
+    return F.pad((image * 255).round().byte(), edges, fill=255)

@@ -173,13 +173,6 @@ def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
     return {"lr": rates.pop(first), **rates}
 
 
-def check_finite(meters: Mapping[str, SmoothedValue], epoch: int) -> None:
-    """Raise UserError naming the terms whose totals over the epoch are not finite."""
-    bad = [name for name, meter in meters.items() if not math.isfinite(meter.total)]
-    if bad:
-        raise UserError(f"epoch {epoch}: {', '.join(bad)} became NaN or infinite. {HOW_TO_TAME}")
-
-
 class StepBatches:
     """A loader's batches in groups of `size`, one for each step; the last may be smaller."""
 
@@ -313,36 +306,33 @@ def outputs_of(models: Models, needed: Any) -> Iterator[dict[str, list[Tensor]]]
             hook.remove()
 
 
+@dataclass
 class _Step:
     """Optimizer steps: the parts of each one forward and backward, then the updates."""
 
-    def __init__(
-        self,
-        models: Models,
-        optimizers: Mapping[str, Optimizer],
-        schedulers: Mapping[str, Any],
-        scalers: Mapping[str, Any],
-        device: torch.device,
-        losses: LossFunction,
-        weight: Weight | None,
-        options: StepOptions,
-        logger: MetricLogger,
-        batches: StepBatches,
-    ) -> None:
-        self.models, self.optimizers, self.schedulers = models, optimizers, schedulers
+    models: Models
+    optimizers: Mapping[str, Optimizer]
+    schedulers: Mapping[str, Any]
+    scalers: Mapping[str, Any]
+    device: torch.device
+    losses: LossFunction
+    weight: Weight | None
+    options: StepOptions
+    logger: MetricLogger
+    batches: StepBatches
+
+    def __post_init__(self) -> None:
         # A disabled scaler passes everything through: one loop serves all precisions.
-        off = torch.amp.GradScaler(device.type, enabled=False)
-        self.scalers = {name: scalers.get(name) or off for name in optimizers}
-        self.device, self.losses, self.weight, self.options = device, losses, weight, options
-        self.logger, self.batches = logger, batches
+        off = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.scalers = {name: self.scalers.get(name) or off for name in self.optimizers}
         scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
-        self.amp_dtype = options.amp_dtype or (torch.float16 if scaled else None)
-        self.guard = NonfiniteGuard(options.on_nonfinite, device, scaled, models)
+        self.amp_dtype = self.options.amp_dtype or (torch.float16 if scaled else None)
+        self.guard = NonfiniteGuard(self.options.on_nonfinite, self.device, scaled, self.models)
         self._checked = False
-        for network in models.values():
+        for network in self.models.values():
             network.train()
-        for name in learning_rates(optimizers):
-            logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
+        for name in learning_rates(self.optimizers):
+            self.logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
     def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
@@ -351,7 +341,7 @@ class _Step:
             self.settle()
         shares, images, stop = shares_of_step(parts, self.weight, stop_requested())
         self._parts = list(zip(parts, shares, strict=True))
-        self._seed = self._seed_of(number)
+        self._steps_before = self.batches.epoch * self.batches.steps + number
         rates = learning_rates(self.optimizers)
         self.guard.keep_buffers()
         losses = self._gradients()
@@ -373,19 +363,17 @@ class _Step:
         """Read all values from the device; UserError if any is not finite."""
         self.logger.flush()
         self.guard.review(self.batches.where, self.batches.names)
-        check_finite(self.logger.read, self.batches.epoch)
-
-    def _seed_of(self, number: int) -> int | None:
-        """What a step's dropout is drawn by on this rank."""
-        if self.options.seed is None:
-            return None
-        done = self.batches.epoch * self.batches.steps + number
-        return stable_seed(self.options.seed, done, get_rank())
+        meters = self.logger.read.items()
+        if bad := [name for name, meter in meters if not math.isfinite(meter.total)]:
+            raise UserError(
+                f"epoch {self.batches.epoch}: {', '.join(bad)} became NaN or infinite. "
+                f"{HOW_TO_TAME}"
+            )
 
     def _gradients(self, synchronise: bool = True) -> dict[str, Tensor]:
         """Gradients of the whole step; returns its losses by name."""
-        if self._seed is not None:
-            torch.manual_seed(self._seed)
+        if self.options.seed is not None:
+            torch.manual_seed(stable_seed(self.options.seed, self._steps_before, get_rank()))
         total: dict[str, Tensor] = {}
         for number, (batch, shares) in enumerate(self._parts, 1):
             with ExitStack() as stack:
@@ -418,8 +406,8 @@ class _Step:
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
                 found = self.losses(self.models, batch)
                 for network, means in [(first, found)] if isinstance(found, Mapping) else found:
-                    passed = outputs[network]
-                    total, values = weighed(means, shares, images, passed, network == first)
+                    made = outputs[network]
+                    total, values = weighed(means, shares, images, made, network == first)
                     total = spoilt_if_nonfinite(total)
                     # Here data-parallel processes wait for each other's gradients.
                     with (
@@ -427,8 +415,8 @@ class _Step:
                         waiting(f"gradients of {network}"),
                     ):
                         self.scalers[network].scale(total).backward()
-                    for passed in outputs.values():  # their graphs are gone
-                        passed.clear()
+                    for made in outputs.values():  # their graphs are gone
+                        made.clear()
                     logged |= {name: value.detach() for name, value in values.items()}
         return logged
 
