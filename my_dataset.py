@@ -30,8 +30,8 @@ from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 
 from train_utils import shapes
+from train_utils.collectives import call_on_main
 from train_utils.data import behind_subsets, collate
-from train_utils.distributed_utils import call_on_main
 from train_utils.errors import UserError
 from train_utils.image_io import (
     DraftReader,

@@ -27,9 +27,9 @@ from my_dataset import prepare_datasets
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
 from train_utils.arguments import parse_validation_args
+from train_utils.collectives import is_main_process
 from train_utils.config import load_yaml, merge, parse_assignments
 from train_utils.device import allow_tf32
-from train_utils.distributed_utils import is_main_process
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.run_folder import newest_best_checkpoint

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src import u2net_full, u2net_lite
 from train_utils.arguments import new_parser
-from train_utils.device import device_name, resolve_device
+from train_utils.device import resolve_device
 from train_utils.distributed_utils import cpu_cores
 from train_utils.log import get_logger
 
@@ -174,13 +174,18 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What figures depend on, for whoever reads them."""
     gpu = torch.device(device).type != "cpu"
     return {
-        "device": device_name(torch.device(device)) if gpu else _cpu_name(),
+        "device": _gpu_name(torch.device(device)) if gpu else _cpu_name(),
         "cores": cpu_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+
+
+def _gpu_name(device: torch.device) -> str:
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return name(device) if name else device.type
 
 
 def _cpu_name() -> str:

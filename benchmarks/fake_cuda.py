@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from src import layers
 from train_utils import losses, normalize
-from train_utils.watch import doing
+from train_utils.activity import current_activity
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -205,7 +205,7 @@ class Spy(TorchDispatchMode):
             self._note("copy from the host")
 
     def _note(self, what: str) -> None:
-        self.waits.append(Wait(what, _place(), doing().waits))
+        self.waits.append(Wait(what, _place(), current_activity().waits))
 
 
 def _frames() -> Iterator[FrameType]:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 import tasks
 from src.u2net import u2net_full
+from tasks.saliency.metrics import ToolboxMetrics
 from tasks.translation.metrics import TranslationMetrics
 from train_utils import evaluate, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.device import tf32
 from train_utils.errors import UserError
 from train_utils.inference import prepare
-from train_utils.metrics import F1Score, MeanAbsoluteError, ToolboxMetrics
+from train_utils.metrics import F1Score, MeanAbsoluteError
 from train_utils.prediction import Predictor
 from train_utils.setup import place_models, seed_everything, wrap_models
 from train_utils.train_and_eval import EpochRun, Progress, StepOptions

@@ -26,7 +26,7 @@ from benchmarks.processes import Work, World
 from benchmarks.scaling import training_loop
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.setup import clean_errors
-from train_utils.train_and_eval import Batch, agree_on_shares
+from train_utils.train_and_eval import Batch, shares_of_step
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,7 +64,7 @@ def ours(values: dict[str, Tensor], batch: Batch, print_freq: int, lines: int) -
     logger = MetricLogger(reduce=True)
     logger.add_meter("lr", SmoothedValue(window_size=1))
     for step in range(print_freq * lines):
-        _, images, _ = agree_on_shares([batch], None, stop=False)
+        _, images, _ = shares_of_step([batch], None, stop=False)
         logger.update(images, **values, lr=1e-3)
         if (step + 1) % print_freq == 0:
             logger.flush()
@@ -73,7 +73,7 @@ def ours(values: dict[str, Tensor], batch: Batch, print_freq: int, lines: int) -
 def agree(batch: Batch, steps: int) -> None:
     """The part of `ours` that every step has, whatever the number of meters."""
     for _ in range(steps):
-        agree_on_shares([batch], None, stop=False)
+        shares_of_step([batch], None, stop=False)
 
 
 def make_work(

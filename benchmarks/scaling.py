@@ -24,7 +24,8 @@ from benchmarks.processes import Work, World
 from benchmarks.scaling_model import buckets, ring
 from train_utils import create_lr_scheduler, train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
-from train_utils.distributed_utils import no_sync, sum_over_ranks
+from train_utils.collectives import sum_over_ranks
+from train_utils.distributed_utils import no_sync
 from train_utils.schedule import get_params_groups
 from train_utils.setup import clean_errors, place_models, wrap_models
 from train_utils.train_and_eval import StepOptions

@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.common import positive, table
 from src import PatchDiscriminator, UNetGenerator, u2net_full, u2net_lite
 from train_utils.arguments import new_parser
-from train_utils.distributed_utils import RING_PAYS
+from train_utils.collectives import RING_PAYS
 from train_utils.errors import UserError
 from train_utils.setup import clean_errors
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from train_utils.checkpoint import load_training_state, load_weights, split_states
+from train_utils.collectives import broadcast_tensors, call_on_main
 from train_utils.config import build, load_yaml, merge, parse_assignments, to_dict
-from train_utils.distributed_utils import broadcast_tensors, call_on_main
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.run_folder import LAST, find_resume, restarted_run

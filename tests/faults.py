@@ -160,7 +160,9 @@ def _spoilt_gradients(spoilt_if_nonfinite: Callable, ordered: _Ordered, place: s
 
 
 def _spoilt_losses(gradients: Callable, ordered: _Ordered, place: str) -> Callable:
-    def call(step: Any) -> dict[str, Tensor]:
+    def call(step: Any, synchronise: bool = True) -> dict[str, Tensor]:
+        if not synchronise:  # once more, to find whose gradients were spoilt
+            return gradients(step, synchronise)
         spoilt_loss = ordered.reach("loss")
         ordered.spoil = spoilt_loss * ordered.reach("gradient")
         return {name: loss * spoilt_loss for name, loss in gradients(step).items()}

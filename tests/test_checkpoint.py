@@ -22,10 +22,10 @@ from train_utils import checkpoint, save_on_master
 from train_utils.checkpoint import (
     CheckpointWriter,
     load_file,
-    load_into,
     load_training_state,
     load_weights,
     save_checkpoint,
+    split_states,
     strip_prefixes,
 )
 from train_utils.errors import UserError
@@ -225,7 +225,7 @@ def test_misfit_lists_everything_and_copies_nothing(model):
     wrong["0.weight"] = torch.zeros(8, 1, 3, 3)
     wrong["extra"] = wrong.pop("1.bias")
     with pytest.raises(UserError) as caught:
-        load_into(model, wrong, "w.pth")
+        split_states({"model": model}, wrong, "w.pth")
     message = str(caught.value)
     for part in ("w.pth", "1 missing: 1.bias", "1 unexpected: extra", "0.weight (8, 1, 3, 3) ≠"):
         assert part in message

@@ -31,7 +31,7 @@ from train_utils.inference import prepare
 from train_utils.metric_logger import MetricLogger, peak_memory_mb
 from train_utils.metrics import F1Score, MeanAbsoluteError
 from train_utils.normalize import normalize_images
-from train_utils.setup import default_workers, place_models, wrap_models
+from train_utils.setup import place_models, worker_count, wrap_models
 
 MPS, XPU, CUDA = (torch.device(kind, 0) for kind in ("mps", "xpu", "cuda"))
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
@@ -260,7 +260,7 @@ def test_compilation_and_page_locked_memory_fall_away_on_mps(accelerator, monkey
     intel(monkeypatch, has_fp64=False)
     assert eval_loader([], 1, 0, XPU).pin_memory
     assert not eval_loader([], 1, 0, torch.device("cpu")).pin_memory
-    assert default_workers(XPU, 1) == default_workers(CUDA, 1) >= 1
+    assert worker_count(None, XPU, 1) == worker_count(None, CUDA, 1) >= 1
     assert capsys.readouterr().out == ""
 
 

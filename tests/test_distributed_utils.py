@@ -15,12 +15,8 @@ from distributed import on_ranks
 
 import train
 from train_utils import distributed_utils
-from train_utils.distributed_utils import (
-    broadcast_tensors,
-    call_on_main,
-    get_rank,
-    init_distributed_mode,
-)
+from train_utils.collectives import broadcast_tensors, call_on_main, get_rank
+from train_utils.distributed_utils import init_distributed_mode
 from train_utils.errors import UserError
 from train_utils.run_folder import choose_run_folder
 

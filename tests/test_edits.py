@@ -26,9 +26,7 @@ CROPPED = (
     "        image, mask = _crop_and_flip((image, mask), self.image_size, self.crop_size, "
     "self.hflip)\n"
 )
-METRICS = (
-    "        return MeanAbsoluteError(self.cfg.eval.post_norm), F1Score(self.cfg.eval.post_norm)\n"
-)
+METRICS = "        return MeanAbsoluteError(self._finish), F1Score(self._finish)\n"
 OPTIMIZERS = (
     "    optimizers = task.build_optimizers(networks)  # or any of torch.optim, or a library's\n"
 )
@@ -223,7 +221,7 @@ EDITS = {
                     + '\n        return *found, ImageMean("MSE", '
                     "lambda p, t: (p - t).square().mean())\n",
                 ),
-                ("    F1Score,\n", "    F1Score,\n    ImageMean,\n"),
+                ("import ExactMetric, F1Score, ", "import ExactMetric, F1Score, ImageMean, "),
             ]
         },
         {},

@@ -19,8 +19,8 @@ from test_parity import Ignoring, narrow_u2net
 from torch.utils.data import ConcatDataset, Subset
 
 import tasks
+from train_utils.collectives import get_rank, get_world_size
 from train_utils.data import eval_loader
-from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.train_and_eval import evaluate
 
 pytestmark = pytest.mark.xdist_group("exactness")  # what the tests share is made once

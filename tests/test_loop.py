@@ -1,6 +1,7 @@
 """The training loop against the few lines of plain torch that it stands for, on one process."""
 
 import copy
+import traceback
 
 import pytest
 import torch
@@ -292,3 +293,16 @@ def test_dropout_is_drawn_by_seed_epoch_and_step_also_after_a_restart():
     assert draws(7, epoch=2, start_step=1) == whole[1:]
     others = [*draws(7, epoch=1), *draws(8, epoch=2)]
     assert not set(whole) & set(others)
+
+
+def test_four_frames_lie_between_a_script_and_the_backward_pass(monkeypatch):
+    backward, between = torch.Tensor.backward, []
+
+    def noted(loss):
+        stack = [frame.name for frame in traceback.extract_stack()]
+        between.append(stack[stack.index("train_one_epoch") : -1])
+        backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", noted)
+    train(make_net())
+    assert len(between[0]) <= 4, between[0]

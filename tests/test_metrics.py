@@ -10,12 +10,12 @@ import torch.distributed as dist
 from distributed import on_ranks
 from PIL import Image
 
+from tasks.saliency.metrics import ToolboxMetrics, stretched
 from train_utils.metrics import (
     MAX_IMAGES,
     ExactMetric,
     F1Score,
     MeanAbsoluteError,
-    ToolboxMetrics,
     reduce_metrics,
 )
 
@@ -24,8 +24,8 @@ def new_metrics() -> list[ExactMetric]:
     return [
         MeanAbsoluteError(),
         F1Score(),
-        MeanAbsoluteError(post_norm=True),
-        F1Score(post_norm=True),
+        MeanAbsoluteError(finish=stretched),
+        F1Score(finish=stretched),
         ToolboxMetrics(),
     ]
 
@@ -169,9 +169,9 @@ def test_toolbox_scores_of_one_image():
 
 
 def test_toolbox_stretches_unless_constant_and_scores_an_empty_mask_zero():
-    stretched = scored(ToolboxMetrics(), codes([[100, 150]]), codes([[0, 255]])).compute()
-    assert stretched["MAE"] == 0
-    assert stretched["adpF"] == 1
+    varied = scored(ToolboxMetrics(), codes([[100, 150]]), codes([[0, 255]])).compute()
+    assert varied["MAE"] == 0
+    assert varied["adpF"] == 1
     constant = scored(ToolboxMetrics(), codes([[51, 51]]), codes([[0, 255]])).compute()
     # 0.2 everywhere: MAE (0.2 + 0.8) / 2; all is found from threshold 51 down, P ½, R 1.
     assert constant["MAE"] == pytest.approx(0.5, abs=1e-10)
@@ -193,10 +193,10 @@ def test_toolbox_rounds_predictions_to_saved_maps():
 def test_post_norm_stretches_each_prediction():
     pred, gt = torch.tensor([[0.25, 0.5, 0.75]]), torch.tensor([[0.0, 0.0, 1.0]])
     assert scored(MeanAbsoluteError(), pred, gt).compute() == pytest.approx(1 / 3, abs=1e-10)
-    stretched = scored(MeanAbsoluteError(post_norm=True), pred, gt)  # to 0, ½, 1
-    assert stretched.compute() == pytest.approx(1 / 6, abs=1e-10)
-    assert scored(F1Score(post_norm=True), pred, gt).pixel_counts().false_positives[127] == 1
-    constant = scored(MeanAbsoluteError(post_norm=True), torch.full((1, 3), 0.25), gt)
+    post_norm = scored(MeanAbsoluteError(finish=stretched), pred, gt)  # to 0, ½, 1
+    assert post_norm.compute() == pytest.approx(1 / 6, abs=1e-10)
+    assert scored(F1Score(finish=stretched), pred, gt).pixel_counts().false_positives[127] == 1
+    constant = scored(MeanAbsoluteError(finish=stretched), torch.full((1, 3), 0.25), gt)
     assert constant.compute() == pytest.approx(1.25 / 3, abs=1e-10)
 
 
@@ -393,7 +393,7 @@ def test_values_outside_the_unit_range_make_the_score_nan():
     logits, mask = torch.tensor([[-3.0, 4.0]]), torch.tensor([[0.0, 1.0]])
     assert math.isnan(scored(F1Score(), logits, mask).compute())
     assert math.isnan(scored(MeanAbsoluteError(), mask, 255 * mask).compute())
-    assert scored(MeanAbsoluteError(post_norm=True), logits, mask).compute() == 0
+    assert scored(MeanAbsoluteError(finish=stretched), logits, mask).compute() == 0
     overshoot = torch.tensor([[-1e-7, 1 + 1e-7]])  # by an interpolation's rounding
     assert scored(MeanAbsoluteError(), overshoot, mask).compute() == pytest.approx(1e-7, rel=0.5)
     assert scored(F1Score(), overshoot, mask).compute() == pytest.approx(1, abs=1e-3)

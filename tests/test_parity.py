@@ -41,9 +41,9 @@ import tasks
 from src.backbones import vgg_stages
 from src.u2net import RSU4, RSU4F, U2Net
 from train_utils import train_one_epoch
+from train_utils.collectives import get_rank, get_world_size
 from train_utils.config import load_yaml
 from train_utils.data import GlobalBatchSampler, train_loader
-from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.setup import place_models, wrap_models
 from train_utils.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train_utils import evaluate, train_one_epoch
-from train_utils.distributed_utils import get_rank, sum_over_ranks
+from train_utils.activity import set_activity
+from train_utils.collectives import get_rank, sum_over_ranks
 from train_utils.metrics import MeanAbsoluteError
 from train_utils.setup import wrap_models
-from train_utils.watch import Watch, mark
+from train_utils.watch import Watch
 
 CPU = torch.device("cpu")
 COLLECTIVES = (
@@ -142,7 +143,7 @@ class CountingStore:
 @pytest.mark.parametrize("world_size", [2, 512])
 def test_a_look_of_the_watch_is_two_requests_to_the_store_for_any_number(world_size):
     store = CountingStore()
-    mark("here")  # or the place of an earlier test, with details after so long a time
+    set_activity("here")  # or the place of an earlier test, with details after so long a time
     watch = Watch(300, print, store=store, rank=1, world_size=world_size)
     for _ in range(2):
         watch.look()

@@ -18,14 +18,15 @@ from src import u2net_full, u2net_lite
 from tasks import saliency
 from train_utils import init_distributed_mode
 from train_utils.amp import choose_amp_dtype
-from train_utils.distributed_utils import cpu_cores, read_launch_environment, resolve_device
+from train_utils.device import resolve_device
+from train_utils.distributed_utils import cpu_cores, read_launch_environment
 from train_utils.errors import UserError
 from train_utils.image_io import read_trimap, save_image
 from train_utils.prediction import read_inputs
 from train_utils.prediction_files import plan
 from train_utils.run_folder import choose_run_folder
 from train_utils.scores import write_json
-from train_utils.setup import default_workers
+from train_utils.setup import worker_count
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--set", "data.image_size=48", "--set", "data.train_size=4", "--set", "data.val_size=2"]
@@ -134,7 +135,7 @@ def test_srun_with_one_gpu_and_some_cores_per_task(accelerator, monkeypatch):
 
 def test_more_processes_than_cores_have_no_loader_workers(monkeypatch):
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    assert default_workers(torch.device("cpu"), 10_000) == 0
+    assert worker_count(None, torch.device("cpu"), 10_000) == 0
     assert cpu_cores(10_000) == 1
 
 
@@ -523,10 +524,10 @@ def test_two_runs_in_one_second():
 
 def test_a_run_continued_elsewhere_takes_its_records_along():
     Path("a").mkdir()
-    for name in ("last.pth", "model_best.pth", "results.txt"):
+    for name in ("last.pth", "model_best.pth", "metrics.jsonl"):
         Path("a", name).write_text(name)
     new = choose_run_folder("b", Path("a/last.pth"), "name")
-    assert sorted(p.name for p in new.glob("[!.]*")) == ["model_best.pth", "results.txt"]
+    assert sorted(p.name for p in new.glob("[!.]*")) == ["metrics.jsonl", "model_best.pth"]
     Path("c").mkdir()
     Path("c/last.pth").write_text("")
     with pytest.raises(UserError, match="holds a run already"):

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from train_utils import train_one_epoch
+from train_utils.collectives import get_rank, get_world_size
 from train_utils.data import GlobalBatchSampler, train_loader
-from train_utils.distributed_utils import get_rank, get_world_size
 from train_utils.errors import UserError
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.train_and_eval import StepOptions
@@ -252,8 +252,8 @@ BUSY = """
 import torch
 from pathlib import Path
 from train_utils.run_folder import RunFolder
-from train_utils.stop import Supervisor
-with RunFolder(Path("run"), {}) as run, Supervisor(run, 0):
+from train_utils.stop import StopSignals
+with RunFolder(Path("run"), {}) as run, StopSignals(run, 0):
     large = torch.rand(6000, 6000)
     run.status("running")
     Path("busy").touch()

@@ -7,7 +7,7 @@ import torch
 from distributed import on_ranks
 
 from tasks.translation.metrics import TranslationMetrics, codes_of, translated
-from train_utils.distributed_utils import get_rank, get_world_size
+from train_utils.collectives import get_rank, get_world_size
 
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 

@@ -18,9 +18,10 @@ from tasks import translation
 from tasks.translation.losses import l1_term, least_squares_gan
 from tasks.translation.metrics import TranslationMetrics
 from train_utils import train_one_epoch
+from train_utils.collectives import get_rank, get_world_size
 from train_utils.config import load_yaml
 from train_utils.data import GlobalBatchSampler, train_loader
-from train_utils.distributed_utils import get_rank, get_world_size, unwrap
+from train_utils.distributed_utils import unwrap
 from train_utils.errors import UserError
 from train_utils.settings import deciding_metric
 from train_utils.sync_batchnorm import convert_sync_batchnorm

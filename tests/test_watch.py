@@ -5,7 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from train_utils.watch import LOADING, Watch, mark, waiting
+from train_utils.activity import LOADING, set_activity, waiting
+from train_utils.watch import Watch
 
 NOW = 1000.0
 
@@ -27,7 +28,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     yield now
     monkeypatch.undo()
-    mark("between two tests")
+    set_activity("between two tests")
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def looks(clock):
 
     def look(watch, place, waits, seconds):
         clock[0] = NOW - seconds
-        mark(place, lambda: "a.png")
+        set_activity(place, lambda: "a.png")
         with waiting(waits) if waits else nullcontext():
             clock[0] = NOW
             watch.look()
@@ -132,7 +133,7 @@ def test_after_waiting_a_process_is_where_it_was_before_and_anew(clock):
     other = Watch(0, print, store=store, rank=1, world_size=2)
     with waiting("adding up"):
         other.look()
-    mark("a step")
+    set_activity("a step")
     clock[0] += 20
     with waiting("adding up"):
         clock[0] += 20

@@ -329,15 +329,6 @@ def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return clean
 
 
-def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a network after checking that every name and shape fits.
-
-    Raises UserError as `check_fits` does; the network is untouched then.
-    """
-    check_fits(model, state_dict, source)
-    model.load_state_dict(state_dict)
-
-
 def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError that lists which weights are missing, unexpected and of another shape."""
     own = model.state_dict()
@@ -361,20 +352,20 @@ def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) 
         )
 
 
-def join_states(models: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """One flat state_dict: a single network's own, or several under `<name>.` prefixes."""
-    return whole(models).state_dict()
-
-
 def split_states(
     models: dict[str, nn.Module], state_dict: Mapping[str, Tensor], source: str
 ) -> None:
-    """Copy a joined state_dict into its networks: all of them, or none (see `load_into`)."""
-    load_into(whole(models), state_dict, source)
+    """Copy the state_dict of `as_one_module` into its networks.
+
+    Raises UserError as `check_fits` does; the networks are untouched then.
+    """
+    module = as_one_module(models)
+    check_fits(module, state_dict, source)
+    module.load_state_dict(state_dict)
 
 
-def whole(models: dict[str, nn.Module]) -> nn.Module:
-    """The module whose state_dict `join_states` gives."""
+def as_one_module(models: dict[str, nn.Module]) -> nn.Module:
+    """A single network itself; of several, one whose state_dict has them under `<name>.`."""
     return models["model"] if list(models) == ["model"] else nn.ModuleDict(models)
 
 

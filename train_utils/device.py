@@ -99,11 +99,6 @@ def fast_layout(device: torch.device, training: bool) -> torch.memory_format:
     return torch.channels_last
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Let cuDNN, where a device has it, try out its kernels and take the fastest, or not."""
-    torch.backends.cudnn.benchmark = not deterministic
-
-
 def allow_tf32(allowed: bool) -> None:
     """Whether GPUs may multiply fp32 in TF32, which keeps 10 of 23 binary places and is faster.
 
@@ -140,12 +135,6 @@ def peak_memory() -> int | None:
     if not (hasattr(module, "max_memory_allocated") and module.is_initialized()):
         return None
     return module.max_memory_allocated()
-
-
-def device_name(device: torch.device) -> str:
-    """What an accelerator is sold as, where torch knows; else its type."""
-    name = getattr(torch.get_device_module(device), "get_device_name", None)
-    return name(device) if name else device.type
 
 
 # -- a device for each process --------------------------------------------------------------------
@@ -256,11 +245,3 @@ def take_device(device: torch.device) -> None:
     """Make a device the one that this process means when it names none."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-
-
-def collective_device() -> torch.device:
-    """Where numbers must lie for a collective: on the CPU if the process group has it do them."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or "cpu" in str(dist.get_backend_config()):
-        return torch.device("cpu")
-    return accelerator

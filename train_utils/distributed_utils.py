@@ -1,4 +1,7 @@
-"""Processes: who am I, how many are we, on which device, and the few collectives in use."""
+"""The launch of a process among others, and names that users of this recipe know.
+
+Ranks and collectives are in `collectives.py`.
+"""
 
 import ctypes
 import gc
@@ -9,7 +12,6 @@ import socket
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -17,10 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from train_utils.checkpoint import save_checkpoint
+from train_utils.collectives import (
+    all_gather,
+    get_rank,
+    get_world_size,
+    is_dist_avail_and_initialized,
+    is_main_process,
+    patient_groups,
+)
 from train_utils.device import (
-    collective_device,
     process_group_backend,
     refuse_several,
     refuse_shared_device,
@@ -29,8 +39,7 @@ from train_utils.device import (
 )
 from train_utils.errors import UserError
 from train_utils.metric_logger import MetricLogger, SmoothedValue
-from train_utils.metrics import F1Score, MeanAbsoluteError, reduce_metrics
-from train_utils.watch import waiting
+from train_utils.metrics import F1Score, MeanAbsoluteError
 
 __all__ = [
     "F1Score",
@@ -38,153 +47,18 @@ __all__ = [
     "MetricLogger",
     "SmoothedValue",
     "all_gather",
-    "broadcast_buffers",
-    "broadcast_object",
-    "broadcast_tensors",
-    "cpu_cores",
     "get_rank",
     "get_world_size",
     "init_distributed_mode",
     "is_main_process",
     "mkdir",
-    "no_sync",
-    "reduce_metrics",
-    "resolve_device",
     "save_on_master",
-    "sum_over_ranks",
-    "unwrap",
 ]
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=31)  # more than the longest train.hang_timeout
 _JOIN_TIMEOUT = timedelta(minutes=10)
 _USED = "pixtrain/used"  # a key that processes leave in the store once all of them have met
-RING_PAYS = 3  # processes up to which gloo's all_reduce is the fastest sum of a few numbers
 _TIME_TO_LEAVE = 5.0  # seconds; without work under way it takes milliseconds
-_PATIENCE = timedelta(days=1)  # with what one rank does for all: downloads, scans of slow disks
-
-
-def is_dist_avail_and_initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def get_rank() -> int:
-    """Rank of this process, 0 without distributed training."""
-    return dist.get_rank() if is_dist_avail_and_initialized() else 0
-
-
-def get_world_size() -> int:
-    """Number of processes, 1 without distributed training."""
-    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
-
-
-def is_main_process() -> bool:
-    return get_rank() == 0
-
-
-def all_gather(data: Any) -> list[Any]:
-    """Gather any picklable object from all ranks into a list ordered by rank."""
-    if get_world_size() == 1:
-        return [data]
-    gathered: list[Any] = [None] * get_world_size()
-    with waiting("gathering"):
-        dist.all_gather_object(gathered, data)
-    return gathered
-
-
-def broadcast_object(data: Any) -> Any:
-    """Rank 0's picklable object, on every rank, however long rank 0 takes to come."""
-    if get_world_size() == 1:
-        return data
-    box = [data]
-    dist.broadcast_object_list(box, src=0, group=_patient_group())
-    return box[0]
-
-
-_patient: dict[Any, Any] = {}
-
-
-def _patient_group() -> Any:
-    """A gloo group of all ranks beside the default one, made at its first use."""
-    world = dist.group.WORLD
-    if world not in _patient:
-        _patient.clear()  # of a process group that is gone
-        _patient[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return _patient[world]
-
-
-def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Element-wise fp64 sum over ranks of host numbers, the same bits on all.
-
-    It runs over gloo where there is one (`init_distributed_mode` sets one up beside the GPUs' own
-    backend), so that the host waits for the other hosts only and never for the device.
-    """
-    if get_world_size() == 1:
-        return list(values)
-    vector = torch.tensor(values, dtype=torch.float64, device=collective_device())
-    with waiting("adding up numbers"):
-        if get_world_size() <= RING_PAYS or vector.device.type != "cpu":
-            dist.all_reduce(vector)
-        else:  # gloo's all_reduce passes numbers on around a ring, twice: 1022 hops for 512
-            parts = [torch.empty_like(vector) for _ in range(get_world_size())]
-            dist.gather(vector, parts if is_main_process() else None, dst=0)
-            if is_main_process():
-                vector = torch.stack(parts).sum(dim=0)
-            dist.broadcast(vector, src=0)
-        return vector.tolist()
-
-
-def shared_store() -> Any:
-    """A connection of its own to the store that all processes share; None for a single process."""
-    if get_world_size() == 1:
-        return None
-    return dist.distributed_c10d._get_default_store().clone()
-
-
-def lost_peers(error: BaseException | None) -> bool:
-    """Whether an error says no more than that another process is gone, and why is its to tell."""
-    if not isinstance(error, RuntimeError):
-        return False
-    # gloo raises plain RuntimeErrors, which begin with the place in its sources.
-    place = str(error).partition("]")[0]
-    return isinstance(error, dist.DistError) or (place.startswith("[") and "gloo" in place)
-
-
-def call_on_main(function: Callable[[], Any]) -> Any:
-    """Run a check on rank 0 only; its result, or its UserError, reaches every rank."""
-    outcome: Any = None
-    if is_main_process():
-        try:
-            outcome = function()
-        except UserError as error:
-            outcome = error
-    outcome = broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
-
-
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers.
-
-    Batch-norm's running statistics differ between ranks after a step; rank 0's are saved, so rank
-    0's must be evaluated.
-    """
-    broadcast_tensors(list(model.buffers()))
-
-
-@torch.no_grad()
-def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors by rank 0's, in one broadcast per dtype."""
-    if get_world_size() == 1:
-        return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
-        with waiting("taking over rank 0's tensors"):
-            dist.broadcast(flat, src=0)
-            flat[:1].tolist()  # on a GPU the host waits here for what is only queued above
-        for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -218,8 +92,6 @@ def mkdir(path: str | os.PathLike) -> None:
 
 def save_on_master(state: Any, path: str | os.PathLike) -> None:
     """Write a checkpoint atomically, on rank 0 only."""
-    from train_utils.checkpoint import save_checkpoint
-
     if is_main_process():
         save_checkpoint(state, Path(path))
 
@@ -441,8 +313,8 @@ def shutdown_distributed() -> bool:
     """
     if not is_dist_avail_and_initialized():
         return True
-    groups = [dist.group.WORLD, *_patient.values()]
-    _patient.clear()
+    groups = [dist.group.WORLD, *patient_groups.values()]
+    patient_groups.clear()
     gc.collect()  # data-parallel networks are parts of reference cycles
 
     index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None

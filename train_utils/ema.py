@@ -1,11 +1,10 @@
 """Exponential moving average of a network's weights."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-
-from train_utils.foreach import copy_all
 
 
 class ExponentialMovingAverage:
@@ -29,3 +28,13 @@ class ExponentialMovingAverage:
         parameters: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, parameters, 1 - decay)
         copy_all(list(self.module.buffers()), list(model.buffers()))
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target; on a GPU in a few launches, not one for each.
+
+    Batch norm has floats and counters, and torch fuses copies of one dtype only.
+    """
+    for dtype in {target.dtype for target in targets}:
+        chosen = [i for i, target in enumerate(targets) if target.dtype == dtype]
+        torch._foreach_copy_([targets[i] for i in chosen], [sources[i] for i in chosen])

@@ -37,36 +37,45 @@ def prepare(
     prepared = {}
     for name, model in models.items():
         network = folded(model).to(device).to(memory_format=torch.channels_last)
-        if amp_dtype:
-            for layer in list(network.modules()):
-                if is_plain(layer, CONVS):
-                    _cast_once(layer, device.type, amp_dtype)
-            _enter_autocast(network, device.type, amp_dtype)
-        prepared[name] = network
+        prepared[name] = InAutocast(network, device.type, amp_dtype) if amp_dtype else network
     return prepared
 
 
-def _enter_autocast(network: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    forward = network.forward
+class InAutocast(nn.Module):
+    """A network for inference that enters autocast, with each convolution's weights cast once."""
 
-    def in_autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device_type, dtype):
-            return forward(*args, **kwargs)
+    def __init__(self, network: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.device_type, self.dtype = network, device_type, dtype
+        convs = [layer for layer in network.modules() if is_plain(layer, CONVS)]
+        replacements = {conv: CastConv(conv, device_type, dtype) for conv in convs}
+        for parent in list(self.modules()):
+            for name, child in list(parent._modules.items()):
+                if child in replacements:
+                    setattr(parent, name, replacements[child])
 
-    network.forward = in_autocast  # type: ignore[method-assign]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device_type, self.dtype):
+            return self.network(*args, **kwargs)
 
 
-def _cast_once(conv: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Keep a convolution's weights in `dtype` too, which autocast would cast in every forward."""
-    in_full, in_low = conv.forward, copy.deepcopy(conv).to(dtype).forward
+class CastConv(nn.Module):
+    """A convolution that keeps its weights in `dtype` too: autocast would cast them every time."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, conv: Any, device_type: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.device_type, self.dtype = device_type, dtype
+        self.full, self.low = conv, copy.deepcopy(conv).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:  # a network may ask for its type
+        return self.full.weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         # Some layers leave autocast, where its results would have too few digits.
-        cast = torch.is_autocast_enabled(device_type)
-        cast = cast and torch.get_autocast_dtype(device_type) == dtype
-        return (in_low if cast else in_full)(*args, **kwargs)
-
-    conv.forward = forward  # type: ignore[method-assign]
+        cast = torch.is_autocast_enabled(self.device_type)
+        cast = cast and torch.get_autocast_dtype(self.device_type) == self.dtype
+        return (self.low if cast else self.full)(*args, **kwargs)
 
 
 def chunk_size(device: torch.device, image: Tensor) -> int:
@@ -92,11 +101,11 @@ def in_order(
     """
     inference = torch.inference_mode()
 
-    def whole(item: Item) -> Any:
+    def both(item: Item) -> Any:
         return job(item) if finish is None else finish(job(item))
 
     if device.type == "cpu":
-        yield from in_threads(inference(whole), items, torch.get_num_threads())
+        yield from in_threads(inference(both), items, torch.get_num_threads())
         return
     results = map(_by_rule(inference(job)), items)
     if finish is None:

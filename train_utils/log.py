@@ -2,9 +2,11 @@
 
 import logging
 import sys
-from collections import deque
 from functools import cache
+from logging.handlers import MemoryHandler
 from pathlib import Path
+
+from train_utils.collectives import is_main_process
 
 
 def get_logger() -> logging.Logger:
@@ -30,18 +32,8 @@ def say_once(text: str) -> None:
     get_logger().info(text)
 
 
-class _Early(logging.Handler):
-    """Keeps what is said before a run has a file to write it to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: deque[logging.LogRecord] = deque(maxlen=100)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-_early = _Early()
+# Keeps what is said before a run has a file to write it to.
+_early = MemoryHandler(capacity=100, flushLevel=logging.CRITICAL)
 
 
 class _Console(logging.StreamHandler):
@@ -56,18 +48,19 @@ class _Console(logging.StreamHandler):
 
 
 def _main_process_or_warning(record: logging.LogRecord) -> bool:
-    from train_utils.distributed_utils import is_main_process
-
     return record.levelno >= logging.WARNING or is_main_process()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Do without lines for which the disk has no room."""
 
 
 def log_to_file(path: Path) -> None:
     """Also append every line, with its time, to a file: those of before too."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk
-    for record in _early.records:
-        handler.handle(record)
-    _early.records.clear()
     get_logger().removeHandler(_early)
+    _early.setTarget(handler)
+    _early.close()
     get_logger().addHandler(handler)

@@ -13,9 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train_utils.activity import waiting
+from train_utils.collectives import get_world_size
 from train_utils.device import fp64_device, peak_memory
 from train_utils.log import get_logger
-from train_utils.watch import waiting
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 Number = float | int | Tensor
 
@@ -38,15 +44,6 @@ class SmoothedValue:
         self.window.append(number)
         self.total += number * n
         self.count += n
-
-    def synchronize_between_processes(self) -> None:
-        """Sum count and total over ranks; the window stays this process's own."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            both: list = [None] * dist.get_world_size()
-            with waiting("adding up a meter"):
-                dist.all_gather_object(both, (self.count, self.total))
-            self.count = sum(count for count, _ in both)
-            self.total = math.fsum(total for _, total in both)
 
     @property
     def median(self) -> float:
@@ -146,16 +143,12 @@ class MetricLogger:
             return []
         stacked = torch.stack([tensor.detach().reshape(()).float() for tensor in tensors])
         stacked = stacked.to(fp64_device(stacked.device)).double()
-        if self.reduce and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.reduce and get_world_size() > 1:
             with waiting("averaging the losses"):
                 dist.all_reduce(stacked)
                 # On a GPU the sum is only queued: it is here that the host waits for the others.
-                return (stacked / dist.get_world_size()).tolist()
+                return (stacked / get_world_size()).tolist()
         return stacked.tolist()
-
-    def synchronize_between_processes(self) -> None:
-        for meter in self.meters.values():
-            meter.synchronize_between_processes()
 
     def state_dict(self) -> dict[str, list[float]]:
         """Totals of the loss meters, so that an epoch's means survive a restart in its middle."""
@@ -236,10 +229,8 @@ def peak_memory_mb() -> float:
     """Peak memory of the current GPU's allocator, or of this process without a GPU, in MB."""
     if (held := peak_memory()) is not None:
         return held / 2**20
-    if sys.platform == "win32":
+    if resource is None:
         return math.nan
-    import resource  # there is none on Windows
-
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -1,4 +1,4 @@
-"""Saliency metrics with the same bits for any order, batch size, thread and number of processes.
+"""Metrics with the same bits for any order, batch size, thread and number of processes.
 
 Sums of floats depend on their order, sums of integers do not. So a metric's whole state is one
 int64 tensor: counters, and per-image values in fixed point with `FRACTION_BITS` binary places. Each
@@ -19,18 +19,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_utils.device import collective_device
+from train_utils.activity import waiting
+from train_utils.collectives import collective_device, is_dist_avail_and_initialized
 from train_utils.losses import unit_values
-from train_utils.watch import waiting
 
 Images = Tensor | Sequence[Tensor]
+Finish = Callable[[Tensor], Tensor]
 
 FRACTION_BITS = 44
 MAX_IMAGES = 2 ** (63 - FRACTION_BITS) - 1
 MAX_PIXELS = 2**28
-_UNIT = 255 * 2**27  # fixed-point 1 of a pixel: 8-bit codes are exact, MAX_PIXELS of them fit
+PIXEL_ONE = 255 * 2**27  # fixed-point 1 of a pixel: 8-bit codes are exact, MAX_PIXELS of them fit
 _SLACK = 1e-6  # by which rounding in an interpolation may overshoot [0, 1]
-_BETA2 = 0.3
+BETA2 = 0.3
 
 
 class ExactMetric(ABC):
@@ -139,7 +140,7 @@ def reduce_metrics(metrics: Iterable[ExactMetric], stop: bool = False) -> bool:
     reduced already are passed over; without a process group nothing happens.
     """
     pending = [metric for metric in metrics if not metric.reduced]
-    if not pending or not (dist.is_available() and dist.is_initialized()):
+    if not pending or not is_dist_avail_and_initialized():
         return stop
     device = collective_device()
     states = [metric.state.to(device) for metric in pending]
@@ -167,21 +168,21 @@ def all_remarks(metrics: Iterable[ExactMetric]) -> list[str]:
 class MeanAbsoluteError(ExactMetric):
     """Mean over images of the mean |prediction − mask|; grey masks count with their grey value.
 
-    post_norm: stretch each prediction to [0, 1] first (one of a single value stays as it is).
+    finish: what becomes of each prediction, fp64 [H, W] of the mask's size, before it is scored.
     A pixel's difference is rounded by at most 1.5e-11; among 8-bit codes it is exact.
     """
 
     name = "MAE"
     num_sums = 1
 
-    def __init__(self, post_norm: bool = False) -> None:
+    def __init__(self, finish: Finish | None = None) -> None:
         super().__init__()
-        self.post_norm = post_norm
+        self.finish = finish
 
     def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
-        pred, gt, valid = _prepare(pred, gt, self.post_norm)
-        total = to_fixed((pred - gt).abs_(), _UNIT).sum()
-        return pack_state(valid, _mean_of_fixed(total, gt.numel()))
+        pred, gt, valid = scored_pair(pred, gt, self.finish)
+        total = to_fixed((pred - gt).abs_(), PIXEL_ONE).sum()
+        return pack_state(valid, mean_of_fixed(total, gt.numel()))
 
     def compute(self) -> float:
         return self._averages().item()
@@ -204,7 +205,7 @@ class ImageMean(ExactMetric):
         super().__init__()
 
     def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
-        pred, gt, valid = _prepare(pred, gt)
+        pred, gt, valid = scored_pair(pred, gt)
         value = torch.as_tensor(self.function(pred, gt), device=pred.device).detach().double()
         sound = value.abs() <= self.largest  # not of nan
         fixed = to_fixed(torch.where(sound, value, 0), 2**self.fraction_bits)
@@ -236,22 +237,22 @@ class F1Score(ExactMetric):
 
     A pixel is salient where the mask is > 0.5, and counts as found where the prediction reaches the
     threshold. Bins are those of `torch.histc(prediction, 255, 0, 1)`.
-    post_norm: as for MeanAbsoluteError.
+    finish: as for MeanAbsoluteError.
     """
 
     name = "maxF1"
     bins = 255
     num_sums = 4 * bins  # precision, recall (fixed point); found and wrongly found pixels (counts)
 
-    def __init__(self, post_norm: bool = False) -> None:
+    def __init__(self, finish: Finish | None = None) -> None:
         super().__init__()
-        self.post_norm = post_norm
+        self.finish = finish
 
     def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
-        pred, gt, valid = _prepare(pred, gt, self.post_norm)
+        pred, gt, valid = scored_pair(pred, gt, self.finish)
         # In fp32, as histc does, so that code/255 lands in the bin of its code; 1 in the last one.
         index = pred.float().mul_(self.bins).long()
-        tp, fp = map(_at_or_above, _count(index, gt > 0.5, self.bins))
+        tp, fp = map(at_or_above, count_by_bin(index, gt > 0.5, self.bins))
         precision = tp.double() / (tp.double() + fp + 1e-4)
         recall = tp.double() / (tp[-1].double() + 1e-4)
         return pack_state(valid, to_fixed(precision), to_fixed(recall), tp, fp)
@@ -259,7 +260,7 @@ class F1Score(ExactMetric):
     def curves(self) -> FCurves:
         """Averaged precision and recall, and the F of both, whose maximum is the score."""
         precision, recall = self._averages()[: 2 * self.bins].split(self.bins)
-        f = (1 + _BETA2) * precision * recall / (_BETA2 * precision + recall + 1e-8)
+        f = (1 + BETA2) * precision * recall / (BETA2 * precision + recall + 1e-8)
         return FCurves(precision, recall, f)
 
     def pixel_counts(self) -> PixelCounts:
@@ -271,69 +272,22 @@ class F1Score(ExactMetric):
         return self.curves().f.max().item()
 
 
-class ToolboxMetrics(ExactMetric):
-    """Scores by the protocol of the field's common toolbox, comparable with published tables.
+def prediction_at(pred: Tensor, size: Sequence[int], finish: Finish | None = None) -> Tensor:
+    """A map [h, w] as it is scored: resized to `size`, fp64, finished.
 
-    The prediction is rounded to 8 bits, as a saved map would be, and stretched to [0, 1] unless it
-    is constant; a pixel is salient where the mask's code is > 128. `compute` gives MAE; maxF and
-    meanF of the F curve (β² = 0.3, thresholds 255 … 0) averaged over images; and adpF, the average
-    F at each image's own threshold min(2 · mean, 1). An empty mask scores F = 0.
-    Agrees to 1e-11 with github.com/lartpang/PySODMetrics.
-    """
-
-    name = "toolbox"
-    codes = 256
-    num_sums = 2 + codes  # MAE, adaptive F, F curve
-
-    def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
-        pred, gt, valid = _prepare(pred, gt)
-        # All scores follow from how often each code occurs on and off the object.
-        code, salient = (pred * 255).round_().long(), (gt * 255).round_() > 128
-        on, off = counts = _count(code, salient, self.codes)
-        value = _stretched_codes(on + off > 0)
-        fixed = to_fixed(value, _UNIT)
-        absolute_error = (on * (_UNIT - fixed) + off * fixed).sum()
-        mean = ((on + off) * fixed).sum().double() / (gt.numel() * _UNIT)
-        found = value >= (2 * mean).clamp(max=1)
-        adaptive_f = _toolbox_f((on * found).sum(), (off * found).sum(), on.sum())
-        # Truncated, not rounded, to 8 bits again: published numbers are made so.
-        level = (value * 255).long().expand(2, -1)
-        on, off = torch.zeros_like(counts).scatter_add_(1, level, counts)
-        curve = _toolbox_f(_at_or_above(on), _at_or_above(off), on.sum())
-        return pack_state(
-            valid,
-            _mean_of_fixed(absolute_error, gt.numel()),
-            to_fixed(adaptive_f),
-            to_fixed(curve),
-        )
-
-    def compute(self) -> dict[str, float]:
-        mae, adaptive, *_ = averages = self._averages()
-        curve = averages[2:]
-        scores = {"MAE": mae, "maxF": curve.max(), "meanF": curve.mean(), "adpF": adaptive}
-        return {name: score.item() for name, score in scores.items()}
-
-    def scores(self) -> dict[str, float]:
-        return {f"{self.name}/{name}": score for name, score in self.compute().items()}
-
-
-def prediction_at(pred: Tensor, size: Sequence[int], post_norm: bool = False) -> Tensor:
-    """A map [h, w] as it is scored: resized to `size`, fp64, stretched to [0, 1] if asked for.
-
-    The one place that finishes a prediction, for the metrics and for predict.py alike.
+    The one place that makes this of a prediction, for the metrics and for predict.py alike.
     """
     pred = unit_values(resize_prediction(pred, size), torch.float64)
-    if post_norm:
-        low, high = pred.aminmax()
-        pred = torch.where(high > low, (pred - low) / (high - low), pred)
-    return pred
+    return finish(pred) if finish else pred
 
 
-def _prepare(pred: Tensor, gt: Tensor, post_norm: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def scored_pair(
+    pred: Tensor, gt: Tensor, finish: Finish | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Prediction and mask as fp64 [H, W] of the mask's size, and whether both lie in [0, 1]."""
     pred, gt = single_map(pred), single_map(gt)
     gt = unit_values(gt.to(pred.device), torch.float64)
-    pred = prediction_at(pred, gt.shape, post_norm)
+    pred = prediction_at(pred, gt.shape, finish)
     return pred, gt, lies_in_unit_range(pred) & lies_in_unit_range(gt)
 
 
@@ -365,12 +319,12 @@ def to_fixed(values: Tensor, one: float = 2**FRACTION_BITS) -> Tensor:
     return (values * one).round_().long()
 
 
-def _mean_of_fixed(total: Tensor, pixels: int) -> Tensor:
-    """Turn a sum over pixels in units of 1/_UNIT into a mean with FRACTION_BITS."""
-    return to_fixed(total.double(), 2**FRACTION_BITS / (pixels * _UNIT))
+def mean_of_fixed(total: Tensor, pixels: int) -> Tensor:
+    """Turn a sum over pixels in units of 1/PIXEL_ONE into a mean with FRACTION_BITS."""
+    return to_fixed(total.double(), 2**FRACTION_BITS / (pixels * PIXEL_ONE))
 
 
-def _count(index: Tensor, salient: Tensor, bins: int) -> Tensor:
+def count_by_bin(index: Tensor, salient: Tensor, bins: int) -> Tensor:
     """Histograms [2, bins] of the pixels on and off the object; indices beyond go to the end bins.
 
     scatter_add_ of integers is exact, and unlike bincount does not make the host wait for a GPU.
@@ -380,29 +334,9 @@ def _count(index: Tensor, salient: Tensor, bins: int) -> Tensor:
     return histogram.scatter_add_(0, key, torch.ones_like(key)).view(2, bins)
 
 
-def _at_or_above(counts: Tensor) -> Tensor:
+def at_or_above(counts: Tensor) -> Tensor:
     """Sums of a histogram [bins] from the highest bin down to each."""
     return counts.flip(0).cumsum(0)
-
-
-def _stretched_codes(present: Tensor) -> Tensor:
-    """The value in [0, 1] of each of 256 codes, such that those present span all of it."""
-    code = torch.arange(256, dtype=torch.float64, device=present.device)
-    # The toolbox's arithmetic step by step, since it truncates the result: a true quotient, which
-    # a GPU takes only for a tensor divisor.
-    value = code / torch.full_like(code, 255)
-    low = torch.where(present, value, 1).amin()
-    high = torch.where(present, value, 0).amax()
-    stretched = torch.where(high > low, (value - low) / (high - low), value)
-    return torch.where(present, stretched, 0)
-
-
-def _toolbox_f(tp: Tensor, fp: Tensor, positives: Tensor) -> Tensor:
-    precision = tp.double() / (tp + fp).clamp(min=1)
-    recall = tp.double() / positives.clamp(min=1)
-    product = precision * recall
-    denominator = torch.where(product > 0, _BETA2 * precision + recall, 1)
-    return (1 + _BETA2) * product / denominator
 
 
 def pack_state(valid: Tensor, *sums: Tensor) -> Tensor:

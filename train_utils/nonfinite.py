@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from train_utils.distributed_utils import all_gather, sum_over_ranks
+from train_utils.activity import waiting
+from train_utils.collectives import all_gather, sum_over_ranks
+from train_utils.ema import copy_all
 from train_utils.errors import UserError, shortened
-from train_utils.foreach import copy_all
 from train_utils.log import get_logger
-from train_utils.watch import waiting
 
 HOW_TO_TAME = (
     "Lower --lr, try --amp off or gradient clipping (--set train.clip_norm=1), and check the "
@@ -80,11 +80,11 @@ class NonfiniteGuard:
             return False
         with waiting("whether all gradients are finite"):  # on a GPU: for those of all processes
             bad_here = bool(flag)
-        bad = any(self._agreed([bad_here]))
+        bad = any(self._on_all_processes([bad_here]))
         self.in_a_row = self.in_a_row + 1 if bad else 0
         return bad
 
-    def _agreed(self, flags: list[float]) -> list[float]:
+    def _on_all_processes(self, flags: list[float]) -> list[float]:
         """Flags as all processes see them: gradients are alike already, losses are their own."""
         return sum_over_ranks(flags) if self.scaled else flags
 
@@ -123,7 +123,7 @@ class NonfiniteGuard:
             return
         with waiting("whether all steps were finite"):  # on a GPU: for gradients of all processes
             here = torch.stack([flag.float() for _, flag, _ in noted]).tolist()
-        flags = self._agreed(here)
+        flags = self._on_all_processes(here)
         for bad, (step, _, losses) in zip(flags, noted, strict=True):
             if bad:
                 self.act(where(step), losses, names(step), bad_here=0)

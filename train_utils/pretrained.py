@@ -2,14 +2,13 @@
 
 import hashlib
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torchvision.models import get_model_weights
 
 from train_utils.checkpoint import load_weights
 from train_utils.errors import UserError
@@ -28,8 +27,6 @@ def backbone_state(spec: str, arch: Arch) -> dict[str, Tensor]:
     """
     if spec != "DEFAULT":
         return load_weights(spec)[0]
-    from torchvision.models import get_model_weights  # here: local files do without it
-
     weights = get_model_weights(arch).DEFAULT
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if not path.exists():
@@ -39,11 +36,13 @@ def backbone_state(spec: str, arch: Arch) -> dict[str, Tensor]:
 
 
 def _download(url: str, path: Path) -> None:
+    # torch hub sets none, and behind a firewall that swallows packets each address takes minutes.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         get_logger().info(f"Downloading {url} to {path}")
-        with _socket_timeout(TIMEOUT):
-            torch.hub.download_url_to_file(url, str(path), _hash_prefix(path))
+        torch.hub.download_url_to_file(url, str(path), _hash_prefix(path))
     # URLError and timeouts are OSErrors too; a wrong hash is a RuntimeError.
     except (OSError, HTTPException, RuntimeError) as error:
         raise UserError(
@@ -51,15 +50,6 @@ def _download(url: str, path: Path) -> None:
             f"it as {path}, or name a local file of weights, or set model.weights to null to train "
             "from random weights."
         ) from error
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torch hub sets none, and behind a firewall that swallows packets each address takes minutes.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
         socket.setdefaulttimeout(before)
 

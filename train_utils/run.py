@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from train_utils.activity import SAVING, set_activity
 from train_utils.amp import choose_amp_dtype
+from train_utils.collectives import all_gather, sum_over_ranks
 from train_utils.data import SampleKey, loader_errors
 from train_utils.device import describe_precision, tf32
-from train_utils.distributed_utils import all_gather, sum_over_ranks
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger
@@ -25,7 +26,7 @@ from train_utils.metrics import ExactMetric, all_remarks, all_scores
 from train_utils.run_folder import BEST, LAST, RunFolder, choose_run_folder, contact_sheet
 from train_utils.schedule import describe_schedules
 from train_utils.settings import deciding_metric
-from train_utils.stop import Supervisor
+from train_utils.stop import StopSignals
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import (
     EpochRun,
@@ -38,7 +39,6 @@ from train_utils.train_and_eval import (
     predict_samples,
 )
 from train_utils.training_state import TrainingState
-from train_utils.watch import SAVING, mark
 
 SHEET_ROWS = 8
 
@@ -68,7 +68,7 @@ class Run(EpochRun):
         path = choose_run_folder(args.output_dir, resume, args.run_name)
         done = state.epoch * self.steps + state.step
         self.folder = RunFolder(path, state.config, state.epoch, done)
-        self.stop = Supervisor(self.folder, self.cfg.train.hang_timeout)
+        self.stop = StopSignals(self.folder, self.cfg.train.hang_timeout)
         self._open = ExitStack()
 
     def __enter__(self) -> "Run":
@@ -103,8 +103,8 @@ class Run(EpochRun):
                 break
             self.start_step = state.step
             state.sampler.set_position(epoch, self.start_step)
-            first = epoch * self.steps + self.start_step
-            self.logger = MetricLogger(reduce=True, on_values=self.folder.step_writer(first))
+            self._steps_before = epoch * self.steps + self.start_step
+            self.logger = MetricLogger(reduce=True, on_values=self._log_step)
             self.logger.load_state_dict(state.meters)
             yield epoch
 
@@ -143,10 +143,8 @@ class Run(EpochRun):
     def log_evaluation(self, metrics: Sequence[ExactMetric], samples: Sequence[Sample]) -> None:
         """Give TensorBoard an evaluation's pictures and curves."""
         step = (self.state.epoch + 1) * self.steps
-        rows = [self.task.sheet_row(sample) for sample in samples]
-        self.folder.log_picture("val/sheet", contact_sheet(rows), step)
-        for tag, curve in self.task.curves(metrics).items():
-            self.folder.log_pr_curve(tag, curve, step)
+        sheet = contact_sheet([self.task.sheet_row(sample) for sample in samples])
+        self.folder.log_evaluation(sheet, self.task.curves(metrics), step)
 
     # -- what the loop calls --------------------------------------------------------------------
 
@@ -185,8 +183,11 @@ class Run(EpochRun):
 
     # -- inside ---------------------------------------------------------------------------------
 
+    def _log_step(self, number: int, values: dict[str, float]) -> None:
+        self.folder.log_step(self._steps_before + number + 1, values)
+
     def _save(self, best: bool = False, numbered: int | None = None) -> None:
-        mark(SAVING)
+        set_activity(SAVING)
         train, state = self.cfg.train, self.state
         self.folder.save(state.capture(), best, numbered, train.keep, train.keep_every)
         self.folder.status("running", epoch=state.epoch, step=state.step)
@@ -204,7 +205,7 @@ class Run(EpochRun):
 
     def _save_samples(self, step: int) -> None:
         """A sheet of the first validation samples, drawn by this process alone."""
-        mark("drawing a sheet of samples")
+        set_activity("drawing a sheet of samples")
         count = min(SHEET_ROWS, len(self.val_set))  # type: ignore[arg-type]
         items = [self.val_set[SampleKey(0, index)] for index in range(count)]
         amp_dtype = choose_amp_dtype(self.cfg.eval.amp, self.device, "eval.amp")

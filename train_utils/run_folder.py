@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -15,6 +15,9 @@ from typing import IO, Any, NoReturn
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import make_grid
 
 from train_utils.checkpoint import (
     CheckpointWriter,
@@ -22,19 +25,18 @@ from train_utils.checkpoint import (
     offer_another,
     remove_temporaries,
 )
+from train_utils.collectives import call_on_main, get_rank, is_main_process, lost_peers
 from train_utils.config import dump_yaml
-from train_utils.distributed_utils import (
-    call_on_main,
-    get_rank,
-    is_main_process,
-    launcher_ids,
-    lost_peers,
-    mkdir,
-)
+from train_utils.distributed_utils import launcher_ids, mkdir
 from train_utils.errors import UserError, plain_message
 from train_utils.files import write_text
 from train_utils.image_io import save_image
 from train_utils.log import get_logger, log_to_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LAST, BEST = "last.pth", "model_best.pth"
 AT_ONCE = "SIGINT, at once"
@@ -62,7 +64,7 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
         mkdir(path)
         _lock(path)
         if resume and another:  # its records and best checkpoint go on in the new folder
-            for name in ("metrics.jsonl", "results.txt", BEST):
+            for name in ("metrics.jsonl", BEST):
                 if (resume.parent / name).exists():
                     shutil.copyfile(resume.parent / name, path / name)
         if resume and resume.name != LAST:
@@ -111,10 +113,8 @@ def _lock(path: Path) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}). Choose another --output-dir."
         ) from error
-    if os.name != "posix":
+    if fcntl is None:
         return
-    import fcntl
-
     try:
         # A record lock, unlike flock, dies with this process even while its loader workers live.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,8 +235,6 @@ class RunFolder:
         log_to_file(path / "log.txt")
         dump_yaml(dict(config), path / "config.yaml")
         self._keep_records_before(epoch)
-        from torch.utils.tensorboard import SummaryWriter
-
         self.writer = SummaryWriter(str(path), purge_step=step + 1, flush_secs=30)
 
     def _keep_records_before(self, epoch: int) -> None:
@@ -244,14 +242,13 @@ class RunFolder:
             if _epoch_of_file(file) >= epoch:
                 get_logger().info(f"removing {file}, from the epochs that are trained again")
                 file.unlink()
-        for name, epoch_of in (
-            ("metrics.jsonl", _epoch_of_json),
-            ("results.txt", _epoch_of_result),
-        ):
-            file = self.path / name
-            if file.exists():
-                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-                write_text(file, "".join(f"{line}\n" for line in lines if epoch_of(line) < epoch))
+        if not (file := self.path / "metrics.jsonl").exists():
+            return
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _epoch_of_record(line) < epoch]
+        results = [_result(json.loads(line)) for line in kept]
+        write_text(file, "".join(f"{line}\n" for line in kept))
+        write_text(self.path / "results.txt", "".join(results))
 
     @property
     def writes(self) -> bool:
@@ -308,55 +305,45 @@ class RunFolder:
         for file in self.path.glob("failed_rank*.txt"):
             file.unlink(missing_ok=True)
 
-    def step_writer(self, first: int) -> Callable[[int, Mapping[str, float]], None]:
-        """A function that writes the i-th step from `first` on to TensorBoard, under train/."""
-
-        def write(i: int, values: Mapping[str, float]) -> None:
-            if self.writer:
-                for name, value in values.items():
-                    self.writer.add_scalar(f"train/{name}", value, first + i + 1)
-
-        return write
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """A step's values to TensorBoard, under train/."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(f"train/{name}", value, step)
 
     def log_epoch(self, record: Mapping[str, Any]) -> None:
         """One epoch's object to metrics.jsonl, its val/ values to TensorBoard and results.txt."""
-        if not is_main_process():
+        if not self.writer:
             return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        scores = {k: v for k, v in record.items() if k.startswith("val/")}
-        if scores:
-            self._write_result(record, scores)
-        if self.writer:
-            for name in (*scores, "img_per_s"):
-                if name in record:
-                    self.writer.add_scalar(name, record[name], record["step"])
-            self.writer.flush()
+        lines = {"metrics.jsonl": json.dumps(record) + "\n", "results.txt": _result(record)}
+        for name, line in lines.items():
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(line)
+        for name, value in record.items():
+            if name.startswith("val/") or name == "img_per_s":
+                self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()
 
-    def _write_result(self, record: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        losses = {k: v for k, v in record.items() if k.startswith("train/")}
-        figures = {**losses, **scores}
-        text = "  ".join(f"{name}: {value:.5f}" for name, value in figures.items())
-        line = f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}"
-        with (self.path / "results.txt").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def log_evaluation(
+        self, sheet: Tensor, curves: Mapping[str, Mapping[str, Tensor]], step: int
+    ) -> None:
+        """To TensorBoard: a uint8 picture [3, H, W], and precision–recall curves by tag.
 
-    def log_picture(self, tag: str, picture: Tensor, step: int) -> None:
-        """A uint8 picture [3, H, W] to TensorBoard."""
+        A curve holds the arguments of TensorBoard's raw curve.
+        """
         if self.writer:
-            self.writer.add_image(tag, picture, step)
+            self.writer.add_image("val/sheet", sheet, step)
+            for tag, curve in curves.items():
+                thresholds = len(curve["precision"])
+                self.writer.add_pr_curve_raw(
+                    tag, **curve, global_step=step, num_thresholds=thresholds
+                )
 
     def save_sheet(self, picture: Tensor, step: int) -> None:
         """A uint8 picture [3, H, W] as samples/step_<step>.png."""
         if self.writer:
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
             save_image(image, self.path / "samples" / f"step_{step:07d}.png")
-
-    def log_pr_curve(self, tag: str, curve: Mapping[str, Tensor], step: int) -> None:
-        """A precision–recall curve, given as the arguments of TensorBoard's raw curve."""
-        if self.writer:
-            thresholds = len(curve["precision"])
-            self.writer.add_pr_curve_raw(tag, **curve, global_step=step, num_thresholds=thresholds)
 
     def save(
         self,
@@ -409,44 +396,36 @@ def _epoch_of_file(path: Path) -> int:
     return int(path.stem.partition("_")[2])
 
 
-def _epoch_of_json(line: str) -> float:
+def _epoch_of_record(line: str) -> float:
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # half a line, from a kill while it was written
 
 
-def _epoch_of_result(line: str) -> float:
-    head, _, rest = line.partition(" ")
-    number = rest.partition(" ")[0]
-    return int(number) if head == "epoch:" and number.isdecimal() else float("inf")
+def _result(record: Mapping[str, Any]) -> str:
+    """An evaluated epoch's line of results.txt; empty for other epochs."""
+    if not any(name.startswith("val/") for name in record):
+        return ""
+    figures = {name: value for name, value in record.items() if name.startswith(("train/", "val/"))}
+    text = "  ".join(f"{name}: {value:.5f}" for name, value in figures.items())
+    return f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}\n"
 
 
-def resize_for_sheet(image: Tensor, size: int) -> Tensor:
-    """Fit an image into a white square, its aspect ratio kept: uint8 [3, size, size].
+def contact_sheet(rows: list[list[Tensor]], size: int = 160) -> Tensor:
+    """Images row by row, e.g. input | truth | prediction, as one uint8 picture [3, H, W].
 
-    image: [1 or 3, H, W], uint8 or float in [0, 1].
+    Each is [1 or 3, h, w], uint8 or float in [0, 1], and is fitted into a white square.
     """
-    if image.dtype == torch.uint8:
-        image = image / 255
+    squares = [_fitted(image, size) for row in rows for image in row]
+    return make_grid(squares, nrow=len(rows[0]), padding=4, pad_value=255)
+
+
+def _fitted(image: Tensor, size: int) -> Tensor:
+    image = F.to_dtype(image, torch.float32, scale=True).clamp(0, 1)
     scale = size / max(image.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
-    image = torch.nn.functional.interpolate(
-        image[None].float(), size=(height, width), mode="bilinear", antialias=True
-    )
-    square = torch.full((3, size, size), 255, dtype=torch.uint8)
-    top, left = (size - height) // 2, (size - width) // 2
-    codes = (image[0].clamp(0, 1) * 255).round().to(torch.uint8)
-    square[:, top : top + height, left : left + width] = codes
-    return square
-
-
-def contact_sheet(rows: list[list[Tensor]], size: int = 160, gap: int = 4) -> Tensor:
-    """Images row by row, e.g. input | truth | prediction, as one uint8 picture [3, H, W]."""
-    step = size + gap
-    sheet = torch.full((3, len(rows) * step + gap, len(rows[0]) * step + gap), 255).byte()
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            top, left = i * step + gap, j * step + gap
-            sheet[:, top : top + size, left : left + size] = resize_for_sheet(image, size)
-    return sheet
+    image = F.resize(image.expand(3, -1, -1), [height, width], antialias=True)
+    left, top = (size - width) // 2, (size - height) // 2
+    edges = [left, top, size - width - left, size - height - top]
+    return F.pad((image * 255).round().byte(), edges, fill=255)

@@ -16,14 +16,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from train_utils.activity import current_activity, waiting
 from train_utils.amp import choose_amp_dtype
+from train_utils.collectives import is_dist_avail_and_initialized, lost_peers
 from train_utils.data import GlobalBatchSampler, eval_loader, loader_errors, train_loader
-from train_utils.device import Feature, allow_tf32, choose_kernels, fast_layout, has
+from train_utils.device import Feature, allow_tf32, fast_layout, has
 from train_utils.distributed_utils import (
     cpu_cores,
     init_distributed_mode,
-    is_dist_avail_and_initialized,
-    lost_peers,
     shutdown_distributed,
 )
 from train_utils.ema import ExponentialMovingAverage
@@ -33,7 +33,6 @@ from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import StepOptions
 from train_utils.training_state import resumed_forward_batch, resumed_global_batch
-from train_utils.watch import doing, waiting
 
 # The option's name until torch 2.14, and since.
 _BUFFER_SYNC = next(
@@ -50,7 +49,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     seed: they are keyed.
     """
     torch.manual_seed(seed)
-    choose_kernels(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # it tries out kernels, takes the fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -137,15 +136,14 @@ def place_models(
     return {name: model.to(device).to(memory_format=layout) for name, model in models.items()}
 
 
-def default_workers(device: torch.device, local_world_size: int) -> int:
-    """Loader processes per training process: a CPU's cores are busy training, a GPU's are free."""
-    cores = cpu_cores(local_world_size)
-    return min(8, cores) if device.type != "cpu" else int(cores > 1)
-
-
 def worker_count(asked: int | None, device: torch.device, local_world_size: int) -> int:
-    """The loader processes that were asked for, or the default."""
-    return default_workers(device, local_world_size) if asked is None else asked
+    """Loader processes per training process: as asked for, or as many as there are free cores.
+
+    A CPU's cores are busy training, a GPU's are free.
+    """
+    cores = cpu_cores(local_world_size)
+    default = min(8, cores) if device.type != "cpu" else int(cores > 1)
+    return default if asked is None else asked
 
 
 def step_options(
@@ -216,8 +214,8 @@ def clean_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             _exit_with(
-                f"out of memory ({doing().place}). Use a smaller network or smaller images, or a "
-                f"device that no other program uses. It said: {str(error)[:200]}"
+                f"out of memory ({current_activity().name}). Use a smaller network or smaller "
+                f"images, or a device that no other program uses. It said: {str(error)[:200]}"
             )
         if not lost_peers(error):
             raise

@@ -8,7 +8,7 @@ import threading
 import time
 from types import FrameType
 
-from train_utils.distributed_utils import get_rank, get_world_size, shared_store
+from train_utils.collectives import get_rank, get_world_size, shared_store
 from train_utils.log import get_logger
 from train_utils.run_folder import AT_ONCE, RunFolder
 from train_utils.watch import Watch
@@ -17,7 +17,7 @@ _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 _TIME_TO_UNWIND = 2.0  # seconds that a second SIGINT leaves to the main thread
 
 
-class Supervisor:
+class StopSignals:
     """Knows why a run must end early: a signal to any process, or a process that hangs.
 
     Notes SIGTERM, SIGUSR1 (Slurm's preemption) and SIGINT; a second SIGINT stops at once.
@@ -40,7 +40,7 @@ class Supervisor:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._note)
 
-    def __enter__(self) -> "Supervisor":
+    def __enter__(self) -> "StopSignals":
         self._arrived, arriving = socket.socketpair()
         arriving.setblocking(False)
         # Python runs `_note` between two steps of its own only, and once for several signals: a

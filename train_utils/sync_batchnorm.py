@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from train_utils.activity import waiting
+from train_utils.collectives import get_world_size
 from train_utils.device import fuses_sync_batch_norm
-from train_utils.watch import waiting
 
 # The function's name until torch 2.13, and since.
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -69,7 +70,7 @@ class _OnGpu(torch.autograd.Function):
             mean, inverse = x.new_zeros(channels, dtype=dtype), x.new_ones(channels, dtype=dtype)
         count = mean.new_full((1,), x.numel() // channels)
         own = torch.cat([mean, inverse, count])
-        each = own.new_empty(dist.get_world_size(), len(own))
+        each = own.new_empty(get_world_size(), len(own))
         with waiting("batch norm's statistics"):
             if dist.get_backend() == "gloo":  # gathers tensors on a GPU one by one only
                 dist.all_gather(list(each), own)
@@ -125,7 +126,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     num_batches_tracked: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training or get_world_size() == 1:
             return super().forward(input)
         fused = fuses_sync_batch_norm(input.device)
         return self._on_gpu(input) if fused else self._anywhere(input)

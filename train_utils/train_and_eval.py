@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from train_utils.activity import LOADING, set_activity, waiting
+from train_utils.collectives import broadcast_buffers, get_rank, sum_over_ranks
 from train_utils.data import sample_names, stable_seed
 from train_utils.device import fp64_device
-from train_utils.distributed_utils import (
-    broadcast_buffers,
-    get_rank,
-    no_sync,
-    reduce_metrics,
-    sum_over_ranks,
-    unwrap,
-)
+from train_utils.distributed_utils import no_sync, unwrap
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import UserError, memory_errors, shortened
 from train_utils.inference import (
@@ -39,7 +35,7 @@ from train_utils.inference import (
 )
 from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
-from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError
+from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, reduce_metrics
 from train_utils.nonfinite import (
     HOW_TO_TAME,
     NonfiniteGuard,
@@ -48,7 +44,6 @@ from train_utils.nonfinite import (
     spoilt_if_nonfinite,
 )
 from train_utils.normalize import normalize_images
-from train_utils.watch import LOADING, mark, waiting
 
 Models = Mapping[str, nn.Module]
 Batch = tuple[Any, ...]
@@ -138,12 +133,20 @@ def train_one_epoch(
     or a gradient is not finite, unless that is to be skipped, and when the memory does not suffice.
     """
     run = run or EpochRun()
-    windows = _Windows(data_loader, options.accumulate, epoch, run.start_step)
-    models, optimizers = _by_name(model), _by_name(optimizer)
-    schedulers, scalers = _by_name(lr_scheduler), _by_name(scaler)
-    settings = torch.device(device), losses, weight, options, run.logger, windows
-    step = _Step(models, optimizers, schedulers, scalers, *settings)
-    steps = run.logger.log_every(windows, print_freq, f"Epoch: [{epoch}]", run.start_step)
+    batches = StepBatches(data_loader, options.accumulate, epoch, run.start_step)
+    step = _Step(
+        _by_name(model),
+        _by_name(optimizer),
+        _by_name(lr_scheduler),
+        _by_name(scaler),
+        torch.device(device),
+        losses,
+        weight,
+        options,
+        run.logger,
+        batches,
+    )
+    steps = run.logger.log_every(batches, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(steps, run.start_step):
         stop = step.take(number, parts, run.stop_requested)
         run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
@@ -156,13 +159,11 @@ def train_one_epoch(
 
 def mean_losses(logger: MetricLogger) -> dict[str, float]:
     """An epoch's mean of every loss, by name."""
-    means = {name: m.global_avg for name, m in logger.meters.items() if not _is_rate(name)}
-    means.pop("skipped", None)
-    return means
-
-
-def _is_rate(name: str) -> bool:
-    return name == "lr" or name.startswith("lr_")
+    return {
+        name: meter.global_avg
+        for name, meter in logger.meters.items()
+        if name not in ("lr", "skipped") and not name.startswith("lr_")
+    }
 
 
 def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
@@ -172,15 +173,8 @@ def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
     return {"lr": rates.pop(first), **rates}
 
 
-def check_finite(meters: Mapping[str, SmoothedValue], epoch: int) -> None:
-    """Raise UserError naming the terms whose totals over the epoch are not finite."""
-    bad = [name for name, meter in meters.items() if not math.isfinite(meter.total)]
-    if bad:
-        raise UserError(f"epoch {epoch}: {', '.join(bad)} became NaN or infinite. {HOW_TO_TAME}")
-
-
-class _Windows:
-    """A loader's batches, grouped by `size`; the last group may be smaller."""
+class StepBatches:
+    """A loader's batches in groups of `size`, one for each step; the last may be smaller."""
 
     def __init__(self, loader: Iterable, size: int, epoch: int, start_step: int) -> None:
         self.loader, self.size = loader, size
@@ -190,22 +184,22 @@ class _Windows:
         return -(-len(self.loader) // self.size)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        window, step, batches = [], self.start_step, len(self.loader)  # type: ignore[arg-type]
-        self._mark(step)
+        group, step, batches = [], self.start_step, len(self.loader)  # type: ignore[arg-type]
+        self._note(step)
         for number, batch in enumerate(self.loader, 1):
-            window.append(batch)
-            if len(window) == self.size:
-                yield window
-                window, step = [], step + 1
+            group.append(batch)
+            if len(group) == self.size:
+                yield group
+                group, step = [], step + 1
             if number < batches:
-                self._mark(step)
-        if window:
-            yield window
+                self._note(step)
+        if group:
+            yield group
 
-    def _mark(self, step: int) -> None:
+    def _note(self, step: int) -> None:
         what = LOADING if getattr(self.loader, "num_workers", 0) else "loading"
-        place = f"{what}: images of epoch {self.epoch}, step {step + 1}"
-        mark(place, lambda: ", ".join(self.names(step)))
+        name = f"{what}: images of epoch {self.epoch}, step {step + 1}"
+        set_activity(name, lambda: ", ".join(self.names(step)))
 
     def where(self, step: int) -> str:
         return f"epoch {self.epoch}, step {step + 1} of {self.steps}"
@@ -232,7 +226,7 @@ def weights_of(weight: Weight | None, batch: Batch) -> dict[str, float]:
     return {_ANY: images, **given} if isinstance(given, Mapping) else {_ANY: float(given)}
 
 
-def agree_on_shares(
+def shares_of_step(
     parts: Sequence[Batch], weight: Weight | None, stop: bool
 ) -> tuple[list[dict[str, float]], int, bool]:
     """The parts' shares in a step, its number of images, and whether to stop, on all ranks.
@@ -252,7 +246,7 @@ def agree_on_shares(
     return shares, int(images), stops > 0
 
 
-def minimised(
+def weighed(
     means: Losses,
     shares: Mapping[str, float],
     images: int,
@@ -312,53 +306,52 @@ def outputs_of(models: Models, needed: Any) -> Iterator[dict[str, list[Tensor]]]
             hook.remove()
 
 
+@dataclass
 class _Step:
     """Optimizer steps: the parts of each one forward and backward, then the updates."""
 
-    def __init__(
-        self,
-        models: Models,
-        optimizers: Mapping[str, Optimizer],
-        schedulers: Mapping[str, Any],
-        scalers: Mapping[str, Any],
-        device: torch.device,
-        losses: LossFunction,
-        weight: Weight | None,
-        options: StepOptions,
-        logger: MetricLogger,
-        windows: _Windows,
-    ) -> None:
-        self.models, self.optimizers, self.schedulers = models, optimizers, schedulers
+    models: Models
+    optimizers: Mapping[str, Optimizer]
+    schedulers: Mapping[str, Any]
+    scalers: Mapping[str, Any]
+    device: torch.device
+    losses: LossFunction
+    weight: Weight | None
+    options: StepOptions
+    logger: MetricLogger
+    batches: StepBatches
+
+    def __post_init__(self) -> None:
         # A disabled scaler passes everything through: one loop serves all precisions.
-        off = torch.amp.GradScaler(device.type, enabled=False)
-        self.scalers = {name: scalers.get(name) or off for name in optimizers}
-        self.device, self.losses, self.weight, self.options = device, losses, weight, options
-        self.logger, self.windows = logger, windows
+        off = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.scalers = {name: self.scalers.get(name) or off for name in self.optimizers}
         scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
-        self.amp_dtype = options.amp_dtype or (torch.float16 if scaled else None)
-        self.guard = NonfiniteGuard(options.on_nonfinite, device, scaled, models)
+        self.amp_dtype = self.options.amp_dtype or (torch.float16 if scaled else None)
+        self.guard = NonfiniteGuard(self.options.on_nonfinite, self.device, scaled, self.models)
         self._checked = False
-        for network in models.values():
+        for network in self.models.values():
             network.train()
-        for name in learning_rates(optimizers):
-            logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
+        for name in learning_rates(self.optimizers):
+            self.logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
     def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
-        mark(self.windows.where(number))  # first: where settling waits, the loader is not to blame
+        set_activity(self.batches.where(number))  # first: what settling waits for is no loader
         if self.logger.is_read:
             self.settle()
-        shares, images, stop = agree_on_shares(parts, self.weight, stop_requested())
+        shares, images, stop = shares_of_step(parts, self.weight, stop_requested())
         self._parts = list(zip(parts, shares, strict=True))
-        self._seed = self._seed_of(number)
+        self._steps_before = self.batches.epoch * self.batches.steps + number
         rates = learning_rates(self.optimizers)
         self.guard.keep_buffers()
         losses = self._gradients()
+        if not self._checked:
+            self._refuse_unused_parameters()
         skipped = self.guard.found(number, losses)
         if skipped:
-            names = self.windows.names(number)
+            names = self.batches.names(number)
             bad_gradients = self._own_bad_gradients()
-            self.guard.act(self.windows.where(number), losses, names, bad_gradients)
+            self.guard.act(self.batches.where(number), losses, names, bad_gradients)
         self._update(skipped)
         self.logger.images += images
         if self.options.on_nonfinite == "skip":
@@ -369,35 +362,18 @@ class _Step:
     def settle(self) -> None:
         """Read all values from the device; UserError if any is not finite."""
         self.logger.flush()
-        self.guard.review(self.windows.where, self.windows.names)
-        check_finite(self.logger.read, self.windows.epoch)
+        self.guard.review(self.batches.where, self.batches.names)
+        meters = self.logger.read.items()
+        if bad := [name for name, meter in meters if not math.isfinite(meter.total)]:
+            raise UserError(
+                f"epoch {self.batches.epoch}: {', '.join(bad)} became NaN or infinite. "
+                f"{HOW_TO_TAME}"
+            )
 
-    def _seed_of(self, number: int) -> int | None:
-        """What a step's dropout is drawn by on this rank."""
-        if self.options.seed is None:
-            return None
-        done = self.windows.epoch * self.windows.steps + number
-        return stable_seed(self.options.seed, done, get_rank())
-
-    def _gradients(self) -> dict[str, Tensor]:
-        """Gradients of the whole step, and its losses by name."""
-        losses = self._all_parts(synchronise=True)
-        if not self._checked:
-            self._refuse_unused_parameters()
-        return losses
-
-    def _own_bad_gradients(self) -> int:
-        """How many gradients are not finite in this process's own part of the step."""
-        self._forget_gradients()
-        self._all_parts(synchronise=False)
-        with waiting("gradients of this process alone"):  # batch norm may be over all of them
-            bad = int(nonfinite_gradients(self.models.values()))
-        self._forget_gradients()
-        return bad
-
-    def _all_parts(self, synchronise: bool) -> dict[str, Tensor]:
-        if self._seed is not None:
-            torch.manual_seed(self._seed)
+    def _gradients(self, synchronise: bool = True) -> dict[str, Tensor]:
+        """Gradients of the whole step; returns its losses by name."""
+        if self.options.seed is not None:
+            torch.manual_seed(stable_seed(self.options.seed, self._steps_before, get_rank()))
         total: dict[str, Tensor] = {}
         for number, (batch, shares) in enumerate(self._parts, 1):
             with ExitStack() as stack:
@@ -408,6 +384,15 @@ class _Step:
             for name, loss in losses.items():
                 total[name] = total[name] + loss if name in total else loss
         return total
+
+    def _own_bad_gradients(self) -> int:
+        """How many gradients are not finite in this process's own part of the step."""
+        self._forget_gradients()
+        self._gradients(synchronise=False)
+        with waiting("gradients of this process alone"):  # batch norm may be over all of them
+            bad = int(nonfinite_gradients(self.models.values()))
+        self._forget_gradients()
+        return bad
 
     def _forward_backward(self, batch: Batch, shares: Mapping[str, float]) -> dict[str, Tensor]:
         """Add the gradients of one part; returns its losses by name, times its shares."""
@@ -421,8 +406,8 @@ class _Step:
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
                 found = self.losses(self.models, batch)
                 for network, means in [(first, found)] if isinstance(found, Mapping) else found:
-                    passed = outputs[network]
-                    total, values = minimised(means, shares, images, passed, network == first)
+                    made = outputs[network]
+                    total, values = weighed(means, shares, images, made, network == first)
                     total = spoilt_if_nonfinite(total)
                     # Here data-parallel processes wait for each other's gradients.
                     with (
@@ -430,8 +415,8 @@ class _Step:
                         waiting(f"gradients of {network}"),
                     ):
                         self.scalers[network].scale(total).backward()
-                    for passed in outputs.values():  # their graphs are gone
-                        passed.clear()
+                    for made in outputs.values():  # their graphs are gone
+                        made.clear()
                     logged |= {name: value.detach() for name, value in values.items()}
         return logged
 
@@ -525,6 +510,9 @@ class Sample(NamedTuple):
     prediction: Tensor
 
 
+_Scored = tuple[int, list[Tensor], Sample | None]
+
+
 def default_predict(models: Models, images: Tensor) -> Tensor:
     """What the one network makes of uint8 or normalised images [B, 3, H, W], in fp32."""
     (network,) = models.values()
@@ -553,52 +541,24 @@ def evaluate(
     been true on any.
     """
     device = torch.device(device)
-    models = {name: unwrap(network) for name, network in _by_name(model).items()}
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
+    models = {name: unwrap(network) for name, network in _by_name(model).items()}
     for network in models.values():
         broadcast_buffers(network)
     with memory_errors("for a copy of the network", SPARE_MEMORY):
         models = prepare(models, device, amp_dtype)
-    on_host = any(metric.on_host for metric in metrics)
-    scored_on = torch.device("cpu") if on_host else fp64_device(device)
-
-    def memory_for(chunk: _Chunk) -> AbstractContextManager:
-        size = "×".join(map(str, chunk[0][1].shape[-2:]))
-        return memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY)
-
-    def forward(chunk: _Chunk) -> tuple[_Chunk, Tensor]:
-        with memory_for(chunk):
-            # Stacked on the device: one by one, images in page-locked memory come without waiting.
-            images = torch.stack([image.to(device, non_blocking=True) for _, image, _ in chunk])
-            outputs = forward_chunk(lambda x: predict(models, x), images, device)
-            return chunk, outputs.to(scored_on)
-
-    def score(predicted: tuple[_Chunk, Tensor]) -> tuple[list[list[Tensor]], dict[int, Sample]]:
-        states, pictures = [], {}
-        with memory_for(predicted[0]):
-            for (number, image, target), output in zip(*predicted, strict=True):
-                beside = target.to(scored_on, non_blocking=True)
-                states.append([metric.sample_state(output, beside) for metric in metrics])
-                if number < keep:
-                    pictures[number] = Sample(image, target, output.cpu())
-        return states, pictures
-
-    if on_host:
-        scores = in_order(forward, _chunks(data_loader, device), device, finish=score)
-    else:
-        scores = in_order(lambda chunk: score(forward(chunk)), _chunks(data_loader, device), device)
-    for metric in metrics:
-        metric.state = metric.state.to(scored_on)  # or each image's would wait to come to the host
-    mark("evaluating")
+    scoring = _Scoring(models, predict, metrics, device, keep)
+    set_activity("evaluating")
     kept: dict[int, Sample] = {}
     done = 0
-    for scored, pictures in scores:
-        for states in scored:
+    for scored in scoring.results(data_loader):
+        for number, states, sample in scored:
             for metric, state in zip(metrics, states, strict=True):
                 metric.merge(state)
-        kept |= pictures
+            if sample:
+                kept[number] = sample
         done += len(scored)
-        mark(f"evaluating, {done} images done")
+        set_activity(f"evaluating, {done} images done")
         if stop_requested and stop_requested():
             break
     if reduce_metrics(metrics, stop=bool(stop_requested and stop_requested())):
@@ -606,6 +566,53 @@ def evaluate(
     if samples is not None:
         samples.extend(kept[number] for number in sorted(kept))
     return metrics
+
+
+class _Scoring:
+    """What an evaluation computes of chunks of images, and on which device and threads."""
+
+    def __init__(
+        self,
+        models: Models,
+        predict: Callable[[Models, Tensor], Tensor],
+        metrics: Sequence[ExactMetric],
+        device: torch.device,
+        keep: int,
+    ) -> None:
+        self.predict, self.metrics, self.keep = partial(predict, models), metrics, keep
+        self.device = device
+        self.on_host = any(metric.on_host for metric in metrics)
+        self.scored_on = torch.device("cpu") if self.on_host else fp64_device(device)
+        for metric in metrics:
+            metric.state = metric.state.to(self.scored_on)  # or each image's would come to the host
+
+    def results(self, loader: Iterable) -> Iterator[list[_Scored]]:
+        """Chunk by chunk, each image's number, metric states, and itself among the first `keep`."""
+        chunks = _chunks(loader, self.device)
+        if self.on_host:
+            return in_order(self._forward, chunks, self.device, finish=self._score)
+        return in_order(lambda chunk: self._score(self._forward(chunk)), chunks, self.device)
+
+    def _forward(self, chunk: _Chunk) -> tuple[_Chunk, Tensor]:
+        with self._memory_errors(chunk):
+            # Stacked on the device: one by one, images in page-locked memory come without waiting.
+            images = [image.to(self.device, non_blocking=True) for _, image, _ in chunk]
+            outputs = forward_chunk(self.predict, torch.stack(images), self.device)
+            return chunk, outputs.to(self.scored_on)
+
+    def _score(self, predicted: tuple[_Chunk, Tensor]) -> list[_Scored]:
+        scored: list[_Scored] = []
+        with self._memory_errors(predicted[0]):
+            for (number, image, target), output in zip(*predicted, strict=True):
+                truth = target.to(self.scored_on, non_blocking=True)
+                states = [metric.sample_state(output, truth) for metric in self.metrics]
+                sample = Sample(image, target, output.cpu()) if number < self.keep else None
+                scored.append((number, states, sample))
+        return scored
+
+    def _memory_errors(self, chunk: _Chunk) -> AbstractContextManager:
+        size = "×".join(map(str, chunk[0][1].shape[-2:]))
+        return memory_errors(f"evaluating {len(chunk)} images of {size}", SPARE_MEMORY)
 
 
 def predict_samples(
@@ -616,11 +623,11 @@ def predict_samples(
     amp_dtype: torch.dtype | None = None,
 ) -> list[Sample]:
     """Predictions of a few (input, target) items, on this process alone: for pictures."""
-    models = prepare(models, device, amp_dtype)
+    forward = partial(predict, prepare(models, device, amp_dtype))
 
     def one(item: tuple[Tensor, Tensor]) -> Sample:
         image, target = (tensor.as_subclass(Tensor) for tensor in item)
-        output = forward_chunk(lambda x: predict(models, x), image[None].to(device), device)
+        output = forward_chunk(forward, image[None].to(device), device)
         return Sample(image, target, output[0].cpu())
 
     return list(in_order(one, items, device))

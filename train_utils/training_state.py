@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from train_utils.checkpoint import FORMAT, check_fits, join_states, whole
+from train_utils.checkpoint import FORMAT, as_one_module, check_fits
 from train_utils.config import diff
 from train_utils.data import GlobalBatchSampler
 from train_utils.ema import ExponentialMovingAverage
@@ -81,8 +81,8 @@ class TrainingState:
         averages = {name: ema.module for name, ema in self.ema.items()}
         return {
             "format": FORMAT,
-            "model": join_states(self.models),
-            **({"ema": join_states(averages)} if averages else {}),
+            "model": as_one_module(self.models).state_dict(),
+            **({"ema": as_one_module(averages).state_dict()} if averages else {}),
             "ema_steps": {name: ema.steps for name, ema in self.ema.items()},
             "optimizer": _states(self.optimizers),
             "lr_scheduler": _states(self.schedulers),
@@ -138,14 +138,14 @@ class TrainingState:
         """
         self._check_same_run(state, source)
         averages = {name: ema.module for name, ema in self.ema.items()} if "ema" in state else {}
-        check_fits(whole(self.models), state["model"], source)
+        check_fits(as_one_module(self.models), state["model"], source)
         if averages:
-            check_fits(whole(averages), state["ema"], f"{source}, moving average")
+            check_fits(as_one_module(averages), state["ema"], f"{source}, moving average")
         saved = self._check_trainers(state, source)
 
-        whole(self.models).load_state_dict(state["model"])
+        as_one_module(self.models).load_state_dict(state["model"])
         if averages:
-            whole(averages).load_state_dict(state["ema"])
+            as_one_module(averages).load_state_dict(state["ema"])
         for name, ema in self.ema.items():
             ema.steps = state["ema_steps"].get(name, 0)
         for trainer, content in saved:

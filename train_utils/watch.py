@@ -1,8 +1,8 @@
 """Which process keeps the others waiting, and since when.
 
 A process that waits for one that hangs cannot tell which one it is, and would wait for as long as
-the collective's timeout. So each process notes what it is doing, a thread of its own carries the
-note to the store that all processes share, and whoever waits for long reads what the others do.
+the collective's timeout. So a thread of each process carries what that does (`activity.py`) to the
+store that all processes share, and whoever waits for long reads what the others do.
 """
 
 import json
@@ -12,14 +12,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+from train_utils.activity import (
+    LOADING,
+    SAVING,
+    current_activity,
+    leave_out_of_activity,
+    set_activity,
+)
 from train_utils.log import get_logger
 
-LOADING = "waiting for the loader's workers"  # what a place begins with where it is so
-SAVING = "saving a checkpoint"
 _FINISHED = "finished"
 _TICK = 1.0  # seconds between two looks; a request to stop reaches all processes as fast
 _SUSPENDED = 5.0  # seconds between two looks that only a suspended process lets pass
@@ -27,49 +32,12 @@ _LOST = 10  # ticks without a sign after which a process is taken for stopped or
 _STOP_KEY = "watch/stop"
 
 
-class Doing(NamedTuple):
-    """What a process is doing: `waits` for other processes, or works at `place` by itself."""
-
-    place: str
-    waits: bool
-    since: float
-    details: Callable[[], str]
-
-
-def _nothing() -> str:
-    return ""
-
-
-_doing = Doing("starting", False, time.monotonic(), _nothing)
-
-
-def mark(place: str, details: Callable[[], str] = _nothing) -> None:
-    """Note what this process does from now on; `details` are asked for only if it hangs there."""
-    global _doing
-    _doing = Doing(place, False, time.monotonic(), details)
-
-
-def doing() -> Doing:
-    """What this process does at present."""
-    return _doing
-
-
-@contextmanager
-def waiting(place: str) -> Iterator[None]:
-    """Note that this process waits for others in a block, and then goes on as before."""
-    global _doing
-    before = _doing
-    _doing = Doing(f"{before.place}: {place}", True, time.monotonic(), before.details)
-    yield
-    _doing = before._replace(since=time.monotonic())
-
-
 class Report(NamedTuple):
-    """One process's note as the others read it; `quiet` counts the looks without a new one."""
+    """What a process does, as the others read it; `quiet` counts the looks without a new one."""
 
     rank: int
-    where: str
-    place: str
+    host: str
+    activity: str
     waits: bool
     seconds: float
     details: str
@@ -77,11 +45,11 @@ class Report(NamedTuple):
     quiet: int = 0
 
     def __str__(self) -> str:
-        who = f"rank {self.rank} ({self.where})"
+        who = f"rank {self.rank} ({self.host})"
         if self.quiet >= _LOST:
-            return f"{who} gives no sign of life; its last was '{self.place}'"
+            return f"{who} gives no sign of life; its last was '{self.activity}'"
         details = f" ({self.details})" if self.details else ""
-        return f"{who} has been at '{self.place}' for {self.seconds:.0f} s{details}"
+        return f"{who} has been at '{self.activity}' for {self.seconds:.0f} s{details}"
 
 
 class Watch:
@@ -106,20 +74,20 @@ class Watch:
         self.patience, self.give_up = patience, give_up
         self.stop_requested, self.stop_anywhere = stop_requested, False
         self.store, self.rank, self.world_size = store, rank, world_size
-        self.where = f"{socket.gethostname()}, process {os.getpid()}"
+        self.host = f"{socket.gethostname()}, process {os.getpid()}"
         self._peers: dict[int, Report] = {}
         self._looks = 0
-        self._named: list[int] = []
+        self._warned_of: list[int] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
-        mark("starting")
+        set_activity("starting")
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        mark(_FINISHED)
+        set_activity(_FINISHED)
         self._ended.set()
         self._thread.join(timeout=10)
 
@@ -127,47 +95,41 @@ class Watch:
         last = time.monotonic()
         with suppress(RuntimeError):  # the store goes with torchrun, which ends this process too
             while not self._ended.wait(_TICK):
-                _forget_suspension(time.monotonic() - last)
+                if (passed := time.monotonic() - last) > _SUSPENDED:
+                    leave_out_of_activity(passed)
                 last = time.monotonic()
                 self.look()
             self._report()
 
+    def look(self) -> None:
+        """Report what this process does and read the others', as the thread does by itself."""
+        self._looks += 1
+        mine = self._report()
+        if self.store is not None:
+            if self.stop_requested() and not self.stop_anywhere:
+                self.store.set(_STOP_KEY, "1")
+            self.stop_anywhere = self.stop_anywhere or self.store.check([_STOP_KEY])
+        if not self.patience or self._ended.is_set():
+            return
+        late, longest = self._late(mine)
+        if late and longest > self.patience / 4:
+            self._warn_or_give_up(late, longest)
+        elif not late:
+            self._warned_of = []
+
     def _report(self) -> Report:
-        doing = _doing
-        seconds = time.monotonic() - doing.since
-        details = doing.details() if seconds > self.patience / 8 else ""
-        mine = Report(
-            self.rank, self.where, doing.place, doing.waits, seconds, details, self._looks
-        )
+        name, waits, since, details = current_activity()
+        seconds = time.monotonic() - since
+        about = details() if seconds > self.patience / 8 else ""
+        mine = Report(self.rank, self.host, name, waits, seconds, about, self._looks)
         if self.store is not None:
             self.store.set(f"watch/{self.rank}", json.dumps(mine))
         return mine
 
-    def look(self) -> None:
-        """Pass on this process's note and judge the others', as the thread does by itself."""
-        self._looks += 1
-        mine = self._report()
-        if self.store is not None:
-            self._pass_on_stop()
-        if not self.patience or self._ended.is_set():
-            return
-        if self.store is None:
-            hangs = mine.place.startswith(LOADING)
-            late, longest = ([mine] if hangs else []), mine.seconds
-        else:
-            late, longest = self._late(mine)
-        if late and longest > self.patience / 4:
-            self._name(late, longest)
-        elif not late:
-            self._named = []
-
-    def _pass_on_stop(self) -> None:
-        if self.stop_requested() and not self.stop_anywhere:
-            self.store.set(_STOP_KEY, "1")
-        self.stop_anywhere = self.stop_anywhere or self.store.check([_STOP_KEY])
-
     def _late(self, mine: Report) -> tuple[list[Report], float]:
         """The processes that others wait for, and how long these have been waiting."""
+        if self.store is None:
+            return ([mine] if mine.activity.startswith(LOADING) else []), mine.seconds
         # Two look, and those who may be late themselves: more would only load the store.
         looks = self.rank < 2 or not mine.waits
         if not looks or mine.seconds <= self.patience / 8:
@@ -176,7 +138,7 @@ class Watch:
         reports = [mine, *map(self._read, others)]
         waiting_for = [report.seconds for report in reports if report.waits]
         # Processes that move are late, but do not hang; if all wait, the network may be to blame.
-        reports = [report for report in reports if report.place != _FINISHED]
+        reports = [report for report in reports if report.activity != _FINISHED]
         stuck = [r for r in reports if r.seconds > self.patience / 8 or r.quiet >= _LOST]
         late = [r for r in stuck if not r.waits or r.quiet >= _LOST]
         if len(waiting_for) == len(reports) == len(stuck):
@@ -191,32 +153,25 @@ class Watch:
         self._peers[rank] = new._replace(quiet=quiet)
         return self._peers[rank]
 
-    def _name(self, late: list[Report], longest: float) -> None:
-        names = "; ".join(str(report) for report in late)
-        hangs = [
-            report.quiet >= _LOST or (report.seconds > self.patience / 2 and report.place != SAVING)
-            for report in late
-        ]
-        if longest > self.patience and all(hangs):
-            if any(report.rank == self.rank for report in late):
+    def _warn_or_give_up(self, late: list[Report], longest: float) -> None:
+        names = "; ".join(map(str, late))
+        ranks = [report.rank for report in late]
+        hang = all(
+            r.quiet >= _LOST or (r.seconds > self.patience / 2 and r.activity != SAVING)
+            for r in late
+        )
+        if longest > self.patience and hang:
+            if self.rank in ranks:
                 _print_main_stack(f"rank {self.rank} hangs here:")
             self.give_up(
                 f"hang: {names}. Look at its data and its machine, or allow more time by "
                 "--set train.hang_timeout=SECONDS."
             )
             return
-        who = [report.rank for report in late]
-        speaker = next((rank for rank in range(self.world_size) if rank not in who), 0)
-        if who != self._named and speaker == self.rank:
-            self._named = who
+        speaker = next((rank for rank in range(self.world_size) if rank not in ranks), 0)
+        if ranks != self._warned_of and speaker == self.rank:
+            self._warned_of = ranks
             get_logger().warning(f"waiting for {longest:.0f} s: {names}")
-
-
-def _forget_suspension(since_last_look: float) -> None:
-    """Do not count time that this process spent stopped (Ctrl-Z, a paused container or job)."""
-    global _doing
-    if since_last_look > _SUSPENDED:
-        _doing = _doing._replace(since=_doing.since + since_last_look)
 
 
 def _print_main_stack(header: str) -> None:

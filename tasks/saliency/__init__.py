@@ -1,6 +1,6 @@
 """Salient object detection with U²-Net (Qin et al., Pattern Recognition 2020)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -20,16 +20,11 @@ from my_dataset import (
 )
 from src.u2net import from_official, is_official
 from tasks.saliency.losses import soft_iou_loss
+from tasks.saliency.metrics import ToolboxMetrics, stretched
 from train_utils import settings
 from train_utils.errors import UserError
 from train_utils.losses import criterion
-from train_utils.metrics import (
-    ExactMetric,
-    F1Score,
-    MeanAbsoluteError,
-    ToolboxMetrics,
-    prediction_at,
-)
+from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, prediction_at
 from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
 from train_utils.task import BaseTask
 from train_utils.tiles import by_rows
@@ -225,7 +220,7 @@ class Task(BaseTask):
         `eval.post_norm`); with `threshold`, 255 where it is greater, else 0. cutout: the image with
         the map as alpha. overlay: the image tinted red by the map.
         """
-        saliency = prediction_at(prediction[0], image.shape[-2:], self.cfg.eval.post_norm).cpu()
+        saliency = prediction_at(prediction[0], image.shape[-2:], self._finish).cpu()
         if threshold is not None:
             saliency = (saliency > threshold).to(saliency.dtype)
         codes = (saliency * 255).round().to(torch.uint8)
@@ -243,13 +238,18 @@ class Task(BaseTask):
             pictures["overlay"] = Image.fromarray(by_rows(tinted, *saliency.shape).numpy())
         return pictures
 
+    @property
+    def _finish(self) -> Callable[[Tensor], Tensor] | None:
+        """What becomes of maps before they are scored and written."""
+        return stretched if self.cfg.eval.post_norm else None
+
     def make_metrics(self) -> tuple[ExactMetric, ...]:
-        return MeanAbsoluteError(self.cfg.eval.post_norm), F1Score(self.cfg.eval.post_norm)
+        return MeanAbsoluteError(self._finish), F1Score(self._finish)
 
     def metrics_with(self, flags: Collection[str]) -> tuple[ExactMetric, ...]:
         """Metrics at zero; post-norm: of stretched maps; toolbox: also by its protocol."""
-        stretched = {"eval": {"post_norm": True}} if "post-norm" in flags else {}
-        metrics = self.with_values(stretched).make_metrics()
+        values = {"eval": {"post_norm": True}} if "post-norm" in flags else {}
+        metrics = self.with_values(values).make_metrics()
         return (*metrics, ToolboxMetrics()) if "toolbox" in flags else metrics
 
     def pairs_of_files(self, predictions: str, targets: str) -> PairFolderDataset:
