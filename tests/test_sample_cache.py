@@ -393,7 +393,7 @@ def test_files_of_others_in_the_folder_stay(folders, disk):
     others = [disk.cache_dir / name for name in ("notes.tmp", ".hidden.tmp", "my.pack")]
     for other in others:
         other.write_text("precious")
-    left_by_a_kill = disk.cache_dir / ".0123.pack.tmp"
+    left_by_a_kill = disk.cache_dir / ".pixtrain-0123.tmp"
     left_by_a_kill.touch()
     cached(disk, PairFolderDataset(*folders))
     assert [other.read_text() for other in others] == ["precious"] * 3

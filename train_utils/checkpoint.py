@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read only when intact, and never executed."""
 
 import copy
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from train_utils.device import pins_memory
 from train_utils.errors import UserError, shortened
+from train_utils.files import written_whole
 
 FORMAT = 1
 # What training continues from, and what not every run or older version has saved.
@@ -41,24 +41,12 @@ def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> Non
     moment leaves the old file or the new one. `links` get the same file without a second copy
     where the file system can. Raises UserError if the file system refuses.
     """
-    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with written_whole(path, links) as file:
             # To a file object: given a path, torch tells of a full disk without saying so.
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for link in links:
-            _link(temporary, link)
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        for unfinished in (path, *links):
-            with suppress(OSError):
-                _temporary(unfinished).unlink()
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"{path}: the checkpoint could not be written ({_file_error(error)}). The earlier "
             "files are kept; free disk space or choose another --output-dir, then continue with "
@@ -136,38 +124,6 @@ def _file_error(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__context__
     return _first_line(error)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed run left half written in a folder that nobody else writes to."""
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    temporary = _temporary(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without links
-        with temporary.open("wb") as file:
-            file.write(source.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # makes the rename itself survive a power cut
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def load_file(path: str | Path) -> Any:

@@ -30,12 +30,10 @@ refused unopened. Every error is a `UserError` that names the file, the cause an
 
 import os
 import stat
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from io import BytesIO
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -54,6 +52,7 @@ from PIL.TiffImagePlugin import (
 from torchvision import tv_tensors
 
 from train_utils.errors import UserError
+from train_utils.files import written_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000
@@ -289,25 +288,17 @@ def save_image(image: Image.Image, path: PathLike) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{printable(path)}: images are saved as .png")
-    encoded = BytesIO()
     note = PngInfo()
     note.add_text("Software", _SOFTWARE)
-    image.save(encoded, format="PNG", pnginfo=note, compress_level=_COMPRESSION)
-    # Not named after `path`: the suffix could make a long name too long for the file system.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(encoded.getbuffer())
-        temporary.replace(path)
+        with written_whole(path, durable=False) as file:
+            image.save(file, format="PNG", pnginfo=note, compress_level=_COMPRESSION)
     except OSError as error:
         raise UserError(
             f"{printable(path)}: cannot be written ({error.strerror}). "
             "Make room, or choose an output folder that can be written to."
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def saved_here(path: PathLike) -> bool:
