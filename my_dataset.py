@@ -32,7 +32,7 @@ from torchvision import tv_tensors
 import shapes
 from train_utils.data import behind_subsets, collate
 from train_utils.distributed_utils import call_on_main
-from train_utils.errors import UserError
+from train_utils.errors import UserError, shortened
 from train_utils.image_io import (
     DraftReader,
     image_size,
@@ -53,7 +53,6 @@ JointTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Pair = tuple[Path, Path]
 Item = TypeVar("Item")
 
-_MAX_LISTED = 10  # an error names so many files and counts the others
 _MAX_HINTS = 3  # comparing names is slow in folders of many thousands
 _LOOKED_AT = 8  # items of a dataset of one's own, before the first step
 _CHECK_THREADS = 8  # headers are read from disks that may be far away
@@ -454,7 +453,7 @@ def refuse_faulty(items: Iterable[Item], check: Callable[[Item], object]) -> Non
     """
     problems = find_faulty(items, check)
     if problems:
-        raise UserError(listed(list(problems.values())))
+        raise UserError(shortened(list(problems.values()), separator="; "))
 
 
 def find_faulty(items: Iterable[Item], check: Callable[[Item], object]) -> dict[Item, str]:
@@ -594,7 +593,8 @@ def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
     damaged = {path: text for path, text in problems.items() if skip and is_damaged(path)}
     refused = [text for path, text in problems.items() if path not in damaged]
     if refused:
-        raise UserError(f"{len(refused)} of {len(readers)} files cannot be used: {listed(refused)}")
+        listed = shortened(refused, separator="; ")
+        raise UserError(f"{len(refused)} of {len(readers)} files cannot be used: {listed}")
     lines = [f"decoded all {len(readers)} files of the data"]
     if damaged:
         lines[0] += f"; {len(damaged)} are damaged, and what they belong to is left out:"
@@ -719,9 +719,10 @@ def require_masks(
         if (close := _closest(stem, spare))
     ]
     look_close = f" Names that look close: {'; '.join(hints)}." if hints else ""
+    names = shortened([printable(image_files[stem].name) for stem in missing])
     raise UserError(
         f"{printable(masks)}: no {kind} for {len(missing)} of the {len(image_files)} images in "
-        f"{printable(images)}: {listed([printable(image_files[stem].name) for stem in missing])}."
+        f"{printable(images)}: {names}."
         f"{look_close} "
         f"Name each {kind} like its image (photo.jpg, photo.png), or remove these images."
     )
@@ -748,7 +749,7 @@ def found_in(root: Path) -> str:
     if not root.is_dir():
         return "no such folder"
     names = sorted(printable(path.name) for path in root.iterdir())
-    return f"found {listed(names) if names else 'an empty folder'}"
+    return f"found {shortened(names) if names else 'an empty folder'}"
 
 
 def _require_one_size(pair: Pair, image_wh: tuple[int, int], mask_wh: tuple[int, int]) -> None:
@@ -760,9 +761,3 @@ def _require_one_size(pair: Pair, image_wh: tuple[int, int], mask_wh: tuple[int,
         f"{image}: {image_wh[0]}×{image_wh[1]} pixels{turned}, but {mask} has "
         f"{mask_wh[0]}×{mask_wh[1]}. Replace the one that is wrong."
     )
-
-
-def listed(items: Sequence[str]) -> str:
-    """The first 10 items, and how many more there are."""
-    rest = len(items) - _MAX_LISTED
-    return "; ".join(items[:_MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")

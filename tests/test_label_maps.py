@@ -287,7 +287,7 @@ def test_faulty_masks_are_reported_together(tmp_path):
     text = str(caught.value)
     assert text.startswith("12 of 15 masks cannot be used: ")
     assert text.count(": label 9 on 1 pixel") == 10
-    assert text.endswith(" | 2 more")
+    assert text.endswith("; and 2 more")
 
 
 def test_the_scan_is_cached_until_something_changes(tmp_path, monkeypatch):

@@ -483,7 +483,7 @@ def test_missing_trimaps_are_listed(folders, trimaps):
     for stem in "bd":
         (trimaps / f"{stem}.png").unlink()
     data = ready(*folders[:2], trimaps=trimaps)
-    with pytest.raises(UserError, match=r"trimaps: no trimap for 2 of the 4 .*: b\.png; d\.png"):
+    with pytest.raises(UserError, match=r"trimaps: no trimap for 2 of the 4 .*: b\.png, d\.png"):
         matting_pairs(data, train=False, all_pairs=True)
 
 

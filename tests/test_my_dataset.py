@@ -90,7 +90,7 @@ def test_all_missing_masks_are_listed_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         PairFolderDataset(images, masks)
     assert str(caught.value).startswith(
-        f"{masks}: no mask for 2 of the 3 images in {images}: x1.jpg; x2.jpg. Name each mask"
+        f"{masks}: no mask for 2 of the 3 images in {images}: x1.jpg, x2.jpg. Name each mask"
     )
 
 
@@ -98,7 +98,7 @@ def test_a_long_list_of_missing_masks_is_cut(tmp_path):
     images, masks = make_pairs(tmp_path, ["kept", *(f"x{n:02}" for n in range(12))])
     for mask in masks.glob("x*"):
         mask.unlink()
-    with pytest.raises(UserError, match=r"no mask for 12 of .*x09\.jpg; and 2 more\. Name"):
+    with pytest.raises(UserError, match=r"no mask for 12 of .*x09\.jpg, and 2 more\. Name"):
         PairFolderDataset(images, masks)
 
 
@@ -318,7 +318,7 @@ def test_duts_layout_is_explained(tmp_path):
         DUTSDataset(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: looked for DUTS-TR/DUTS-TR-Image and DUTS-TR/DUTS-TR-Mask, "
-        "found DUTS-TR; readme.txt. Give the folder that holds DUTS-TR, "
+        "found DUTS-TR, readme.txt. Give the folder that holds DUTS-TR, "
         "or your own pairs by --images DIR --masks DIR."
     )
     with pytest.raises(UserError, match=r"DUTS-TE/DUTS-TE-Image.*no such folder\. Give the folder"):

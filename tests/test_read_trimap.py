@@ -155,4 +155,4 @@ def test_real_trimaps(shared_data):
 
 def test_real_alpha_matte_given_by_mistake(shared_data):
     message = refusal(shared_data / "matting" / "alpha" / "GT04.png")
-    assert re.search(r"0 \(175,470 px\).* and 250 more", message)
+    assert re.search(r"0 \(175,470 px\).*, and 250 more", message)

@@ -216,11 +216,10 @@ def _check_training_state(state: Any, path: Path) -> None:
         weights = [key for key in ("model", "ema") if key in state]
         wrong = [key for key in weights if not _is_state_dict(state[key])]
     if missing or wrong:
-        parts = [_listed("missing", missing, 4), _listed("of a wrong type", wrong)]
+        problems = _counted({"missing": missing, "of a wrong type": wrong})
         raise UserError(
-            f"{path}: holds no training state to continue from "
-            f"({'; '.join(part for part in parts if part)}). Start anew from its weights with "
-            "--weights."
+            f"{path}: holds no training state to continue from ({problems}). Start anew from its "
+            "weights with --weights."
         )
 
 
@@ -305,15 +304,11 @@ def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) 
         if key in state_dict and state_dict[key].shape != own[key].shape
     ]
     if missing or unexpected or shapes:
-        parts = [
-            _listed("missing", missing),
-            _listed("unexpected", unexpected),
-            _listed("of another shape (file ≠ network)", shapes),
-        ]
+        other_shapes = "of another shape (file ≠ network)"
+        problems = {"missing": missing, "unexpected": unexpected, other_shapes: shapes}
         raise UserError(
-            f"{source}: these weights do not fit {type(model).__name__}: "
-            f"{'; '.join(part for part in parts if part)}. Choose the network they were made for "
-            "(--set model.name=…) or another file."
+            f"{source}: these weights do not fit {type(model).__name__}: {_counted(problems)}. "
+            "Choose the network they were made for (--set model.name=…) or another file."
         )
 
 
@@ -334,10 +329,9 @@ def whole(models: dict[str, nn.Module]) -> nn.Module:
     return models["model"] if list(models) == ["model"] else nn.ModuleDict(models)
 
 
-def _listed(what: str, items: list[str], limit: int = 8) -> str:
-    if not items:
-        return ""
-    return f"{len(items)} {what}: {shortened(items, limit)}"
+def _counted(problems: Mapping[str, list[str]]) -> str:
+    """How many items have each problem, and which."""
+    return "; ".join(f"{len(x)} {what}: {shortened(x)}" for what, x in problems.items() if x)
 
 
 def _first_line(error: BaseException) -> str:

@@ -51,7 +51,7 @@ from PIL.TiffImagePlugin import (
 )
 from torchvision import tv_tensors
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, shortened
 from train_utils.files import written_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -617,11 +617,10 @@ def _grey_levels(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int]:
     return rgb[..., 0], 255
 
 
-def _most_frequent(pixels: dict[str, int], shown: int = 6) -> str:
+def _most_frequent(pixels: dict[str, int]) -> str:
     """Values with their numbers of pixels, the most frequent first, as text."""
     ordered = sorted(pixels, key=lambda value: -pixels[value])
-    text = ", ".join(f"{value} ({pixels[value]:,} px)" for value in ordered[:shown])
-    return text + (f" and {len(ordered) - shown} more" if len(ordered) > shown else "")
+    return shortened([f"{value} ({pixels[value]:,} px)" for value in ordered], limit=6)
 
 
 def _trimap_fix(levels: np.ndarray, lossless: bool) -> str:

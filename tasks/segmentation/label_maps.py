@@ -20,15 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
 from train_utils.data import follow_the_script
-from train_utils.errors import UserError
+from train_utils.errors import UserError, shortened
 from train_utils.files import user_cache, write_text
 from train_utils.image_io import PathLike, printable, read_image, read_label_file, read_mask
 from transforms import IGNORE
 
 VOC_VOID = (224, 224, 192)  # the colour of the borders between PASCAL VOC's objects
 
-_MAX_LISTED = 10  # an error names so many files and counts the others …
-_MAX_VALUES = 3  # … and so many values of each
+_MAX_VALUES = 3  # an error names so many values of a file and counts the others
 _NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
 _MAX_NEAR = 0.05  # … at most on this share of its pixels
 _CACHE_FORMAT = 1  # to be raised when the meaning of a cached number changes
@@ -138,7 +137,7 @@ class LabelReader:
                 "all that are no classes."
             )
         raise UserError(
-            f"{printable(path)}: label {_listed(found, ', ', _MAX_VALUES)}, but the "
+            f"{printable(path)}: label {shortened(found, _MAX_VALUES)}, but the "
             f"{self.num_classes} classes are 0 to {self.num_classes - 1}. {fix}"
         )
 
@@ -235,12 +234,12 @@ class MaskScan:
         if self.reader.mode != "index":
             return ""
         found = np.flatnonzero((self.reader.table() == IGNORE) & (np.array(self.raw_histogram) > 0))
-        return f" ({_listed([str(value) for value in found], ', ', _MAX_VALUES)})"
+        return f" ({shortened([str(value) for value in found], _MAX_VALUES)})"
 
     def _remarks(self) -> list[str]:
         remarks = []
         if self.absent:
-            remarks.append(f"in no mask: {_listed(self.absent, ', ', _MAX_LISTED)}")
+            remarks.append(f"in no mask: {shortened(self.absent)}")
         if self.blank_files:
             remarks.append(f"{self.blank_files} files hold nothing but ignored pixels")
         if self.reader.mode == "threshold":
@@ -347,7 +346,7 @@ def _count(paths: Sequence[PathLike], reader: LabelReader, workers: int) -> Mask
     if problems:
         raise UserError(
             f"{len(problems)} of {len(paths)} masks cannot be used: "
-            f"{_listed(problems, ' | ', _MAX_LISTED)}"
+            f"{shortened(problems, separator='; ')}"
         )
     classes = slice(reader.num_classes)
     return MaskScan(
@@ -466,8 +465,3 @@ def _is_jpeg(path: PathLike) -> bool:
 
 def _pixels(count: int) -> str:
     return f"{count} pixel" if count == 1 else f"{count} pixels"
-
-
-def _listed(items: Sequence[str], separator: str, limit: int) -> str:
-    rest = len(items) - limit
-    return separator.join(items[:limit]) + (f"{separator}{rest} more" if rest > 0 else "")
