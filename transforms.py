@@ -1,6 +1,6 @@
 """Joint transforms of image and mask, uint8 in and uint8 out.
 
-Pixels stay 8-bit until they are on the device, where `normalize_images` makes network input of
+Pixels stay 8-bit until they are on the device, where `train_utils.normalize` makes network input of
 them. All randomness is drawn from torch's default generator; a transform keeps no state.
 """
 
@@ -13,34 +13,10 @@ from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from train_utils.datasets import IGNORE, TwoParts
 from train_utils.errors import UserError
-from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
-from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 
-IGNORE = 255  # the class index of pixels that count in no loss and no score
-
-__all__ = [
-    "IGNORE",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "MattingEval",
-    "MattingTrain",
-    "SaliencyEval",
-    "SaliencyTrain",
-    "SegmentationEval",
-    "SegmentationTrain",
-    "TranslationEval",
-    "TranslationTrain",
-    "composite",
-    "cover",
-    "letterbox_box",
-    "make_trimap",
-    "matting_input",
-    "normalize_images",
-    "predict_input",
-    "restore_logits",
-    "segmentation_input",
-]
+BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255  # the values of a trimap
 
 
 def predict_input(image: Tensor, image_size: int) -> Tensor:
@@ -50,18 +26,6 @@ def predict_input(image: Tensor, image_size: int) -> Tensor:
     prepare their images by this one function.
     """
     return F.resize(image, [image_size, image_size], antialias=True)
-
-
-class TwoParts:
-    """A transform of a pair whose first part is not random, so that its result can be kept.
-
-    `prepare(image, target)` is that part, `augment` the rest, which may draw random numbers.
-    `prepared_sizes(height, width)` tells the sizes (height, width) that `prepare` makes of files of
-    height × width, and `preparation()` what else its result depends on.
-    """
-
-    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment(*self.prepare(image, target))  # type: ignore[attr-defined]
 
 
 class SaliencyTrain(TwoParts):

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from tasks.matting.trimaps import read_trimap
 from train_utils.errors import UserError
-from train_utils.image_io import read_trimap
 
 LEVELS = np.uint8([[0, 128, 255], [255, 0, 128]])
 

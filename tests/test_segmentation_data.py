@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from my_dataset import PairDataset, check_pairs
 from tasks.segmentation.data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
 from tasks.segmentation.label_maps import LabelReader
+from train_utils.datasets import PairDataset, check_pairs
 from train_utils.errors import UserError
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from my_dataset import PairDataset
 from tasks.segmentation.data import camvid_pairs
 from tasks.segmentation.label_maps import LabelReader
+from train_utils.datasets import PairDataset
 from train_utils.errors import UserError
 from transforms import (
     IGNORE,

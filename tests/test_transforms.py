@@ -8,14 +8,12 @@ from torchvision.transforms.v2 import functional as F
 
 from my_dataset import DUTSDataset
 from train_utils.errors import UserError
+from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     SaliencyEval,
     SaliencyTrain,
     SegmentationEval,
     SegmentationTrain,
-    normalize_images,
     predict_input,
     segmentation_input,
 )

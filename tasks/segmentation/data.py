@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from my_dataset import Pair, PairFolderDataset, files_by_stem, found_in
+from my_dataset import PairFolderDataset
+from train_utils.datasets import Pair, files_by_stem, found_in
 from train_utils.errors import UserError, shortened
 from train_utils.image_io import printable
 
