@@ -267,11 +267,6 @@ def test_direction():
     assert (int(source[0, 0, 0]), int(target[0, 0, 0])) == (A_GREY, B_GREY)
 
 
-def test_a_crop_larger_than_the_image_is_refused():
-    with pytest.raises(UserError, match="load_size 15"):
-        TranslationTrain(image_size=16, load_size=15)
-
-
 # --- real data ----------------------------------------------------------------------------------
 
 

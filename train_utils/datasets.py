@@ -2,13 +2,13 @@
 
 import difflib
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -41,12 +41,20 @@ class TwoParts:
     """A transform of a pair whose first part is not random, so that its result can be kept.
 
     `prepare(image, target)` is that part, `augment` the rest, which may draw random numbers.
-    `prepared_sizes(height, width)` tells the sizes (height, width) that `prepare` makes of files of
-    height × width, and `preparation()` what else its result depends on.
+    `preparation()` says what the result of `prepare` depends on, besides the files.
     """
 
     def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment(*self.prepare(image, target))  # type: ignore[attr-defined]
+        return self.augment(*self.prepare(image, target))
+
+    def prepare(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def preparation(self) -> str:
+        raise NotImplementedError
+
+    def augment(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return as_tv_tensor(image), as_tv_tensor(target)
 
     @classmethod
     def is_all_of(cls, transforms: Any) -> bool:
@@ -55,24 +63,20 @@ class TwoParts:
 
 
 class PathPairs(Sequence[Pair]):
-    """Pairs of paths in two arrays, made anew whenever one is asked for.
+    """Pairs of paths in an array, made anew whenever one is asked for.
 
     Looking at an object writes to it, its reference count, so that a list of paths is copied page
-    by page into every loader process: the more epochs, the more memory. Arrays stay shared.
+    by page into every loader process: the more epochs, the more memory. An array stays shared.
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
-        names = [os.fsencode(path) for pair in pairs for path in pair]
-        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
-        self._bounds = np.cumsum([0, *map(len, names)])
+        self._names = np.array([[str(path) for path in pair] for pair in pairs])
 
     def __len__(self) -> int:
-        return len(self._bounds) // 2
+        return len(self._names)
 
     def __getitem__(self, index: Any) -> Any:
-        first, second, end = self._bounds[2 * range(len(self))[index] :][:3]
-        names = self._names[first:second], self._names[second:end]
-        return tuple(Path(os.fsdecode(name.tobytes())) for name in names)
+        return tuple(map(Path, self._names[index].tolist()))
 
 
 class PairDataset(Dataset):
@@ -118,9 +122,12 @@ class PairDataset(Dataset):
 
     def prepared_sizes(self, index: int) -> list[tuple[int, int]]:
         """(height, width) of both parts that a cache keeps, by the files' headers."""
-        in_two_parts = TwoParts.is_all_of(self.transforms)
-        sizes = self.sizes(index, None if in_two_parts else self.at_least)
-        return self.transforms.prepared_sizes(*sizes[0]) if in_two_parts else sizes
+        if not TwoParts.is_all_of(self.transforms):
+            return self.sizes(index, self.at_least)
+        pair = [
+            torch.empty(3, *size, dtype=torch.uint8, device="meta") for size in self.sizes(index)
+        ]
+        return [(part.shape[-2], part.shape[-1]) for part in self.transforms.prepare(*pair)]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """The image and the target as they are in their files."""
