@@ -303,7 +303,7 @@ def test_the_scan_is_cached_until_something_changes(tmp_path, monkeypatch):
     scans: list[MaskScan] = []
     assert reads_of_scan(LabelReader(4)) == 3
     assert reads_of_scan(LabelReader(4)) == 0
-    assert scans[0] == scans[1]
+    assert scans[0].text() == scans[1].text()
     assert reads_of_scan(LabelReader(3)) == 3
     save(paths[0], [[0] * 5, [1] * 5])
     assert reads_of_scan(LabelReader(4)) == 3
@@ -316,15 +316,7 @@ def test_a_damaged_cache_is_ignored(tmp_path, content):
     scan = scan_masks(paths, LabelReader(4), cache)
     (file,) = cache.iterdir()
     file.write_text(content, errors="surrogateescape")
-    assert scan_masks(paths, LabelReader(4), cache) == scan
-
-
-def test_a_cache_whose_numbers_do_not_add_up_is_ignored(tmp_path):
-    paths, cache = three_masks(tmp_path), tmp_path / "cache"
-    scan = scan_masks(paths, LabelReader(4), cache)
-    (file,) = cache.iterdir()
-    file.write_text(file.read_text().replace('"class_counts": [8', '"class_counts": [9'))
-    assert scan_masks(paths, LabelReader(4), cache) == scan
+    assert scan_masks(paths, LabelReader(4), cache).text() == scan.text()
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path):
@@ -336,11 +328,11 @@ def test_an_unwritable_cache_is_no_error(tmp_path):
 def test_the_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     scan_masks(three_masks(tmp_path), LabelReader(4))
-    assert len(list((tmp_path / "xdg" / "pixtrain" / "mask_scans").glob("*.json"))) == 1
+    assert len(list((tmp_path / "xdg" / "pixtrain" / "mask_scans").glob("*.npy"))) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     scan_masks(three_masks(tmp_path), LabelReader(4))
-    assert len(list((tmp_path / "home/.cache/pixtrain/mask_scans").glob("*.json"))) == 1
+    assert len(list((tmp_path / "home/.cache/pixtrain/mask_scans").glob("*.npy"))) == 1
 
 
 def test_a_single_class_is_refused_with_a_hint(tmp_path):

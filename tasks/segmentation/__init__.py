@@ -259,20 +259,9 @@ def _file_pairs(data: DataConfig, train: bool, transforms: Any, all_pairs: bool 
 
 def _scan_scenes(data: DataConfig) -> MaskScan:
     """What the masks of the embedded training scenes hold."""
-    scenes = _training_scenes(data)
-    counts = torch.stack([label_counts(mask, data.num_classes) for _, mask in scenes])
-    there, total = counts > 0, counts.sum(0).tolist()
-    return MaskScan(
-        label_reader(data),
-        files=len(counts),
-        raw_histogram=total + [0] * (256 - len(total)),
-        class_counts=total,
-        class_files=there.sum(0).tolist(),
-        class_extent=(there * counts.sum(1, keepdim=True)).sum(0).tolist(),
-        ignored=0,
-        ignored_files=0,
-        blank_files=0,
-    )
+    masks = (mask for _, mask in _training_scenes(data))
+    histograms = [torch.bincount(mask.flatten(), minlength=256) for mask in masks]
+    return MaskScan(label_reader(data), torch.stack(histograms).numpy())
 
 
 _PIXEL_LOSSES = {"ce": pixel_cross_entropy, "bce": one_hot_cross_entropy}

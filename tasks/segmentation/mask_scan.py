@@ -5,11 +5,9 @@ not a device assert, a meaningless loss or a black output later.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +15,35 @@ import numpy as np
 from tasks.segmentation.label_maps import MAX_VALUES, USE_BRIGHT, LabelReader
 from train_utils.datasets import try_all
 from train_utils.errors import UserError, shortened
-from train_utils.files import user_cache, write_text
+from train_utils.files import user_cache, written_whole
 from train_utils.image_io import PathLike, printable
 from transforms import IGNORE
 
 _NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
 _MAX_NEAR = 0.05  # … at most on this share of its pixels
-_CACHE_FORMAT = 1  # to be raised when the meaning of a cached number changes
+_CACHE_FORMAT = 2  # to be raised when the meaning of a cached number changes
 
 
-@dataclass
 class MaskScan:
     """What a set of masks holds, as read by `reader`; counts of pixels where nothing else is said.
 
-    raw_histogram: of the 256 values behind the classes, see `LabelReader.values`.
+    histograms: of the 256 values behind the classes (see `LabelReader.values`), int64 [files, 256].
     class_extent: by class, the pixels that count in those files in which the class occurs.
     ignored: pixels that do not count; blank_files: files without any pixel that counts.
     """
 
-    reader: LabelReader
-    files: int
-    raw_histogram: list[int]
-    class_counts: list[int]
-    class_files: list[int]
-    class_extent: list[int]
-    ignored: int
-    ignored_files: int
-    blank_files: int
+    def __init__(self, reader: LabelReader, histograms: np.ndarray) -> None:
+        self.reader, self.files = reader, len(histograms)
+        self.raw_histogram = histograms.sum(0).tolist()
+        table = reader.table()
+        classes = np.stack([histograms[:, table == c].sum(1) for c in range(reader.num_classes)], 1)
+        ignored = histograms[:, table == IGNORE].sum(1)
+        counting = classes.sum(1)
+        self.class_counts = classes.sum(0).tolist()
+        self.class_files = (classes > 0).sum(0).tolist()
+        self.class_extent = ((classes > 0) * counting[:, None]).sum(0).tolist()
+        self.ignored, self.ignored_files = int(ignored.sum()), int((ignored > 0).sum())
+        self.blank_files = int((counting == 0).sum())
 
     @property
     def absent(self) -> list[str]:
@@ -133,10 +133,15 @@ def scan_masks(
     which nothing can be learned.
     """
     cache = _cache_file(paths, reader, cache_dir)
-    scan = _cached(cache, reader)
-    if scan is None:
-        scan = _count(paths, reader)
-        _keep(cache, scan)
+    histograms = _cached(cache, len(paths))
+    if histograms is None:
+        histograms = _count(paths, reader)
+        if cache:
+            with suppress(OSError):
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                with written_whole(cache) as file:
+                    np.save(file, histograms)
+    scan = MaskScan(reader, histograms)
     place = printable(Path(paths[0]).parent)
     if refuse_single_class and sum(count > 0 for count in scan.class_counts) < 2:
         raise UserError(f"{place}: {_single_class(scan)}")
@@ -149,41 +154,15 @@ def scan_masks(
     return scan
 
 
-# --- counting ------------------------------------------------------------------------------------
-
-
-def _count(paths: Sequence[PathLike], reader: LabelReader) -> MaskScan:
-    table = reader.table()
-
+def _count(paths: Sequence[PathLike], reader: LabelReader) -> np.ndarray:
     def histogram(path: PathLike) -> np.ndarray:
         return np.bincount(reader.values(path).ravel(), minlength=256)
 
-    histograms, problems = try_all(paths, histogram)
+    found, problems = try_all(paths, histogram)
     if problems:
         listed = shortened(list(problems.values()), separator="; ")
         raise UserError(f"{len(problems)} of {len(paths)} masks cannot be used: {listed}")
-    raw, pixels, files, extent = np.zeros((4, 256), dtype=np.int64)
-    blank_files = 0
-    for values in histograms.values():
-        by_class = np.bincount(table, weights=values, minlength=256).astype(np.int64)
-        counting = by_class[:IGNORE].sum()
-        raw += values
-        pixels += by_class
-        files += by_class > 0
-        extent += (by_class > 0) * counting
-        blank_files += int(counting == 0)
-    classes = slice(reader.num_classes)
-    return MaskScan(
-        reader,
-        files=len(histograms),
-        raw_histogram=raw.tolist(),
-        class_counts=pixels[classes].tolist(),
-        class_files=files[classes].tolist(),
-        class_extent=extent[classes].tolist(),
-        ignored=int(pixels[IGNORE]),
-        ignored_files=int(files[IGNORE]),
-        blank_files=blank_files,
-    )
+    return np.stack([found[path] for path in paths])
 
 
 def _single_class(scan: MaskScan) -> str:
@@ -206,9 +185,6 @@ def _single_class(scan: MaskScan) -> str:
     return f"{cause}, so there is nothing to learn. Check that these are the masks{ignored}."
 
 
-# --- cache ---------------------------------------------------------------------------------------
-
-
 def _cache_file(
     paths: Sequence[PathLike], reader: LabelReader, cache_dir: PathLike | None
 ) -> Path | None:
@@ -216,8 +192,7 @@ def _cache_file(
     cache_dir = cache_dir or user_cache("mask_scans")
     if cache_dir is None:
         return None
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([_CACHE_FORMAT, asdict(reader)]).encode())
+    digest = hashlib.blake2b(f"{_CACHE_FORMAT} {reader}".encode(), digest_size=16)
     for path in paths:
         try:
             stat = Path(path).stat()
@@ -225,30 +200,12 @@ def _cache_file(
             return None  # reading it will say why
         name = os.fsencode(Path(path).absolute())
         digest.update(b"\0%b\0%d %d" % (name, stat.st_size, stat.st_mtime_ns))
-    return Path(cache_dir, f"{digest.hexdigest()}.json")
+    return Path(cache_dir, f"{digest.hexdigest()}.npy")
 
 
-def _cached(cache: Path | None, reader: LabelReader) -> MaskScan | None:
+def _cached(cache: Path | None, files: int) -> np.ndarray | None:
     try:
-        scan = cache and MaskScan(reader, **json.loads(cache.read_text(encoding="utf-8")))
-        return scan if scan and _adds_up(scan) else None
-    except (OSError, ValueError, TypeError):
+        histograms = np.load(cache) if cache else None
+    except (OSError, ValueError, EOFError):  # there is none, or nonsense
         return None
-
-
-def _adds_up(scan: MaskScan) -> bool:
-    by_class = (scan.class_counts, scan.class_files, scan.class_extent)
-    return (
-        len(scan.raw_histogram) == 256
-        and all(len(counts) == scan.reader.num_classes for counts in by_class)
-        and sum(scan.raw_histogram) == sum(scan.class_counts) + scan.ignored > 0
-        and max(scan.class_files) <= scan.files
-    )
-
-
-def _keep(cache: Path | None, scan: MaskScan) -> None:
-    counts = {item.name: getattr(scan, item.name) for item in fields(scan) if item.name != "reader"}
-    if cache:
-        with suppress(OSError):
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, json.dumps(counts))
+    return histograms if getattr(histograms, "shape", None) == (files, 256) else None
