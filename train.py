@@ -17,14 +17,15 @@ import argparse
 import torch
 
 import tasks
-from my_dataset import fingerprint, prepare_datasets
 from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.arguments import parse_args
 from train_utils.checkpoint import split_states
 from train_utils.config import to_dict
+from train_utils.datasets import fingerprint
 from train_utils.distributed_utils import refuse_launcher
 from train_utils.ema import ExponentialMovingAverage
+from train_utils.prepare_data import prepare_datasets
 from train_utils.run import Run, evaluate_task
 from train_utils.setup import (
     build_loaders,
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Data. What a step's samples are does not depend on the number of processes or workers.
     train_set, val_set = task.build_datasets()  # or any two torch Datasets
-    task, train_set, val_set = prepare_datasets(args, task, train_set, val_set)
+    task, train_set, val_set = prepare_datasets(task, train_set, val_set)
     loader, val_loader, sampler = build_loaders(args, task, train_set, val_set, saved)
     cfg = task.cfg
 
@@ -105,7 +106,7 @@ def evaluate_only(args: argparse.Namespace, task: BaseTask, weights: str) -> Non
     device, networks = torch.device(args.device), task.build_models()
     split_states(networks, tasks.read_weights(task, weights), weights)
     task.cfg.data.cache = "none"  # nothing is read twice
-    task, _, val_set = prepare_datasets(args, task, None, task.build_val_dataset())
+    task, _, val_set = prepare_datasets(task, None, task.build_val_dataset())
     networks = place_models(networks, device, sync_bn=False)
     evaluate_task(task, networks, build_val_loader(args, task.cfg, val_set), device)
 

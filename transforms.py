@@ -1,6 +1,6 @@
 """Joint transforms of image and mask, uint8 in and uint8 out.
 
-Pixels stay 8-bit until they are on the device, where `normalize_images` makes network input of
+Pixels stay 8-bit until they are on the device, where `train_utils.normalize` makes network input of
 them. All randomness is drawn from torch's default generator; a transform keeps no state.
 """
 
@@ -13,34 +13,9 @@ from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from train_utils.errors import UserError
-from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
-from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
+from train_utils.datasets import IGNORE, TwoParts
 
-IGNORE = 255  # the class index of pixels that count in no loss and no score
-
-__all__ = [
-    "IGNORE",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "MattingEval",
-    "MattingTrain",
-    "SaliencyEval",
-    "SaliencyTrain",
-    "SegmentationEval",
-    "SegmentationTrain",
-    "TranslationEval",
-    "TranslationTrain",
-    "composite",
-    "cover",
-    "letterbox_box",
-    "make_trimap",
-    "matting_input",
-    "normalize_images",
-    "predict_input",
-    "restore_logits",
-    "segmentation_input",
-]
+BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255  # the values of a trimap
 
 
 def predict_input(image: Tensor, image_size: int) -> Tensor:
@@ -52,43 +27,14 @@ def predict_input(image: Tensor, image_size: int) -> Tensor:
     return F.resize(image, [image_size, image_size], antialias=True)
 
 
-class TwoParts:
-    """A transform of a pair whose first part is not random, so that its result can be kept.
-
-    `prepare(image, target)` is that part, `augment` the rest, which may draw random numbers.
-    `prepared_sizes(height, width)` tells the sizes (height, width) that `prepare` makes of files of
-    height × width, and `preparation()` what else its result depends on.
-    """
-
-    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return self.augment(*self.prepare(image, target))
-
-    def prepare(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def augment(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        raise NotImplementedError
-
-    def preparation(self) -> str:
-        raise NotImplementedError
-
-
 class SaliencyTrain(TwoParts):
     """The U²-Net recipe: resize to a square, crop at random, flip with probability `hflip`.
 
     Takes an image [3, H, W] and a mask [1, H, W] of the same size, both uint8; gives both in
-    `crop_size` × `crop_size`. Raises UserError if the crop is larger than the resized image.
+    `crop_size` × `crop_size`.
     """
 
     def __init__(self, image_size: int = 320, crop_size: int = 288, hflip: float = 0.5) -> None:
-        if not 1 <= crop_size <= image_size:
-            raise UserError(
-                f"crop_size {crop_size}: does not fit into image_size {image_size}. "
-                f"Use a value from 1 to {image_size}."
-            )
         self.image_size, self.crop_size, self.hflip = image_size, crop_size, hflip
 
     def prepare(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,15 +53,10 @@ class SaliencyTrain(TwoParts):
 
     def augment(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The random part, of what `prepare` gives."""
-        image, mask = _crop_and_flip((image, mask), self.image_size, self.crop_size, self.hflip)
-        return tv_tensors.Image(image), tv_tensors.Mask(mask)
-
-    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(height, width) of what `prepare` makes of an image and a mask of height × width."""
-        return [(self.image_size, self.image_size)] * 2
+        both = _crop_and_flip((image, mask), self.image_size, self.crop_size, self.hflip)
+        return super().augment(*both)
 
     def preparation(self) -> str:
-        """What else the result of `prepare` depends on."""
         return f"resize to {self.image_size}"
 
 
@@ -128,16 +69,7 @@ class SaliencyEval(TwoParts):
     def prepare(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return predict_input(image, self.image_size), mask
 
-    def augment(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is random."""
-        return tv_tensors.Image(image), tv_tensors.Mask(mask)
-
-    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(height, width) of what `prepare` makes of an image and a mask of height × width."""
-        return [(self.image_size, self.image_size), (height, width)]
-
     def preparation(self) -> str:
-        """What else the result of `prepare` depends on."""
         return f"resize image to {self.image_size}"
 
 
@@ -187,8 +119,7 @@ class TranslationTrain(TwoParts):
     """The jitter of pix2pix: resize both to `load_size`, crop at random, flip with `hflip`.
 
     Isola et al., CVPR 2017, appendix 6.2. Takes the images A and B of a pair, uint8 [3, H, W] of
-    one size; gives (source, target) by `direction`, both `image_size` × `image_size`. Raises
-    UserError if the crop is larger than the resized images.
+    one size; gives (source, target) by `direction`, both `image_size` × `image_size`.
     """
 
     def __init__(
@@ -198,11 +129,6 @@ class TranslationTrain(TwoParts):
         hflip: float = 0.5,
         direction: str = "AtoB",
     ) -> None:
-        if not 1 <= image_size <= load_size:
-            raise UserError(
-                f"load_size {load_size}: smaller than the crop. Use image_size ({image_size}) or "
-                "more."
-            )
         self.image_size, self.load_size, self.hflip = image_size, load_size, hflip
         self.direction = direction
 
@@ -215,15 +141,9 @@ class TranslationTrain(TwoParts):
     def augment(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The random part, of what `prepare` gives."""
         both = _crop_and_flip((source, target), self.load_size, self.image_size, self.hflip)
-        source, target = map(tv_tensors.Image, both)
-        return source, target
-
-    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(height, width) of what `prepare` makes of images of height × width."""
-        return [(self.load_size, self.load_size)] * 2
+        return super().augment(*both)
 
     def preparation(self) -> str:
-        """What else the result of `prepare` depends on."""
         return f"{self.direction}, resize to {self.load_size}"
 
 
@@ -237,16 +157,7 @@ class TranslationEval(TwoParts):
         source, target = _directed(a, b, self.direction)
         return predict_input(source, self.image_size), target
 
-    def augment(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is random."""
-        return tv_tensors.Image(source), tv_tensors.Image(target)
-
-    def prepared_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(height, width) of what `prepare` makes of images of height × width."""
-        return [(self.image_size, self.image_size), (height, width)]
-
     def preparation(self) -> str:
-        """What else the result of `prepare` depends on."""
         return f"{self.direction}, resize source to {self.image_size}"
 
 
@@ -508,7 +419,7 @@ class SegmentationTrain:
     aspect: the aspect ratio is multiplied by a/b, both drawn from 1 ± aspect. hsv: how much of a
     turn the hue may shift either way, and how far the factors of saturation and value may be from
     1. With scale (1, 1) and aspect 0 the geometry is that of evaluation, nothing is placed at
-    random. Raises UserError for values out of range.
+    random.
     """
 
     def __init__(
@@ -520,15 +431,8 @@ class SegmentationTrain:
         hflip: float = 0.5,
         hsv: Sequence[float] = (0.1, 0.7, 0.3),
     ) -> None:
-        low, high = scale
-        if not 0 < low <= high:
-            raise UserError(f"scale {low}, {high}: not a range of sizes. Use e.g. 0.25 and 2.")
-        if not 0 <= aspect < 1:
-            raise UserError(f"aspect {aspect}: out of range. Use 0 or more, but less than 1.")
-        if not all(0 <= limit <= 1 for limit in hsv):
-            raise UserError(f"hsv {', '.join(map(str, hsv))}: out of range. Use values in [0, 1].")
         self.size, self.fit, self.hflip = size, fit, hflip
-        self.scale, self.aspect, self.hsv = (low, high), aspect, tuple(hsv)
+        self.scale, self.aspect, self.hsv = scale, aspect, hsv
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         # Every call draws the same nine numbers, whatever their values lead to.

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 import tasks
-from my_dataset import prepare_datasets
 from train_utils import evaluate
 from train_utils.amp import choose_amp_dtype
 from train_utils.arguments import parse_validation_args
@@ -32,6 +31,7 @@ from train_utils.config import load_yaml, merge, parse_assignments
 from train_utils.device import allow_tf32
 from train_utils.errors import UserError
 from train_utils.log import get_logger
+from train_utils.prepare_data import prepare_datasets
 from train_utils.run_folder import newest_best_checkpoint
 from train_utils.scores import report, scores_of, write_json
 from train_utils.setup import build_val_loader, launched, place_models
@@ -75,7 +75,7 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     cfg.data.cache = "none"  # nothing is read twice
     cfg.train.workers, cfg.eval.batch_size = args.workers, args.batch_size
     dataset = task.build_val_dataset(all_pairs=bool(args.images))
-    task, _, dataset = prepare_datasets(args, task, None, dataset)
+    task, _, dataset = prepare_datasets(task, None, dataset)
     loader = build_val_loader(args, cfg, dataset)
     get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
     metrics = task.metrics_with(args.switches)

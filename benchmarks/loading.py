@@ -26,10 +26,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import functional as F
 
 from benchmarks.common import make_parser, positive, quietly, ratio, report, take_turns
-from my_dataset import DUTSDataset, cached, pairs_of
+from my_dataset import DUTSDataset
 from train_utils import shapes
 from train_utils.data import GlobalBatchSampler, train_loader
+from train_utils.datasets import pairs_of
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
+from train_utils.prepare_data import cached
 from train_utils.setup import clean_errors
 from transforms import SaliencyTrain
 

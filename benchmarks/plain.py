@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_utils.image_io import UNKNOWN
+from transforms import UNKNOWN
 
 Networks = Mapping[str, nn.Module]
 Precision = Callable[[], AbstractContextManager]

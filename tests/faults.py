@@ -22,6 +22,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from itertools import count
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from torch import Tensor
@@ -145,7 +146,7 @@ def _halfway(save: Callable, ordered: _Ordered, place: str) -> Callable:
 
 def _before_the_last(replace: Callable, ordered: _Ordered, place: str) -> Callable:
     def call(source: Any, target: Any) -> Any:
-        if source.name == ".last.pth.tmp":  # not the files that are linked to it
+        if Path(target).name == "last.pth":  # not the files that are linked to it
             ordered.reach(place)
         return replace(source, target)
 

@@ -29,6 +29,7 @@ from train_utils.checkpoint import (
     strip_prefixes,
 )
 from train_utils.errors import UserError
+from train_utils.files import remove_temporaries
 from train_utils.log import get_logger
 from train_utils.run_folder import RunFolder
 
@@ -381,7 +382,7 @@ def test_old_numbered_files_go_once_the_new_one_is_there(tmp_path, run_folder, h
 
 
 def test_a_run_that_continues_removes_what_a_killed_one_left(tmp_path, run_folder):
-    for name in (".last.pth.tmp", ".model_best.pth.tmp"):
+    for name in (".pixtrain-1.tmp", ".pixtrain-2.tmp"):
         (tmp_path / name).write_bytes(b"half")
     save_checkpoint({"n": 1}, tmp_path / "last.pth")
     with run_folder():
@@ -412,7 +413,7 @@ def save_until_killed(folder, fault="", saved=None):
     """
     done = saved.release if saved else lambda: None
     faults.install(fault)
-    checkpoint.remove_temporaries(folder)
+    remove_temporaries(folder)
     last, writer = folder / "last.pth", CheckpointWriter()
     n = load_file(last)["n"] if last.exists() else 0
     weights = torch.full((200_000,), float(n))

@@ -20,20 +20,15 @@ from test_image_io import UPRIGHT, within
 from torchvision import tv_tensors
 
 import tasks
-from my_dataset import readable
-from tasks.segmentation.label_maps import LabelReader
+from tasks.matting.data import read_foreground
+from tasks.matting.trimaps import read_trimap
+from tasks.segmentation.label_maps import LabelReader, read_label_file
 from train_utils import image_io
 from train_utils.config import build, load_yaml, to_dict
 from train_utils.data import collate
 from train_utils.errors import UserError
-from train_utils.image_io import (
-    image_size,
-    read_foreground,
-    read_image,
-    read_label_file,
-    read_mask,
-    read_trimap,
-)
+from train_utils.image_io import image_size, read_image, read_mask
+from train_utils.prepare_data import verify_files
 
 REPO = Path(__file__).resolve().parents[1]
 FIXTURES_STAY = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -357,8 +352,8 @@ def test_folders_of_random_pairs_are_refused_or_give_batches(tmp_path, name, see
         task = tasks.read_config({"task": name, "data": data}, "test", {})
         cfg = task.cfg
         try:
-            datasets = readable(cfg.data, *task.build_datasets())
-            task.prepare_data(*datasets, 0)
+            datasets = verify_files(cfg.data, *task.build_datasets())
+            task.prepare_data(*datasets)
         except UserError as error:
             assert str(folder) in str(error)
             return

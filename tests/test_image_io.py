@@ -19,6 +19,9 @@ from PIL import Image, ImageCms, ImageFile
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from tasks.matting.data import read_foreground
+from tasks.matting.trimaps import read_trimap
+from tasks.segmentation.label_maps import read_label_file
 from train_utils import image_io
 from train_utils.errors import UserError
 from train_utils.image_io import (
@@ -27,12 +30,9 @@ from train_utils.image_io import (
     is_damaged,
     list_images,
     printable,
-    read_foreground,
     read_image,
     read_image_and_mask,
-    read_label_file,
     read_mask,
-    read_trimap,
     save_image,
     saved_here,
 )
@@ -552,16 +552,17 @@ def test_what_is_damaged_and_what_is_not(tmp_path):
 
 
 UNDER_A_LIMIT = """
-import os, resource, sys, warnings
+import importlib, os, resource, sys, warnings
 from pathlib import Path
 from train_utils import image_io
 from train_utils.config import load_yaml
 from train_utils.errors import UserError
 
 warnings.simplefilter("ignore")
+places = [place.split(":") for place in sys.argv[1].split(",")]
+readers = [getattr(importlib.import_module(module), name) for module, name in places]
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 50 * 2**20,) * 2)
-readers = [getattr(image_io, name) for name in sys.argv[1].split(",")]
 for path in sorted(Path(".").iterdir()):
     for read in [load_yaml] if path.suffix == ".yaml" else readers:
         try:
@@ -582,7 +583,9 @@ def test_memory_stays_bounded_and_a_plain_c_locale_is_enough(tmp_path):
     layers = ["l0: &l0 {a: 1}"]
     layers += [f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 1}'] * 10)}]}}" for i in range(1, 12)]
     (tmp_path / "layers.yaml").write_text("\n".join(layers))
-    readers = "read_image,read_foreground,read_mask,read_trimap,read_label_file"
+    readers = "train_utils.image_io:read_image,train_utils.image_io:read_mask,"
+    readers += "tasks.matting.data:read_foreground,tasks.matting.trimaps:read_trimap,"
+    readers += "tasks.segmentation.label_maps:read_label_file"
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment |= {"PYTHONIOENCODING": "ascii:backslashreplace", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": os.environ["PATH"]}

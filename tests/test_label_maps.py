@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from tasks.segmentation.label_maps import LabelReader, MaskScan, scan_masks
+from tasks.segmentation.label_maps import LabelReader, read_label_file
+from tasks.segmentation.mask_scan import MaskScan, scan_masks
 from train_utils.errors import UserError
-from train_utils.image_io import read_label_file
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
 
@@ -177,8 +177,6 @@ def test_colour(tmp_path):
     rgb = save(tmp_path / "a.png", [[RED, GREEN], [(224, 224, 192), BLACK]], "RGB")
     assert classes(reader(rgb)) == [[2, 1], [255, 0]]
     assert classes(reader(save(tmp_path / "b.png", [[0, 1, 2]], "P"))) == [[0, 2, 1]]
-    own_void = LabelReader(2, mode="colour", palette=[BLACK, GREEN], void_colour=RED)
-    assert classes(own_void(save(tmp_path / "c.png", [[RED, GREEN]], "RGB"))) == [[255, 1]]
 
 
 def test_the_palette_may_hold_the_usual_void_colour(tmp_path):
@@ -245,10 +243,9 @@ def three_masks(folder: Path) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_scan_counts(tmp_path, workers):
+def test_scan_counts(tmp_path):
     reader = LabelReader(4, ["ground", "disc", "square", "ring"])
-    scan = scan_masks(three_masks(tmp_path), reader, workers, tmp_path / "cache")
+    scan = scan_masks(three_masks(tmp_path), reader, tmp_path / "cache")
     assert (scan.files, scan.ignored, scan.ignored_files, scan.blank_files) == (3, 6, 2, 1)
     assert scan.class_counts == [8, 4, 2, 0]
     assert scan.class_files == [2, 1, 1, 0]
@@ -268,13 +265,13 @@ def test_scan_counts(tmp_path, workers):
 
 def test_class_weights_balance_by_the_median_frequency(tmp_path):
     # freq: 8/14 = 4/7, 4/6 = 2/3, 2/8 = 1/4; their median is 4/7.
-    scan = scan_masks(three_masks(tmp_path), LabelReader(4), 0, tmp_path / "cache")
+    scan = scan_masks(three_masks(tmp_path), LabelReader(4), tmp_path / "cache")
     assert scan.class_weights() == pytest.approx([1, 6 / 7, 16 / 7, 0])
 
 
 def test_scan_draws_no_random_numbers(tmp_path):
     state = torch.get_rng_state()
-    scan_masks(three_masks(tmp_path), LabelReader(4), 1, tmp_path / "cache")
+    scan_masks(three_masks(tmp_path), LabelReader(4), tmp_path / "cache")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -283,11 +280,11 @@ def test_faulty_masks_are_reported_together(tmp_path):
     paths += [save(tmp_path / f"d{n:02}.png", [[0, 9]]) for n in range(11)]
     paths += [tmp_path / "missing.png"]
     with pytest.raises(UserError) as caught:
-        scan_masks(paths, LabelReader(4), 1, tmp_path / "cache")
+        scan_masks(paths, LabelReader(4), tmp_path / "cache")
     text = str(caught.value)
     assert text.startswith("12 of 15 masks cannot be used: ")
     assert text.count(": label 9 on 1 pixel") == 10
-    assert text.endswith(" | 2 more")
+    assert text.endswith("; and 2 more")
 
 
 def test_the_scan_is_cached_until_something_changes(tmp_path, monkeypatch):
@@ -300,13 +297,13 @@ def test_the_scan_is_cached_until_something_changes(tmp_path, monkeypatch):
 
     def reads_of_scan(reader: LabelReader) -> int:
         reads.clear()
-        scans.append(scan_masks(paths, reader, 0, cache))
+        scans.append(scan_masks(paths, reader, cache))
         return len(reads)
 
     scans: list[MaskScan] = []
     assert reads_of_scan(LabelReader(4)) == 3
     assert reads_of_scan(LabelReader(4)) == 0
-    assert scans[0] == scans[1]
+    assert scans[0].text() == scans[1].text()
     assert reads_of_scan(LabelReader(3)) == 3
     save(paths[0], [[0] * 5, [1] * 5])
     assert reads_of_scan(LabelReader(4)) == 3
@@ -316,57 +313,49 @@ def test_the_scan_is_cached_until_something_changes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", ["", "{", "[1]", "{}", "null", '{"files": 3}', "\udcff"])
 def test_a_damaged_cache_is_ignored(tmp_path, content):
     paths, cache = three_masks(tmp_path), tmp_path / "cache"
-    scan = scan_masks(paths, LabelReader(4), 0, cache)
+    scan = scan_masks(paths, LabelReader(4), cache)
     (file,) = cache.iterdir()
     file.write_text(content, errors="surrogateescape")
-    assert scan_masks(paths, LabelReader(4), 0, cache) == scan
-
-
-def test_a_cache_whose_numbers_do_not_add_up_is_ignored(tmp_path):
-    paths, cache = three_masks(tmp_path), tmp_path / "cache"
-    scan = scan_masks(paths, LabelReader(4), 0, cache)
-    (file,) = cache.iterdir()
-    file.write_text(file.read_text().replace('"class_counts": [8', '"class_counts": [9'))
-    assert scan_masks(paths, LabelReader(4), 0, cache) == scan
+    assert scan_masks(paths, LabelReader(4), cache).text() == scan.text()
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path):
     (tmp_path / "file").touch()
-    scan = scan_masks(three_masks(tmp_path), LabelReader(4), 0, tmp_path / "file" / "cache")
+    scan = scan_masks(three_masks(tmp_path), LabelReader(4), tmp_path / "file" / "cache")
     assert scan.files == 3
 
 
 def test_the_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    scan_masks(three_masks(tmp_path), LabelReader(4), 0)
-    assert len(list((tmp_path / "xdg" / "pixtrain" / "mask_scans").glob("*.json"))) == 1
+    scan_masks(three_masks(tmp_path), LabelReader(4))
+    assert len(list((tmp_path / "xdg" / "pixtrain" / "mask_scans").glob("*.npy"))) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    scan_masks(three_masks(tmp_path), LabelReader(4), 0)
-    assert len(list((tmp_path / "home/.cache/pixtrain/mask_scans").glob("*.json"))) == 1
+    scan_masks(three_masks(tmp_path), LabelReader(4))
+    assert len(list((tmp_path / "home/.cache/pixtrain/mask_scans").glob("*.npy"))) == 1
 
 
 def test_a_single_class_is_refused_with_a_hint(tmp_path):
     paths, cache = [save(tmp_path / "a.png", [[0, 0]])], tmp_path / "cache"
     with pytest.raises(UserError, match=r"all pixels that count are class 0 \(class 0\), so there"):
-        scan_masks(paths, LabelReader(2), 0, cache)
-    assert scan_masks(paths, LabelReader(2), 0, cache, refuse_single_class=False).files == 1
+        scan_masks(paths, LabelReader(2), cache)
+    assert scan_masks(paths, LabelReader(2), cache, refuse_single_class=False).files == 1
     with pytest.raises(UserError, match="all pixels of all masks are ignored"):
-        scan_masks([save(tmp_path / "b.png", [[255]])], LabelReader(2), 0, cache)
+        scan_masks([save(tmp_path / "b.png", [[255]])], LabelReader(2), cache)
 
 
 def test_binary_masks_read_as_indices_are_recognised(tmp_path):
     # 255 is ignored by default, so every file passes on its own.
     paths = [save(tmp_path / "a.png", [[0, 255]]), save(tmp_path / "b.png", [[0, 0]])]
     with pytest.raises(UserError, match=r"binary masks\. Use --set data\.mask_values=threshold"):
-        scan_masks(paths, LabelReader(2), 0, tmp_path / "cache")
+        scan_masks(paths, LabelReader(2), tmp_path / "cache")
 
 
 def test_masks_on_one_side_of_the_threshold_are_refused(tmp_path):
     path = save(tmp_path / "a.png", [[3, 40], [40, 40]])
     reader = LabelReader(2, mode="threshold")
     with pytest.raises(UserError, match=r"\(3 to 40\) lie on one side of the threshold 128"):
-        scan_masks([path], reader, 0, tmp_path / "cache")
+        scan_masks([path], reader, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("level", "near"), [(95, False), (96, True), (160, True), (161, False)])
@@ -377,15 +366,15 @@ def test_masks_without_two_levels_are_refused(tmp_path, level, near):
     reader = LabelReader(2, mode="threshold", object="bright")
     if near:
         with pytest.raises(UserError, match="5% of the masks' pixels are within 32 grey levels"):
-            scan_masks(paths, reader, 0, tmp_path / "cache")
+            scan_masks(paths, reader, tmp_path / "cache")
     else:
-        assert sum(scan_masks(paths, reader, 0, tmp_path / "cache").class_counts) == 110
+        assert sum(scan_masks(paths, reader, tmp_path / "cache").class_counts) == 110
 
 
 def test_an_object_that_covers_most_is_warned_of(tmp_path):
     path = save(tmp_path / "a.png", [[0, 0, 0, 255]])
     dark, bright = (
-        scan_masks([path], LabelReader(2, mode="threshold", object=side), 0, tmp_path / "cache")
+        scan_masks([path], LabelReader(2, mode="threshold", object=side), tmp_path / "cache")
         for side in ("dark", "bright")
     )
     assert "more than half" in dark.text()
@@ -399,19 +388,19 @@ def test_an_object_that_covers_most_is_warned_of(tmp_path):
 def test_bag(shared_data, tmp_path):
     paths = sorted((shared_data / "bag" / "mask").glob("*.jpg"))
     reader = LabelReader(2, ["background", "bag"], mode="threshold", object="dark")
-    scan = scan_masks(paths, reader, 2, tmp_path)
+    scan = scan_masks(paths, reader, tmp_path)
     assert scan.files == scan.class_files[1] == 40
     assert scan.ignored == 0
     assert scan.class_counts[1] / sum(scan.class_counts) == pytest.approx(0.348, abs=0.001)
     assert "0.00% of the pixels are within 32 grey levels" in scan.text()
     assert "warning" not in scan.text()
     with pytest.raises(UserError, match=r"40 of 40 masks cannot be used.*JPEG blurs labels"):
-        scan_masks(paths, LabelReader(2), 2, tmp_path)
+        scan_masks(paths, LabelReader(2), tmp_path)
 
 
 def test_voc(shared_data, tmp_path):
     paths = sorted((shared_data / "voc_real3" / "SegmentationClass").glob("*.png"))
-    scan = scan_masks(paths, LabelReader(21), 0, tmp_path)
+    scan = scan_masks(paths, LabelReader(21), tmp_path)
     assert [c for c, count in enumerate(scan.class_counts) if count] == [0, 5, 6, 7, 9, 15, 18]
     assert scan.ignored > 0
     first = np.asarray(Image.open(paths[0]))
@@ -431,7 +420,7 @@ def test_voc_by_its_colours_is_voc_by_its_indices(shared_data):
 
 def test_camvid(shared_data, tmp_path):
     paths = sorted((shared_data / "camvid" / "trainannot").glob("*.png"))
-    scan = scan_masks(paths, LabelReader(11, ignore_index=11), 1, tmp_path)
+    scan = scan_masks(paths, LabelReader(11, ignore_index=11), tmp_path)
     assert sum(scan.class_counts) + scan.ignored == 20 * 360 * 480
     assert "ignored (11)" in scan.text()
     # Sky, building and road are common and found in nearly all frames; poles are thin.

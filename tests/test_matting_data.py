@@ -9,17 +9,18 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from my_dataset import fingerprint
+from my_dataset import ShapesDataset
 from tasks.matting.data import (
     CompositionDataset,
-    MattingShapesDataset,
     check_matting_files,
     composition_pairs,
     matting_pairs,
 )
+from tasks.matting.trimaps import read_trimap
 from train_utils import shapes
+from train_utils.datasets import fingerprint, pairs_of
 from train_utils.errors import UserError
-from train_utils.image_io import read_image, read_mask, read_trimap
+from train_utils.image_io import read_image, read_mask
 from transforms import MattingEval, MattingTrain, composite, cover, make_trimap, matting_input
 
 
@@ -279,8 +280,11 @@ def test_evaluation_scores_at_the_files_size():
 # --- embedded scenes -----------------------------------------------------------------------------
 
 
+PARTS = "foreground", "alpha", "background"
+
+
 def test_scenes_come_as_parts():
-    dataset = MattingShapesDataset(40, seed=2, count=3, first=7)
+    dataset = ShapesDataset(40, seed=2, count=3, first=7, fields=PARTS)
     scene = shapes.render_scene(2, 8, 40, familiar=True)
     for _ in range(2):  # drawn, then kept
         parts = dataset[1]
@@ -291,8 +295,8 @@ def test_scenes_come_as_parts():
             assert torch.equal(part, truth)
             part.zero_()  # what is kept must not change
     assert dataset.name(1) == "scene 8 (seed 2)"
-    assert dataset.pairs == []
-    evaluated = MattingShapesDataset(40, 2, 3, 7, MattingEval(radius=2))[1]
+    assert pairs_of(dataset) == []
+    evaluated = ShapesDataset(40, 2, 3, 7, MattingEval(radius=2), PARTS)[1]
     assert torch.equal(evaluated[0][:3], scene.image)
 
 
@@ -483,7 +487,7 @@ def test_missing_trimaps_are_listed(folders, trimaps):
     for stem in "bd":
         (trimaps / f"{stem}.png").unlink()
     data = ready(*folders[:2], trimaps=trimaps)
-    with pytest.raises(UserError, match=r"trimaps: no trimap for 2 of the 4 .*: b\.png; d\.png"):
+    with pytest.raises(UserError, match=r"trimaps: no trimap for 2 of the 4 .*: b\.png, d\.png"):
         matting_pairs(data, train=False, all_pairs=True)
 
 

@@ -16,7 +16,8 @@ from tasks.matting.metrics import (
     gradient_errors,
     largest_component,
 )
-from train_utils.image_io import read_mask, read_trimap
+from tasks.matting.trimaps import read_trimap
+from train_utils.image_io import read_mask
 from train_utils.metrics import MAX_IMAGES, MAX_PIXELS
 
 NAMES = ["loss", "SAD", "MSE", "Grad", "Conn"]

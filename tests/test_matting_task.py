@@ -11,9 +11,9 @@ from steps import Noting
 from torch import nn
 
 import tasks
-from my_dataset import PairFolderDataset
+from my_dataset import PairFolderDataset, ShapesDataset
 from tasks import matting
-from tasks.matting.data import CompositionDataset, MattingShapesDataset
+from tasks.matting.data import CompositionDataset
 from tasks.matting.metrics import MattingMetrics, finish_alpha
 from train_utils import shapes
 from train_utils.config import load_yaml
@@ -113,12 +113,12 @@ def test_settings_that_do_not_fit_are_refused(data, problem):
 
 def test_embedded_scenes_are_as_large_as_the_largest_crop():
     train, val = matting.Task(config(**TINY, eval_radius=2)).build_datasets()
-    assert isinstance(train, MattingShapesDataset)
+    assert isinstance(train, ShapesDataset)
     assert (len(train), len(val)) == (4, 2)
     assert [x.shape for x in train[0]] == [(4, 40, 40), (2, 40, 40), (3, 40, 40), (3, 40, 40)]
     assert [x.shape for x in val[0]] == [(4, 40, 40), (2, 40, 40)]
     assert not set(train.scenes) & set(val.scenes)
-    assert matting.Task(config(**TINY)).prepare_data(train, val, workers=0) == {}
+    assert matting.Task(config(**TINY)).prepare_data(train, val) == {}
 
 
 def test_composites_of_given_folders(tmp_path):
@@ -130,7 +130,7 @@ def test_composites_of_given_folders(tmp_path):
     inputs, target = val[0]
     assert (inputs[:3] == 120).all()  # 200/5 + 100·4/5
     assert (target[0] == 51).all()
-    assert matting.Task(cfg).prepare_data(train, val, workers=0) == {}
+    assert matting.Task(cfg).prepare_data(train, val) == {}
     folders = {"foregrounds": "fg", "alphas": "alpha", "backgrounds": "bg"}
     cfg = config(**{name: str(tmp_path / folder) for name, folder in folders.items()})
     assert len(matting.Task(cfg).build_val_dataset(all_pairs=True)) == 4 * 5
@@ -160,7 +160,7 @@ def test_damaged_files_are_found_before_the_first_step(tmp_path):
     cfg = config(root=str(tmp_path))
     (tmp_path / "bg" / "c.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"c\.png: the file is empty"):
-        matting.Task(cfg).prepare_data(None, matting.Task(cfg).build_val_dataset(), workers=0)
+        matting.Task(cfg).prepare_data(None, matting.Task(cfg).build_val_dataset())
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def test_real_photographs_are_scored_with_their_own_trimaps(shared_data):
     )
     train, val = matting.Task(cfg).build_datasets()
     assert (len(train), len(val)) == (7, 1)
-    assert matting.Task(cfg).prepare_data(train, val, workers=0) == {}
+    assert matting.Task(cfg).prepare_data(train, val) == {}
     (metric,) = evaluate(
         matting.Task(cfg).build_models(),
         eval_loader(val, 1, 0, torch.device("cpu")),

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from tasks import matting, saliency
-from train_utils.image_io import UNKNOWN, read_image, save_image
+from train_utils.image_io import read_image, save_image
 from train_utils.inference import GPU_CHUNK
 from train_utils.prediction import Job, Predictor, remove_frames_after
 from train_utils.prediction_files import plan
 from train_utils.threads import in_threads
 from train_utils.tiles import MIN_PIXELS
+from transforms import UNKNOWN
 
 
 class BesideCPU:

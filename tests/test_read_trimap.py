@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from tasks.matting.trimaps import read_trimap
 from train_utils.errors import UserError
-from train_utils.image_io import read_trimap
 
 LEVELS = np.uint8([[0, 128, 255], [255, 0, 128]])
 
@@ -155,4 +155,4 @@ def test_real_trimaps(shared_data):
 
 def test_real_alpha_matte_given_by_mistake(shared_data):
     message = refusal(shared_data / "matting" / "alpha" / "GT04.png")
-    assert re.search(r"0 \(175,470 px\).* and 250 more", message)
+    assert re.search(r"0 \(175,470 px\).*, and 250 more", message)

@@ -10,18 +10,13 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import tasks
-from my_dataset import (
-    PairFolderDataset,
-    ShapesDataset,
-    check_pairs,
-    fingerprint,
-    leave_out,
-    pairs_of,
-    readable,
-)
-from tasks.matting.data import CompositionDataset, TrimapReader, check_matting_files
+from my_dataset import PairFolderDataset, ShapesDataset
+from tasks.matting.data import CompositionDataset, check_matting_files
+from tasks.matting.trimaps import TrimapReader
 from tasks.translation.data import SideBySideDataset
+from train_utils.datasets import check_pairs, fingerprint, pairs_of
 from train_utils.errors import UserError
+from train_utils.prepare_data import verify_files, without_files
 
 NOTHING = SimpleNamespace(verify=False, skip_unreadable=False, cache="none")
 VERIFY = SimpleNamespace(verify=True, skip_unreadable=False, cache="none")
@@ -62,13 +57,13 @@ def stems(dataset) -> list[str]:
 
 def refusal(*args) -> str:
     with pytest.raises(UserError) as caught:
-        readable(*args)
+        verify_files(*args)
     return str(caught.value)
 
 
 def test_nothing_is_decoded_unless_asked_for(damaged):
     dataset = PairFolderDataset(*damaged)
-    assert readable(NOTHING, dataset) == [dataset]
+    assert verify_files(NOTHING, dataset) == [dataset]
 
 
 def test_verify_lists_all_damaged_files_of_all_datasets(damaged, tmp_path):
@@ -104,13 +99,13 @@ def test_verify_reads_as_the_datasets_do(tmp_path):
 def test_good_data_pass_unchanged(tmp_path):
     dataset = PairFolderDataset(*make_folders(tmp_path, 2))
     part, scenes = Subset(dataset, [1]), ShapesDataset(16, 0, 2)
-    assert readable(VERIFY, dataset, part, scenes) == [dataset, part, scenes]
-    assert readable(SKIP, dataset, part, scenes) == [dataset, part, scenes]
+    assert verify_files(VERIFY, dataset, part, scenes) == [dataset, part, scenes]
+    assert verify_files(SKIP, dataset, part, scenes) == [dataset, part, scenes]
 
 
 def test_damaged_pairs_are_left_out_counted_and_listed(damaged, capsys):
     dataset = PairFolderDataset(*damaged)
-    whole, part = readable(SKIP, dataset, Subset(dataset, [5, 4, 3, 0]))
+    whole, part = verify_files(SKIP, dataset, Subset(dataset, [5, 4, 3, 0]))
     assert stems(whole) == ["0", "2", "3"]
     assert stems(part) == ["3", "0"]
     check_pairs(whole)
@@ -122,7 +117,7 @@ def test_damaged_pairs_are_left_out_counted_and_listed(damaged, capsys):
 
 
 def test_the_fingerprint_is_of_what_is_left(damaged, tmp_path):
-    (left,) = readable(SKIP, PairFolderDataset(*damaged))
+    (left,) = verify_files(SKIP, PairFolderDataset(*damaged))
     images, masks = (shutil.copytree(x, tmp_path / "copy" / x.name) for x in damaged)
     for stem in (1, 4, 5):
         (images / f"{stem}.jpg").unlink()
@@ -130,9 +125,9 @@ def test_the_fingerprint_is_of_what_is_left(damaged, tmp_path):
     assert fingerprint(left) == fingerprint(PairFolderDataset(images, masks))
     # A file that breaks while a run is interrupted makes other data, which resuming refuses.
     cut(damaged[0] / "0.jpg")
-    (less,) = readable(SKIP, PairFolderDataset(*damaged))
+    (less,) = verify_files(SKIP, PairFolderDataset(*damaged))
     assert fingerprint(less) != fingerprint(left)
-    assert fingerprint(less) == fingerprint(leave_out(left, [damaged[0] / "0.jpg"]))
+    assert fingerprint(less) == fingerprint(without_files(left, [damaged[0] / "0.jpg"]))
 
 
 def test_only_damage_is_skipped(damaged):
@@ -158,7 +153,7 @@ def test_halves_of_damaged_files(tmp_path):
     for name in "ab":
         write_noise(tmp_path / f"{name}.png", "RGB")
     cut(tmp_path / "a.png")
-    (left,) = readable(SKIP, SideBySideDataset(tmp_path))
+    (left,) = verify_files(SKIP, SideBySideDataset(tmp_path))
     assert stems(left) == ["b"]
     assert refusal(VERIFY, SideBySideDataset(tmp_path)).startswith("1 of 2 files")
 
@@ -171,7 +166,7 @@ def test_damaged_foregrounds_and_backgrounds(tmp_path):
     before = fingerprint(CompositionDataset(*folders, 2))
     (images / "1.jpg").write_bytes(b"")
     cut(tmp_path / "backgrounds" / "x.png")
-    (left,) = readable(SKIP, CompositionDataset(*folders, 2))
+    (left,) = verify_files(SKIP, CompositionDataset(*folders, 2))
     assert stems(left) == ["0", "0", "2", "2"]
     assert [path.name for path in left.dataset.backgrounds] == ["y.png"]
     assert fingerprint(left) != before
@@ -201,7 +196,7 @@ def test_every_task_has_both_settings_off(name):
 
 
 def left_on_this_rank(images: str, masks: str) -> tuple[list[str], str]:
-    (left,) = readable(SKIP, PairFolderDataset(images, masks))
+    (left,) = verify_files(SKIP, PairFolderDataset(images, masks))
     return stems(left), fingerprint(left)
 
 

@@ -16,12 +16,13 @@ import train
 import validation
 from src import u2net_full, u2net_lite
 from tasks import saliency
+from tasks.matting.trimaps import read_trimap
 from train_utils import init_distributed_mode
 from train_utils.amp import choose_amp_dtype
 from train_utils.device import resolve_device
 from train_utils.distributed_utils import cpu_cores, read_launch_environment
 from train_utils.errors import UserError
-from train_utils.image_io import read_trimap, save_image
+from train_utils.image_io import save_image
 from train_utils.prediction import read_inputs
 from train_utils.prediction_files import plan
 from train_utils.run_folder import choose_run_folder

@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-import my_dataset
-from my_dataset import PairFolderDataset, ShapesDataset, cached, leave_out, pairs_of
-from tasks.matting.data import TrimapReader
+from my_dataset import PairFolderDataset, ShapesDataset
+from tasks.matting.trimaps import TrimapReader
 from tasks.translation.data import SideBySideDataset
 from train_utils import sample_cache
 from train_utils.data import KeyedDataset, SampleKey, collate
+from train_utils.datasets import pairs_of
 from train_utils.errors import UserError
-from train_utils.image_io import DraftReader, read_image
+from train_utils.image_io import read_image, read_mask
+from train_utils.prepare_data import cached, without_files
 from transforms import (
     MattingTrain,
     SaliencyEval,
@@ -139,7 +140,7 @@ def test_images_decoded_at_a_reduced_size_fit_their_slots(tmp_path, disk):
     def make():
         transforms = SegmentationTrain(16, "letterbox", scale=(1, 1))
         folders = tmp_path / "images", tmp_path / "masks"
-        return PairFolderDataset(*folders, transforms, read_first=DraftReader(32))
+        return PairFolderDataset(*folders, transforms, at_least=32)
 
     dataset = cached(disk, make())
     keyed(dataset)
@@ -154,7 +155,7 @@ def test_a_subset_has_slots_for_its_own_items_only(folders, disk):
     assert_same(keyed(part), keyed(Subset(PairFolderDataset(*folders, dataset.transforms), [3, 1])))
     assert packs(disk)[0].stat().st_size < 3 * 32 * 32 * 4
     assert dataset[0][0].shape == (3, 24, 24)  # no slot, and none needed
-    left = cached(disk, leave_out(part, [pairs_of(part)[0][0]]))
+    left = cached(disk, without_files(part, [pairs_of(part)[0][0]]))
     assert len(keyed(left)) == 1
 
 
@@ -342,14 +343,14 @@ def test_settings_of_readers_tell_packs_apart(folders, disk):
     """Two datasets with one reader of another setting each, and one with the same one."""
     readers = [partial(read_mask_above, threshold=t) for t in (50, 200, 50)]
     pairs = [PairFolderDataset(*folders, None, reader) for reader in readers]
-    pairs += [PairFolderDataset(*folders, read_first=DraftReader(size)) for size in (8, 12, 8)]
+    pairs += [PairFolderDataset(*folders, at_least=size) for size in (8, 12, 8)]
     paths = [cached(disk, dataset).cache.path for dataset in pairs]
     assert paths[0] == paths[2] != paths[1]
     assert paths[3] == paths[5] != paths[4]
 
 
 def read_mask_above(path, threshold):
-    return 255 * (my_dataset.read_mask(path) > threshold).to(torch.uint8)
+    return 255 * (read_mask(path) > threshold).to(torch.uint8)
 
 
 def test_an_edit_to_a_reader_makes_another_pack(folders, disk, tmp_path, monkeypatch):
@@ -358,7 +359,7 @@ def test_an_edit_to_a_reader_makes_another_pack(folders, disk, tmp_path, monkeyp
     packs_by_code = []
     for code in ("mask", "255 - mask", "mask"):
         module.write_text(f"""
-from my_dataset import read_mask
+from train_utils.image_io import read_mask
 def read(path):
     mask = read_mask(path)
     return {code}
@@ -393,7 +394,7 @@ def test_files_of_others_in_the_folder_stay(folders, disk):
     others = [disk.cache_dir / name for name in ("notes.tmp", ".hidden.tmp", "my.pack")]
     for other in others:
         other.write_text("precious")
-    left_by_a_kill = disk.cache_dir / ".0123.pack.tmp"
+    left_by_a_kill = disk.cache_dir / ".pixtrain-0123.tmp"
     left_by_a_kill.touch()
     cached(disk, PairFolderDataset(*folders))
     assert [other.read_text() for other in others] == ["precious"] * 3

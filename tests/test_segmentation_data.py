@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from my_dataset import PairDataset, check_pairs
 from tasks.segmentation.data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
 from tasks.segmentation.label_maps import LabelReader
+from train_utils.datasets import PairDataset, check_pairs
 from train_utils.errors import UserError
 
 
@@ -70,7 +70,7 @@ def test_voc_lists_that_share_a_name_are_refused(tmp_path):
     year = make_year(tmp_path / "VOC2007", ["a", "b", "c"], ["d"])
     write_list(year, "val", "d\nb\na\n")
     for train in (True, False):
-        with pytest.raises(UserError, match=r"Segmentation: 2 images are to train and .*: a; b\."):
+        with pytest.raises(UserError, match=r"Segmentation: 2 images are to train and .*: a, b\."):
             voc_pairs(tmp_path, train)
 
 
@@ -94,7 +94,7 @@ def test_voc_missing_files_are_listed_at_once(tmp_path):
     for mask in (year / "SegmentationClass").glob("x*"):
         mask.unlink()
     (year / "JPEGImages" / "a.jpg").unlink()
-    with pytest.raises(UserError, match=r"12 files .*: a \(image\); x00 \(mask\); .*; and 2 more"):
+    with pytest.raises(UserError, match=r"12 files .*: a \(image\), x00 \(mask\), .*, and 2 more"):
         voc_pairs(tmp_path, train=True)
     assert voc_pairs(tmp_path, train=False)[1] == ["VOC2007/b"]
 
@@ -180,7 +180,7 @@ def test_layouts(tmp_path):
         segmentation_layout(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: looked for VOCdevkit/VOC2012 or VOC2007 (voc), train and trainannot "
-        "(camvid), image and mask (bag), found b; c; v. Give the folder that holds these, or your "
+        "(camvid), image and mask (bag), found b, c, v. Give the folder that holds these, or your "
         "own pairs by --images DIR --masks DIR."
     )
     with pytest.raises(UserError, match=r"nowhere: looked for .*, no such folder"):

@@ -149,7 +149,7 @@ def test_embedded_scenes_come_as_classes():
 def test_auto_class_weights_of_the_embedded_scenes():
     cfg = config(loss={"class_weights": "auto"})
     train, val = segmentation.Task(cfg).build_datasets()
-    found = segmentation.Task(cfg).prepare_data(train, val, workers=0)
+    found = segmentation.Task(cfg).prepare_data(train, val)
     weights = segmentation.Task(cfg).with_values(found).cfg.loss.class_weights
     # median-frequency balancing by hand: share of a class in the scenes that show it
     maps = [shapes.render_scene(0, index, 32).classes for index in range(6)]
@@ -166,7 +166,7 @@ def test_auto_class_weights_of_the_embedded_scenes():
 def test_auto_class_weights_need_a_training():
     cfg = config(loss={"class_weights": "auto"})
     _, val = segmentation.Task(cfg).build_datasets()
-    assert segmentation.Task(cfg).prepare_data(None, val, workers=0) == {}
+    assert segmentation.Task(cfg).prepare_data(None, val) == {}
     with pytest.raises(UserError, match=r"loss\.class_weights: auto"):
         segmentation.Task(cfg).weight(batch_of(val, 1))
     (metric,) = segmentation.Task(cfg).make_metrics()
@@ -178,7 +178,7 @@ def test_folders_are_scanned_and_absent_classes_named(tmp_path, capsys):
     cfg = folder_config(tmp_path, list("abcd"), val_fraction=0.3)
     train, val = segmentation.Task(cfg).build_datasets()
     assert (len(train), len(val)) == (2, 1)
-    assert segmentation.Task(cfg).prepare_data(train, val, workers=0) == {}
+    assert segmentation.Task(cfg).prepare_data(train, val) == {}
     printed = capsys.readouterr().out
     assert "training masks: 2 files, 640 pixels" in printed
     assert "validation masks: 1 files, 320 pixels" in printed
@@ -190,7 +190,7 @@ def test_masks_that_do_not_fit_are_refused_by_name(tmp_path):
     write_pairs(tmp_path, [half_and_half(), half_and_half(0, 7)])
     cfg = folder_config(tmp_path, ["a", "b"])
     with pytest.raises(UserError, match=r"masks.*1\.png.*label 7"):
-        segmentation.Task(cfg).prepare_data(*segmentation.Task(cfg).build_datasets(), workers=0)
+        segmentation.Task(cfg).prepare_data(*segmentation.Task(cfg).build_datasets())
 
 
 def test_layouts_without_a_root_say_what_is_missing():
@@ -213,7 +213,7 @@ def test_real_layouts(data, sizes, classes, shared_data):
     cfg = config(data={**data, "image_size": 48})
     train, val = segmentation.Task(cfg).build_datasets()
     assert (len(train), len(val)) == sizes
-    assert segmentation.Task(cfg).prepare_data(train, val, workers=0) == {}
+    assert segmentation.Task(cfg).prepare_data(train, val) == {}
     image, target = train[0]
     assert (image.shape, target.shape) == ((3, 48, 48), (1, 48, 48))
     seen = {int(label) for index in range(4) for label in val[index][1].unique()} - {IGNORE}

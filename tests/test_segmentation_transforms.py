@@ -6,10 +6,9 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from my_dataset import PairDataset
 from tasks.segmentation.data import camvid_pairs
 from tasks.segmentation.label_maps import LabelReader
-from train_utils.errors import UserError
+from train_utils.datasets import PairDataset
 from transforms import (
     IGNORE,
     SegmentationEval,
@@ -210,20 +209,6 @@ def test_training_depends_on_the_default_generator_only():
     assert torch.equal(image, same_image)
     assert torch.equal(mask, same_mask)
     assert not torch.equal(image, other_image)
-
-
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"scale": (0, 1)}, "scale"),
-        ({"scale": (2, 1)}, "scale"),
-        ({"aspect": 1}, "aspect"),
-        ({"hsv": (0, 0, 2)}, "hsv"),
-    ],
-)
-def test_settings_out_of_range(settings, key):
-    with pytest.raises(UserError, match=f"^{key} "):
-        SegmentationTrain(32, "letterbox", **settings)
 
 
 # --- colours ------------------------------------------------------------------------------------

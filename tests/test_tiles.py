@@ -9,8 +9,8 @@ from src import unet
 from src.deep_matting import STRIDE, DeepMatting
 from tasks import matting
 from train_utils.errors import UserError
-from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN
 from train_utils.tiles import MIN_PIXELS, _spans, by_rows, limited, tiled
+from transforms import BACKGROUND, FOREGROUND, UNKNOWN
 
 
 def calibrated(network: nn.Module, channels: int) -> nn.Module:

@@ -307,8 +307,8 @@ def test_embedded_pairs(direction):
     cfg = shapes_config(direction=direction)
     train_set, val_set = translation.Task(cfg).build_datasets()
     assert (len(train_set), len(val_set)) == (3, 2)
-    assert translation.Task(cfg).prepare_data(train_set, val_set, 0) == {}
-    assert translation.Task(cfg).prepare_data(None, val_set, 0) == {}
+    assert translation.Task(cfg).prepare_data(train_set, val_set) == {}
+    assert translation.Task(cfg).prepare_data(None, val_set) == {}
     for source, target in (train_set[0], val_set[0]):
         assert source.shape == target.shape == (3, 16, 16)
     flat = val_set[0][1 if direction == "AtoB" else 0]
@@ -322,7 +322,7 @@ def test_prepare_data_refuses_what_cannot_be_halved(tmp_path):
     cfg = config(data={"root": str(tmp_path)})
     train_set, val_set = translation.Task(cfg).build_datasets()
     with pytest.raises(UserError, match=r"x\.png: 9 pixels wide"):
-        translation.Task(cfg).prepare_data(train_set, val_set, 0)
+        translation.Task(cfg).prepare_data(train_set, val_set)
 
 
 def test_optimizers_of_both_networks():

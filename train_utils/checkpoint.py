@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read only when intact, and never executed."""
 
 import copy
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from train_utils.device import pins_memory
 from train_utils.errors import UserError, shortened
+from train_utils.files import written_whole
 
 FORMAT = 1
 # What training continues from, and what not every run or older version has saved.
@@ -41,24 +41,12 @@ def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> Non
     moment leaves the old file or the new one. `links` get the same file without a second copy
     where the file system can. Raises UserError if the file system refuses.
     """
-    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with written_whole(path, links) as file:
             # To a file object: given a path, torch tells of a full disk without saying so.
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for link in links:
-            _link(temporary, link)
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        for unfinished in (path, *links):
-            with suppress(OSError):
-                _temporary(unfinished).unlink()
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"{path}: the checkpoint could not be written ({_file_error(error)}). The earlier "
             "files are kept; free disk space or choose another --output-dir, then continue with "
@@ -136,38 +124,6 @@ def _file_error(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__context__
     return _first_line(error)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed run left half written in a folder that nobody else writes to."""
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    temporary = _temporary(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without links
-        with temporary.open("wb") as file:
-            file.write(source.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # makes the rename itself survive a power cut
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def load_file(path: str | Path) -> Any:
@@ -260,11 +216,10 @@ def _check_training_state(state: Any, path: Path) -> None:
         weights = [key for key in ("model", "ema") if key in state]
         wrong = [key for key in weights if not _is_state_dict(state[key])]
     if missing or wrong:
-        parts = [_listed("missing", missing, 4), _listed("of a wrong type", wrong)]
+        problems = _counted({"missing": missing, "of a wrong type": wrong})
         raise UserError(
-            f"{path}: holds no training state to continue from "
-            f"({'; '.join(part for part in parts if part)}). Start anew from its weights with "
-            "--weights."
+            f"{path}: holds no training state to continue from ({problems}). Start anew from its "
+            "weights with --weights."
         )
 
 
@@ -340,15 +295,11 @@ def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) 
         if key in state_dict and state_dict[key].shape != own[key].shape
     ]
     if missing or unexpected or shapes:
-        parts = [
-            _listed("missing", missing),
-            _listed("unexpected", unexpected),
-            _listed("of another shape (file ≠ network)", shapes),
-        ]
+        other_shapes = "of another shape (file ≠ network)"
+        problems = {"missing": missing, "unexpected": unexpected, other_shapes: shapes}
         raise UserError(
-            f"{source}: these weights do not fit {type(model).__name__}: "
-            f"{'; '.join(part for part in parts if part)}. Choose the network they were made for "
-            "(--set model.name=…) or another file."
+            f"{source}: these weights do not fit {type(model).__name__}: {_counted(problems)}. "
+            "Choose the network they were made for (--set model.name=…) or another file."
         )
 
 
@@ -369,10 +320,9 @@ def as_one_module(models: dict[str, nn.Module]) -> nn.Module:
     return models["model"] if list(models) == ["model"] else nn.ModuleDict(models)
 
 
-def _listed(what: str, items: list[str], limit: int = 8) -> str:
-    if not items:
-        return ""
-    return f"{len(items)} {what}: {shortened(items, limit)}"
+def _counted(problems: Mapping[str, list[str]]) -> str:
+    """How many items have each problem, and which."""
+    return "; ".join(f"{len(x)} {what}: {shortened(x)}" for what, x in problems.items() if x)
 
 
 def _first_line(error: BaseException) -> str:

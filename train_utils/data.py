@@ -228,17 +228,17 @@ def sample_names(loader: Any, step: int) -> list[str]:
     sampler, keyed = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
     if not isinstance(sampler, GlobalBatchSampler) or not isinstance(keyed, KeyedDataset):
         return []
-    whole, indices = behind_subsets(keyed.dataset)
-    name = getattr(whole, "name", lambda index: f"sample {index}")
+    dataset, indices = unwrap_subset(keyed.dataset)
+    name = getattr(dataset, "name", lambda index: f"sample {index}")
     return [name(indices[index]) for index in sampler.share(step)]
 
 
-def behind_subsets(dataset: Dataset) -> tuple[Any, Sequence[int]]:
+def unwrap_subset(dataset: Dataset) -> tuple[Any, Sequence[int]]:
     """The dataset of which `Subset`s may hold a part, and the indices of that part in it."""
     if not isinstance(dataset, Subset):
         return dataset, range(len(dataset))  # type: ignore[arg-type]
-    whole, indices = behind_subsets(dataset.dataset)
-    return whole, [indices[index] for index in dataset.indices]
+    full, indices = unwrap_subset(dataset.dataset)
+    return full, [indices[index] for index in dataset.indices]
 
 
 class ShardSampler(Sampler[SampleKey]):

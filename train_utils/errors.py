@@ -16,10 +16,10 @@ def plain_message(error: BaseException) -> str:
     return str(error).strip().rpartition("train_utils.errors.UserError: ")[2]
 
 
-def shortened(items: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
+def shortened(items: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
     """The first items of a list, and how many more there are."""
-    more = f" … and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,9 +1,12 @@
-"""Small text files that are there whole or not at all, and where the user's cache is."""
+"""Files that are there whole or not at all, and where the user's cache is."""
 
-import contextlib
 import os
-import threading
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def user_cache(name: str) -> Path | None:
@@ -17,19 +20,67 @@ def user_cache(name: str) -> Path | None:
         return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content at once: a kill at any moment leaves the old content or the new.
+@contextmanager
+def written_whole(
+    path: Path, links: Sequence[Path] = (), durable: bool = True
+) -> Iterator[BinaryIO]:
+    """A file to write, which replaces `path` at the end of the block.
 
-    Raises OSError, with nothing left behind, if the file system refuses.
+    A kill at any moment leaves the old file or the new one; an error leaves the old one, and
+    nothing beside it. durable: the same holds for a power failure, at the price of waiting for the
+    disk. links: other places of the same file, without a second copy where the file system can;
+    they are replaced before `path` is. Raises OSError if the file system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = _temporary(path.parent)
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with temporary.open("xb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        for link in links:
+            _link(temporary, link)
         temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
+        if durable:
+            _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
             temporary.unlink()
-        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `written_whole` does."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder that nobody writes to now."""
+    for path in folder.glob(".pixtrain-*.tmp"):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _temporary(folder: Path) -> Path:
+    # Not named after the file, whose name may be as long as the file system takes.
+    return folder / f".pixtrain-{uuid.uuid4().hex}.tmp"
+
+
+def _link(source: Path, target: Path) -> None:
+    temporary = _temporary(target.parent)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without links
+        with source.open("rb") as content, written_whole(target) as file:
+            shutil.copyfileobj(content, file)
+    else:
+        temporary.replace(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # makes the rename itself survive a power failure
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -18,8 +18,7 @@
 | grey, 12 or 32 bits     | refused                          | refused                           |
 | float                   | refused                          | refused                           |
 
-`read_trimap` takes grey levels as they are stored (of a palette, its colours) and guesses nothing:
-any transparency, any colour and any fourth level are refused.
+Files of other meanings are read by what a task builds on `decode`.
 
 An EXIF tag counts where it stands before the pixels (as in every JPEG); one that cannot be parsed
 counts as absent. PNG checksums are verified: a damaged PNG gives its own pixels or none. The other
@@ -30,14 +29,10 @@ refused unopened. Every error is a `UserError` that names the file, the cause an
 
 import os
 import stat
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import wraps
-from io import BytesIO
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,10 +49,10 @@ from PIL.TiffImagePlugin import (
 from torchvision import tv_tensors
 
 from train_utils.errors import UserError
+from train_utils.files import written_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000
-BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255  # the values of a trimap
 
 # Formats are recognised by content, not by suffix; naming them keeps Pillow's rarer parsers (and
 # the external programs that some of them start) away from untrusted files.
@@ -73,7 +68,6 @@ _REPLACE = "Replace the file by an intact copy, or remove it."
 _MAKE_SMALLER = "Scale it down or cut it into tiles."
 _SAVE_AS_PNG = "Scale its values and save it as a PNG of 8 or 16 bits."
 _SAVE_8_BITS = "Save it with 8 bits."
-_SAVE_LABELS = "Save it as a grey or palette PNG of class indices."
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,26 +80,8 @@ _TRANSPOSE = {
 }
 
 PathLike = str | os.PathLike[str]
-Pixels = TypeVar("Pixels")
-Options = ParamSpec("Options")
 
 
-def _within_memory(
-    read: Callable[Concatenate[PathLike, Options], Pixels],
-) -> Callable[Concatenate[PathLike, Options], Pixels]:
-    """A reader whose MemoryError is a UserError."""
-
-    @wraps(read)
-    def reader(path: PathLike, *args: Options.args, **kwargs: Options.kwargs) -> Pixels:
-        try:
-            return read(path, *args, **kwargs)
-        except MemoryError as error:
-            raise _explained(path, error) from error
-
-    return reader
-
-
-@_within_memory
 def read_image(path: PathLike, at_least: int | None = None) -> tv_tensors.Image:
     """Read a file as RGB, uint8 [3, H, W], by the rules of this module's table.
 
@@ -117,66 +93,47 @@ def read_image(path: PathLike, at_least: int | None = None) -> tv_tensors.Image:
     nearly, not exactly, that of the whole file.
     Raises UserError for a file that cannot be read as asked.
     """
-    pixels = np.array(_rgb(path, at_least))
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    with within_memory(path):
+        return image_tensor(to_rgb(path, decode(path, at_least).image))
 
 
-@dataclass(frozen=True)
-class DraftReader:
-    """`read_image` with `at_least` given."""
-
-    at_least: int
-
-    def __call__(self, path: PathLike) -> tv_tensors.Image:
-        return read_image(path, self.at_least)
-
-
-@_within_memory
-def read_foreground(path: PathLike) -> tv_tensors.Image:
-    """`read_image`, except that an alpha channel is dropped: the colours are as stored.
-
-    The colours of a cut-out reach beyond its alpha; over white, soft edges would get a white halo.
-    """
-    with _opened(path) as image:
-        if image.mode not in ("RGBA", "LA"):
-            return read_image(path)
-    pixels = np.array(_decode(path)[0].convert("RGB"))
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-
-
-@_within_memory
 def read_mask(path: PathLike) -> tv_tensors.Mask:
     """Read a file as a grey mask, uint8 [1, H, W] in 0…255, by the rules of this module's table.
 
     Raises UserError for a file that cannot be read as asked.
     """
-    return tv_tensors.Mask(torch.from_numpy(_grey(path))[None])
+    with within_memory(path):
+        return tv_tensors.Mask(torch.from_numpy(_grey(path))[None])
 
 
-@_within_memory
 def read_image_and_mask(
-    image: PathLike, mask: PathLike
+    image: PathLike, mask: PathLike, at_least: int | None = None
 ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """`read_image` and `read_mask` of two files.
 
     If they are of one size, both are views of one memory, uint8 [H, W, 4]: a mask that lies beside
     its image is resized along with it at no further cost.
     """
-    picture, grey = _rgb(image), _grey(mask)
-    if picture.size == grey.shape[::-1]:
+    with within_memory(image):
+        picture = to_rgb(image, decode(image, at_least).image)
+        grey = read_mask(mask)
+        if picture.size != (grey.shape[2], grey.shape[1]):
+            return image_tensor(picture), grey
         # Four bytes per pixel, as in Pillow's own memory: one of each is to spare for the mask.
-        pixels = np.frombuffer(bytearray(picture.tobytes("raw", "RGBX")), np.uint8)
-        pixels = pixels.reshape(*grey.shape, 4)
-        pixels[..., 3] = grey
-        both = torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels = torch.frombuffer(bytearray(picture.tobytes("raw", "RGBX")), dtype=torch.uint8)
+        both = pixels.view(*grey.shape[1:], 4).permute(2, 0, 1)
+        both[3:] = grey
         return tv_tensors.Image(both[:3]), tv_tensors.Mask(both[3:])
-    alone = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return tv_tensors.Image(alone), tv_tensors.Mask(torch.from_numpy(grey)[None])
 
 
-def _rgb(path: PathLike, at_least: int | None = None) -> Image.Image:
-    image, _ = _decode(path, at_least)
-    if _is_wide(image):
+def image_tensor(picture: Image.Image) -> tv_tensors.Image:
+    """An RGB picture of Pillow's as uint8 [3, H, W]."""
+    return tv_tensors.Image(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def to_rgb(path: PathLike, image: Image.Image) -> Image.Image:
+    """A decoded image in mode RGB, by the table's rules."""
+    if is_wide(image):
         image = Image.fromarray(_to_8_bits(_wide_values(path, image, _WHITE)))
     if image.has_transparency_data:
         image = _composite(image, _WHITE)
@@ -185,8 +142,8 @@ def _rgb(path: PathLike, at_least: int | None = None) -> Image.Image:
 
 def _grey(path: PathLike) -> np.ndarray:
     """The grey levels of `read_mask`, uint8 [H, W]."""
-    image, lossless = _decode(path)
-    if _is_wide(image):
+    image, lossless, _ = decode(path)
+    if is_wide(image):
         grey = _wide_values(path, image, _BLACK)
     elif image.mode in ("P", "PA"):
         grey = _palette_greys(image)
@@ -202,32 +159,6 @@ def _grey(path: PathLike) -> np.ndarray:
     if lossless and grey.max() == 1:
         return grey.astype(np.uint8) * 255
     return _to_8_bits(grey) if grey.dtype == np.uint16 else grey
-
-
-@_within_memory
-def read_trimap(path: PathLike) -> tv_tensors.Mask:
-    """Read a file as a trimap, uint8 [1, H, W] of BACKGROUND, UNKNOWN and FOREGROUND only.
-
-    Exactly black is background, exactly white is foreground, and one grey level between 64 and 192
-    of 255 is the unknown region: tools write 127, 128 or 102 there. A trimap may lack any of them.
-    Raises UserError for everything else: an alpha matte, JPEG noise, class codes, colours, pixels
-    that are not opaque.
-    """
-    image, lossless = _decode(path)
-    values, white = _grey_levels(path, image)
-    counts = np.bincount(values.ravel(), minlength=white + 1)
-    levels = np.flatnonzero(counts)
-    between = levels[(levels > 0) & (levels < white)]
-    if len(between) > 1 or any(not 64 <= level * 255 / white <= 192 for level in between):
-        found = _most_frequent({str(level): counts[level] for level in levels})
-        raise UserError(
-            f"{printable(path)}: a trimap has 0, {white} and one grey level between for the "
-            f"unknown region, but this file has {found}. {_trimap_fix(levels, lossless)}"
-        )
-    trimap = np.full(values.shape, UNKNOWN, dtype=np.uint8)
-    trimap[values == 0] = BACKGROUND
-    trimap[values == white] = FOREGROUND
-    return tv_tensors.Mask(torch.from_numpy(trimap)[None])
 
 
 def image_size(path: PathLike, at_least: int | None = None) -> tuple[int, int]:
@@ -248,7 +179,7 @@ def is_damaged(path: PathLike) -> bool:
     intact file is not of a kind that is taken.
     """
     try:
-        _decode(path)
+        decode(path)
     except UserError as error:
         cause = error.__cause__
         elsewhere = isinstance(cause, MemoryError | Image.DecompressionBombError)
@@ -270,7 +201,8 @@ def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [Path(parent, name) for name in files if _is_image_name(name)]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    found = [path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
         raise UserError(
             f"{printable(folder)}: holds no images ({' '.join(IMAGE_SUFFIXES)}). Check the path."
@@ -289,25 +221,17 @@ def save_image(image: Image.Image, path: PathLike) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{printable(path)}: images are saved as .png")
-    encoded = BytesIO()
     note = PngInfo()
     note.add_text("Software", _SOFTWARE)
-    image.save(encoded, format="PNG", pnginfo=note, compress_level=_COMPRESSION)
-    # Not named after `path`: the suffix could make a long name too long for the file system.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(encoded.getbuffer())
-        temporary.replace(path)
+        with written_whole(path, durable=False) as file:
+            image.save(file, format="PNG", pnginfo=note, compress_level=_COMPRESSION)
     except OSError as error:
         raise UserError(
             f"{printable(path)}: cannot be written ({error.strerror}). "
             "Make room, or choose an output folder that can be written to."
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def saved_here(path: PathLike) -> bool:
@@ -331,58 +255,10 @@ def printable(path: PathLike) -> str:
     )
 
 
-def _is_image_name(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
 def _raise_unreadable(error: OSError) -> None:
     raise UserError(
         f"{printable(error.filename)}: cannot be listed ({error.strerror}). Check its permissions."
     ) from error
-
-
-# --- label files ---------------------------------------------------------------------------------
-
-
-@_within_memory
-def read_label_file(path: PathLike) -> np.ndarray:
-    """The numbers that a label file stores, upright and never scaled: uint8 [H, W] or [H, W, 3].
-
-    Palette files give their indices, never their colours; grey files their values (of 1, 2 and 4
-    bits, too; of 16 bits, if none exceeds 255); RGB files give [H, W, 3], of 16 bits the upper 8.
-    Alpha may be there, but opaque throughout. Raises UserError for other files, among them grey
-    TIFFs in which 0 is white, and for those that cannot be read.
-    """
-    image, _ = _decode(path)
-    if _is_wide(image):
-        return _narrow_labels(path, np.array(image))
-    pixels = np.array(image).astype(np.uint8, copy=False)
-    if image.mode in ("LA", "PA", "RGBA"):
-        if (pixels[..., -1] != 255).any():
-            raise UserError(
-                f"{printable(path)}: some pixels are transparent, which no label is. {_SAVE_LABELS}"
-            )
-        pixels = pixels[..., :3] if image.mode == "RGBA" else pixels[..., 0]
-    elif image.mode not in ("1", "L", "P", "RGB"):
-        raise UserError(f"{printable(path)}: {image.mode} pixels hold no labels. {_SAVE_LABELS}")
-    return pixels // _label_step(path) if image.mode in ("1", "L") else pixels
-
-
-def _narrow_labels(path: PathLike, values: np.ndarray) -> np.ndarray:
-    if values.max() > 255:
-        raise UserError(
-            f"{printable(path)}: 16-bit labels up to {values.max()}, but a label is 0 to 255. Save "
-            "class indices, not the numbers of objects or scaled values."
-        )
-    return values.astype(np.uint8)
-
-
-def _label_step(path: PathLike) -> int:
-    """What the values of a grey label file are to be divided by."""
-    with _opened(path) as image:
-        if "I" in _raw_mode(image).partition(";")[2]:  # Pillow has inverted them
-            raise UserError(f"{printable(path)}: a TIFF in which 0 is white. {_SAVE_LABELS}")
-        return _grey_step(image)
 
 
 # --- opening and decoding ------------------------------------------------------------------------
@@ -392,8 +268,11 @@ def _label_step(path: PathLike) -> int:
 def _opened(path: PathLike) -> Iterator[Image.Image]:
     """Open a file and check its header; whatever Pillow raises within the block is a UserError."""
     try:
-        _require_file(path)
-        with _as_path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
+        # A pipe or a device might keep its reader waiting for ever.
+        mode = Path(path).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
+        with Path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
             _check_header(path, image)
             yield image
     except UserError:
@@ -402,11 +281,19 @@ def _opened(path: PathLike) -> Iterator[Image.Image]:
         raise _explained(path, error) from error
 
 
-def _decode(path: PathLike, at_least: int | None = None) -> tuple[Image.Image, bool]:
-    """The first frame, loaded and upright in the file's own mode, and whether it is lossless.
+class Decoded(NamedTuple):
+    """An image's first frame, loaded and upright, in the file's own mode.
 
-    at_least: see `read_image`.
+    raw_mode: how the pixels lie in the file, in Pillow's words ("RGB;16B"); "" if it does not say.
     """
+
+    image: Image.Image
+    lossless: bool
+    raw_mode: str
+
+
+def decode(path: PathLike, at_least: int | None = None) -> Decoded:
+    """Read a file's pixels; at_least: see `read_image`. Raises UserError if it cannot be read."""
     with _opened(path) as image:
         if isinstance(image, PngImageFile):
             # Loading skips the checksums of the pixel data, and then most flipped bits go
@@ -418,28 +305,37 @@ def _decode(path: PathLike, at_least: int | None = None) -> tuple[Image.Image, b
         return _load(path, image)
 
 
+@contextmanager
+def within_memory(path: PathLike) -> Iterator[None]:
+    """UserError where the memory does not suffice for what a block makes of a file."""
+    try:
+        yield
+    except MemoryError as error:
+        raise _explained(path, error) from error
+
+
 def _scale_down(image: Image.Image, at_least: int | None) -> None:
     """Have a JPEG that is not loaded yet decoded at a reduced size, see `read_image`."""
     if at_least and isinstance(image, JpegImageFile):
         image.draft(None, (at_least, at_least))
 
 
-def _load(path: PathLike, image: Image.Image) -> tuple[Image.Image, bool]:
+def _load(path: PathLike, image: Image.Image) -> Decoded:
     lossless = (
         image.format in _LOSSLESS_FORMATS
         and image.info.get("compression") not in _LOSSY_TIFF_COMPRESSIONS
     )
-    method = _TRANSPOSE.get(_orientation(image))
-    narrowed = not _is_wide(image) and ";16" in _raw_mode(image)
-    if "transparency" in image.info and (step := _grey_step(image)) > 1:
+    # To be asked before the pixels are loaded.
+    method, raw_mode = _TRANSPOSE.get(_orientation(image)), _raw_mode(image)
+    if "transparency" in image.info and (step := grey_step(raw_mode)) > 1:
         image.info["transparency"] *= step  # Pillow scales the pixels, but not their key
     image.load()
-    if narrowed and not _has_colour(image):
+    if not is_wide(image) and ";16" in raw_mode and not _has_colour(image):
         raise UserError(
             f"{printable(path)}: 16-bit colours of which none exceeds 255: all would be read as 0. "
             f"{_SAVE_8_BITS}"
         )
-    return (image if method is None else image.transpose(method)), lossless
+    return Decoded(image if method is None else image.transpose(method), lossless, raw_mode)
 
 
 def _has_colour(image: Image.Image) -> bool:
@@ -448,18 +344,14 @@ def _has_colour(image: Image.Image) -> bool:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the pixels lie in the file, in Pillow's words ("RGB;16B"); "" where they do not say.
-
-    To be asked before the pixels are loaded.
-    """
     tiles = getattr(image, "tile", [])
     arguments = tiles[0][3] if tiles else ""
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
-def _grey_step(image: Image.Image) -> int:
+def grey_step(raw_mode: str) -> int:
     """What Pillow multiplies the values of a grey file of 2 or 4 bits by, to fill 8 bits."""
-    mode, _, packing = _raw_mode(image).partition(";")
+    mode, _, packing = raw_mode.partition(";")
     return {"2": 85, "4": 17}.get(packing[:1], 1) if mode == "L" else 1
 
 
@@ -475,17 +367,6 @@ def _orientation(image: Image.Image) -> int:
     return tag if tag in _TRANSPOSE else 1
 
 
-def _as_path(path: PathLike) -> Path:
-    return path if isinstance(path, Path) else Path(path)  # which parses a Path anew
-
-
-def _require_file(path: PathLike) -> None:
-    """Raise a UserError for a pipe or a device, which might keep its reader waiting for ever."""
-    mode = _as_path(path).stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
-
-
 def _check_header(path: PathLike, image: Image.Image) -> None:
     width, height = image.size
     problem = None
@@ -493,7 +374,7 @@ def _check_header(path: PathLike, image: Image.Image) -> None:
         problem = f"{width}×{height} is more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
     elif image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         problem = f"32-bit and float pixels have no fixed range. {_SAVE_AS_PNG}"
-    elif isinstance(image, TiffImageFile) and not _is_wide(image):
+    elif isinstance(image, TiffImageFile) and not is_wide(image):
         # Pillow reads only the first half of each plane, and that as 8 bits.
         if image.tag_v2.get(PLANAR_CONFIGURATION) == 2 and 16 in image.tag_v2[BITSPERSAMPLE]:
             problem = f"planes of 16 bits are not supported. {_SAVE_8_BITS}"
@@ -532,7 +413,8 @@ def _explained(path: PathLike, error: Exception) -> UserError:
 # --- pixel formats -------------------------------------------------------------------------------
 
 
-def _is_wide(image: Image.Image) -> bool:
+def is_wide(image: Image.Image) -> bool:
+    """Whether a decoded image is grey of 16 bits."""
     # Mode "I" is how older Pillow opens a 16-bit PNG; other files of that mode have been refused.
     return image.mode.startswith("I")
 
@@ -561,11 +443,12 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 def _composite(image: Image.Image, backdrop: int) -> Image.Image:
     """An image with transparency, over a plain backdrop; mode RGB."""
     canvas = Image.new("RGBA", image.size, (backdrop, backdrop, backdrop, 255))
-    canvas.alpha_composite(_to_rgba(image))
+    canvas.alpha_composite(to_rgba(image))
     return canvas.convert("RGB")
 
 
-def _to_rgba(image: Image.Image) -> Image.Image:
+def to_rgba(image: Image.Image) -> Image.Image:
+    """A decoded image of 8 bits in mode RGBA, transparent colours and palettes as alpha."""
     if image.mode == "La":  # premultiplied grey, which Pillow converts to nothing else
         image = image.convert("LA")
     return image.convert("RGBA")
@@ -591,51 +474,3 @@ def _palette_greys(image: Image.Image) -> np.ndarray:
     if image.mode == "PA":
         greys = np.rint(greys * pixels[..., 1] / 255)
     return greys.astype(np.uint8)
-
-
-# --- trimaps -------------------------------------------------------------------------------------
-
-
-def _grey_levels(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int]:
-    """A grey image's stored levels [H, W], and the one that is white: 255, or 65535 of 16 bits.
-
-    Raises UserError for colours and for pixels that are not opaque.
-    """
-    wide = _is_wide(image)
-    if image.has_transparency_data:
-        if wide or np.array(_to_rgba(image))[..., 3].min() < 255:
-            raise UserError(
-                f"{printable(path)}: a trimap may not be transparent anywhere, as nobody can tell "
-                "what is meant there. Save it without an alpha channel or transparent colour."
-            )
-        image = image if wide else _to_rgba(image)
-    if wide:
-        return np.array(image).astype(np.uint16), 65535
-    if image.mode in ("1", "L"):
-        return np.array(image.convert("L")), 255
-    rgb = np.array(image.convert("RGB"))
-    coloured = (rgb != rgb[..., :1]).any(axis=2)
-    if coloured.any():
-        colours, counts = np.unique(rgb[coloured], axis=0, return_counts=True)
-        names = [str(tuple(colour)) for colour in colours.tolist()]
-        raise UserError(
-            f"{printable(path)}: a trimap is grey, but this file has the RGB colours "
-            f"{_most_frequent(dict(zip(names, counts.tolist(), strict=True)))}. "
-            "Give the trimap itself, in black, grey (128) and white."
-        )
-    return rgb[..., 0], 255
-
-
-def _most_frequent(pixels: dict[str, int], shown: int = 6) -> str:
-    """Values with their numbers of pixels, the most frequent first, as text."""
-    ordered = sorted(pixels, key=lambda value: -pixels[value])
-    text = ", ".join(f"{value} ({pixels[value]:,} px)" for value in ordered[:shown])
-    return text + (f" and {len(ordered) - shown} more" if len(ordered) > shown else "")
-
-
-def _trimap_fix(levels: np.ndarray, lossless: bool) -> str:
-    if not lossless:
-        return "Save it as a PNG: lossy compression blurs its levels."
-    if len(levels) <= 3:
-        return "Save it with 0 for background, 128 for unknown and 255 for foreground."
-    return "Give the trimap, not the alpha matte, and resize it without smoothing."

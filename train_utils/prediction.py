@@ -222,9 +222,9 @@ def read_inputs(job: Job, readers: Readers, at_least: int | None = None) -> dict
 
 
 def at_own_size(job: Job, images: dict[str, Tensor], readers: Readers) -> dict[str, Tensor]:
-    """What the outputs are made of, where `images` may have been scaled down by their decoder.
+    """What the outputs are made of, where the decoder may have scaled `images` down.
 
-    Of a map alone that is no pixel, only the size.
+    A map alone needs no pixels of the image, only its size, and so nothing is read again for it.
     """
     if job.frame is not None:
         return images

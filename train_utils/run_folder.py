@@ -23,13 +23,12 @@ from train_utils.checkpoint import (
     CheckpointWriter,
     load_training_state,
     offer_another,
-    remove_temporaries,
 )
 from train_utils.collectives import call_on_main, get_rank, is_main_process, lost_peers
 from train_utils.config import dump_yaml
 from train_utils.distributed_utils import launcher_ids, mkdir
 from train_utils.errors import UserError, plain_message
-from train_utils.files import write_text
+from train_utils.files import remove_temporaries, write_text, written_whole
 from train_utils.image_io import save_image
 from train_utils.log import get_logger, log_to_file
 
@@ -76,9 +75,8 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
 
 def _go_back(path: Path, earlier: Path) -> None:
     """Make an earlier checkpoint the last one of a run folder, and forget a best one from later."""
-    temporary = path / f".{LAST}.back.tmp"
-    shutil.copyfile(earlier, temporary)
-    temporary.replace(path / LAST)
+    with earlier.open("rb") as content, written_whole(path / LAST) as file:
+        shutil.copyfileobj(content, file)
     best = path / BEST
     if best.exists() and earlier.resolve() != best.resolve():
         position = load_training_state(earlier)["next_epoch"]

@@ -17,7 +17,6 @@ import mmap
 import os
 import platform
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from train_utils.errors import UserError
-from train_utils.files import user_cache
+from train_utils.files import remove_temporaries, user_cache, written_whole
 from train_utils.image_io import PathLike, printable
 from train_utils.log import get_logger
 
@@ -42,7 +41,6 @@ Shape = tuple[int, int, int]  # channels, height, width
 
 _FORMAT = 1  # to be raised when the meaning of a pack's bytes changes
 _SUFFIX = ".pack"
-_TEMPORARY = ".pack.tmp"
 _ALIGNMENT = 64
 _VALID = 0x600DDA7A
 _HEADER = np.dtype([("layout_crc", "<u8"), ("items", "<u8"), ("parts", "<u8"), ("bytes", "<u8")])
@@ -217,9 +215,7 @@ def _remove_unused(place: Path, prefix: str) -> None:
     for path in place.glob(f"{prefix}*{_SUFFIX}"):
         if _remove_if_unused(path):
             get_logger().info(f"removed an outdated cache: {printable(path)}")
-    for path in place.glob(f".*{_TEMPORARY}"):  # of a process that was killed
-        with suppress(OSError):
-            path.unlink()
+    remove_temporaries(place)
 
 
 def _remove_if_unused(path: Path) -> bool:
@@ -266,15 +262,9 @@ def _make(path: Path, shapes: Sequence[Sequence[Shape]], kind: str) -> None:
     total = begin + int(sizes.sum())
     header = np.array([(zlib.crc32(layout.tobytes()), items, parts, total)], _HEADER)
 
-    temporary = path.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            _reserve(file, total, path.parent, kind)
-            file.write(header.tobytes() + layout.tobytes())
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with written_whole(path, durable=False) as file:
+        _reserve(file, total, path.parent, kind)
+        file.write(header.tobytes() + layout.tobytes())
 
 
 def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:

@@ -77,7 +77,7 @@ class BaseTask:
         """Validation data; `all_pairs`: of folders that would be split take all pairs."""
         raise NotImplementedError
 
-    def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
+    def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
         """Check the data; returns settings that they decide, by section."""
         for dataset in (train_set, val_set):
             if dataset is not None:

@@ -10,19 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from my_dataset import ShapesDataset
 from src.deep_matting import STRIDE, DeepMatting
-from tasks.matting.data import (
-    MattingShapesDataset,
-    check_matting_files,
-    composition_pairs,
-    matting_pairs,
-)
+from tasks.matting.data import check_matting_files, composition_pairs, matting_pairs
 from tasks.matting.foreground import estimate_foreground
 from tasks.matting.losses import alpha_prediction_loss, compositional_loss
 from tasks.matting.metrics import MattingMetrics, finish_alpha
+from tasks.matting.trimaps import read_trimap
 from train_utils import settings
 from train_utils.errors import UserError
-from train_utils.image_io import BACKGROUND, FOREGROUND, UNKNOWN, read_trimap
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.pretrained import backbone_state
@@ -30,12 +26,20 @@ from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimC
 from train_utils.task import BaseTask
 from train_utils.tiles import MIN_PIXELS, limited
 from train_utils.train_and_eval import Batch, Models, Sample
-from transforms import MattingEval, MattingTrain, matting_input
+from transforms import (
+    BACKGROUND,
+    FOREGROUND,
+    UNKNOWN,
+    MattingEval,
+    MattingTrain,
+    matting_input,
+)
 
 # A cut changes alpha up to five strides away. Counted in pixels of each level: a 3×3 convolution
 # adds 1, a 5×5 one 2, pooling halves and rounds up, unpooling doubles: 2 → 3 → 5 → 6 → 6 before the
 # five poolings, 8 → 18 → 38 → 78 → 158 behind the decoder's convolutions, 160 in alpha.
 _TILE_MARGIN = 5 * STRIDE
+_PARTS = "foreground", "alpha", "background"  # of an embedded scene
 
 
 @dataclass
@@ -194,9 +198,8 @@ class Task(BaseTask):
             data.image_size, data.crop_sizes, data.max_radius, data.hflip, data.jitter
         )
         if data.name == "shapes":
-            train: Dataset = MattingShapesDataset(
-                max(data.crop_sizes), data.seed, data.train_size, transforms=transforms
-            )
+            size = max(data.crop_sizes)
+            train: Dataset = ShapesDataset(size, data.seed, data.train_size, 0, transforms, _PARTS)
         elif data.name == "composed":
             train = composition_pairs(data, train=True, transforms=transforms)
         else:
@@ -209,7 +212,8 @@ class Task(BaseTask):
         transforms = MattingEval(data.eval_size, data.eval_radius)
         if data.name == "shapes":
             size = max(data.crop_sizes)
-            return MattingShapesDataset(size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms)
+            first = FIRST_VAL_SCENE
+            return ShapesDataset(size, data.seed, data.val_size, first, transforms, _PARTS)
         pairs = composition_pairs if data.name == "composed" else matting_pairs
         return pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
 

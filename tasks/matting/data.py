@@ -14,56 +14,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from my_dataset import (
+from my_dataset import PairFolderDataset, folder_pairs
+from tasks.matting.trimaps import TrimapReader
+from train_utils.data import collate, unwrap_subset
+from train_utils.datasets import (
     JointTransform,
-    Pair,
-    PairFolderDataset,
-    ShapesDataset,
+    check_all,
     check_pairs,
-    files_by_stem,
-    folder_pairs,
     name_hash,
     pairs_of,
     read_pair,
-    refuse_faulty,
-    require_masks,
     split_pairs,
 )
-from train_utils.data import behind_subsets, collate
 from train_utils.errors import UserError
 from train_utils.image_io import (
     MAX_PIXELS,
+    decode,
     image_size,
+    image_tensor,
     list_images,
     printable,
-    read_foreground,
     read_image,
     read_mask,
-    read_trimap,
+    to_rgb,
+    within_memory,
 )
 from transforms import cover
-
-
-class MattingShapesDataset(ShapesDataset):
-    """Scenes as their parts: foreground, alpha and background, uint8 [3 | 1 | 3, S, S].
-
-    Takes what `ShapesDataset` takes, and keeps 7·size² bytes a scene.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        seed: int,
-        count: int,
-        first: int = 0,
-        transforms: JointTransform | None = None,
-    ) -> None:
-        super().__init__(size, seed, count, first, transforms, target="alpha")
-        self.fields = "foreground", "alpha", "background"
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        parts = tuple(part.clone() for part in self._draw(self.scenes[index]))
-        return self.transforms(*parts) if self.transforms else parts
 
 
 class CompositionDataset(Dataset):
@@ -80,7 +56,6 @@ class CompositionDataset(Dataset):
     """
 
     collate_fn = staticmethod(collate)
-    read_first, read_target = staticmethod(read_foreground), staticmethod(read_mask)
 
     def __init__(
         self,
@@ -98,6 +73,7 @@ class CompositionDataset(Dataset):
         self.folder = Path(backgrounds)
         self.backgrounds = list_images(self.folder, recursive=True)
         self.transforms, self.train = transforms, train
+        self.read_image, self.read_target = read_foreground, read_mask
 
     @property
     def ingredients(self) -> list[str]:
@@ -108,7 +84,7 @@ class CompositionDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        foreground, alpha = read_pair(self.pairs[index], self.read_first, self.read_target)
+        foreground, alpha = read_pair(self.pairs[index], self.read_image, self.read_target)
         if self.train:
             choice = self.backgrounds[int(torch.randint(len(self.backgrounds), ()))]
             place = torch.rand(2).tolist()
@@ -144,33 +120,15 @@ class CompositionDataset(Dataset):
         return sorted(self.backgrounds, key=rank)[repeat % len(self.backgrounds)]
 
 
-class TrimapReader:
-    """Reads an alpha and the trimap of its name as one target, uint8 [2, H, W].
+def read_foreground(path: str | PathLike[str]) -> Tensor:
+    """`read_image`, except that an alpha channel is dropped: the colours are as stored.
 
-    A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both.
+    The colours of a cut-out reach beyond its alpha; over white, soft edges would get a white halo.
     """
-
-    channels = 2
-
-    def __init__(self, alphas: str | PathLike[str], trimaps: str | PathLike[str]) -> None:
-        self.alphas, self.trimaps = Path(alphas), Path(trimaps)
-        self.files = files_by_stem(self.trimaps)
-
-    def __call__(self, alpha: Path) -> Tensor:
-        parts = read_pair((alpha, self.files[self._stem(alpha)]), read_mask, read_trimap)
-        return torch.cat([part.as_subclass(Tensor) for part in parts])
-
-    def also_reads(self, alpha: Path) -> tuple[Path]:
-        """The trimap's file."""
-        return (self.files[self._stem(alpha)],)
-
-    def require(self, pairs: Sequence[Pair], folder: str | PathLike[str]) -> None:
-        """Raise a UserError that lists the images of `folder` without a trimap, if any."""
-        images = {self._stem(alpha): image for image, alpha in pairs}
-        require_masks(images, self.files, Path(folder), self.trimaps, "trimap")
-
-    def _stem(self, alpha: Path) -> str:
-        return alpha.relative_to(self.alphas).with_suffix("").as_posix()
+    with within_memory(path):
+        image = decode(path).image
+        cut_out = image.mode in ("RGBA", "LA")
+        return image_tensor(image.convert("RGB") if cut_out else to_rgb(path, image))
 
 
 def matting_pairs(
@@ -218,13 +176,17 @@ def composition_pairs(
 def check_matting_files(dataset: Dataset) -> None:
     """`check_pairs`, and the same for trimaps, which are read whole, and for backgrounds."""
     check_pairs(dataset)
-    whole, _ = behind_subsets(dataset)
-    if isinstance(whole, CompositionDataset):
+    full, _ = unwrap_subset(dataset)
+    if isinstance(full, CompositionDataset):
         sizes = [image_size(path) for path in {path for path, _ in pairs_of(dataset)}]
         widest, highest = (max(sides) for sides in zip(*sizes, strict=True))
-        refuse_faulty(whole.backgrounds, lambda path: _require_cover(path, widest, highest))
-    elif isinstance(getattr(whole, "read_target", None), TrimapReader):
-        refuse_faulty([alpha for _, alpha in pairs_of(dataset)], whole.read_target)
+        check_all(full.backgrounds, lambda path: _require_cover(path, widest, highest))
+    elif isinstance(getattr(full, "read_target", None), TrimapReader):
+
+        def check_trimap(alpha: Path) -> None:
+            full.read_target(alpha)
+
+        check_all([alpha for _, alpha in pairs_of(dataset)], check_trimap)
 
 
 def _require_cover(path: Path, widest: int, highest: int) -> None:

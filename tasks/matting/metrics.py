@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train_utils.image_io import BACKGROUND, FOREGROUND
 from train_utils.losses import unit_values
 from train_utils.metrics import (
     ExactMetric,
@@ -26,6 +25,7 @@ from train_utils.metrics import (
     single_map,
     to_fixed,
 )
+from transforms import BACKGROUND, FOREGROUND
 
 EPSILON = 1e-6  # of the alpha-prediction loss
 # Scores in the order of the state, each with a bound that no image of MAX_PIXELS exceeds: the state

@@ -10,18 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import src
-from my_dataset import (
-    DUTSDataset,
-    PairFolderDataset,
-    ShapesDataset,
-    check_pairs,
-    folder_pairs,
-    image_reader,
-)
+from my_dataset import DUTSDataset, PairFolderDataset, ShapesDataset, folder_pairs
 from src.u2net import from_official, is_official
 from tasks.saliency.losses import soft_iou_loss
 from tasks.saliency.metrics import ToolboxMetrics, stretched
 from train_utils import settings
+from train_utils.datasets import check_pairs
 from train_utils.errors import UserError
 from train_utils.losses import criterion
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, prediction_at
@@ -129,10 +123,9 @@ class Task(BaseTask):
                 data.image_size, data.seed, data.train_size, transforms=transforms
             )
         elif data.name == "duts":
-            train = DUTSDataset(_root(data), True, transforms, image_reader(data, data.image_size))
+            train = DUTSDataset(_root(data), True, transforms, data.at_least)
         else:
-            reader = image_reader(data, data.image_size)
-            train = folder_pairs(data, train=True, transforms=transforms, read_first=reader)
+            train = folder_pairs(data, True, transforms, at_least=data.at_least)
         return train, self.build_val_dataset()
 
     def build_val_dataset(self, all_pairs: bool = False) -> Dataset:
@@ -143,12 +136,9 @@ class Task(BaseTask):
             return ShapesDataset(
                 data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms=transforms
             )
-        reader = image_reader(data, data.image_size)
         if data.name == "duts":
-            return DUTSDataset(_root(data), False, transforms, reader)
-        return folder_pairs(
-            data, train=False, transforms=transforms, all_pairs=all_pairs, read_first=reader
-        )
+            return DUTSDataset(_root(data), False, transforms, data.at_least)
+        return folder_pairs(data, False, transforms, all_pairs=all_pairs, at_least=data.at_least)
 
     def check_data(self, dataset: Dataset) -> None:
         """Check every file's header."""

@@ -16,18 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import src
-from my_dataset import (
-    PairDataset,
-    ShapesDataset,
-    check_pairs,
-    folder_pairs,
-    image_reader,
-    pairs_of,
-    split_pairs,
-)
+from my_dataset import ShapesDataset, folder_pairs
 from tasks.segmentation.confusion_matrix import ConfusionMatrix, most_likely
 from tasks.segmentation.data import bag_pairs, camvid_pairs, segmentation_layout, voc_pairs
-from tasks.segmentation.label_maps import LabelReader, MaskScan, scan_masks
+from tasks.segmentation.label_maps import LabelReader
 from tasks.segmentation.losses import (
     dice_loss,
     focal_loss,
@@ -35,8 +27,10 @@ from tasks.segmentation.losses import (
     one_hot_cross_entropy,
     pixel_cross_entropy,
 )
+from tasks.segmentation.mask_scan import MaskScan, scan_masks
 from train_utils import shapes
-from train_utils.data import behind_subsets
+from train_utils.data import unwrap_subset
+from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
@@ -55,6 +49,7 @@ from transforms import (
 )
 
 _TINT = 0.6  # how much an overlay shows of a class's colour
+_FIELDS = "image", "classes"  # of an embedded scene
 
 Colour = tuple[int, int, int]
 
@@ -241,16 +236,14 @@ def label_reader(data: DataConfig) -> LabelReader:
 
 
 def _training_scenes(data: DataConfig, transforms: Any = None) -> ShapesDataset:
-    return ShapesDataset(
-        data.image_size, data.seed, data.train_size, transforms=transforms, target="classes"
-    )
+    return ShapesDataset(data.image_size, data.seed, data.train_size, 0, transforms, fields=_FIELDS)
 
 
 def _file_pairs(data: DataConfig, train: bool, transforms: Any, all_pairs: bool = False) -> Dataset:
     largest = data.image_size * (data.scale[1] if train else 1)
-    readers = label_reader(data), image_reader(data, ceil(largest))
+    reader, at_least = label_reader(data), 2 * ceil(largest) if data.draft else None
     if data.name == "folders":
-        return folder_pairs(data, train, transforms, readers[0], all_pairs, readers[1])
+        return folder_pairs(data, train, transforms, reader, all_pairs, at_least)
     if not data.root:
         raise UserError(
             f"data.root: this recipe trains on data laid out as {data.name}. Give its folder by "
@@ -258,28 +251,17 @@ def _file_pairs(data: DataConfig, train: bool, transforms: Any, all_pairs: bool 
         )
     if data.name != "bag":
         found = voc_pairs if data.name == "voc" else camvid_pairs
-        return PairDataset(*found(data.root, train), transforms, *readers)
-    pairs = PairDataset(*bag_pairs(data.root), transforms, *readers)
+        return PairDataset(*found(data.root, train), transforms, reader, at_least)
+    pairs = PairDataset(*bag_pairs(data.root), transforms, reader, at_least)
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])
 
 
 def _scan_scenes(data: DataConfig) -> MaskScan:
     """What the masks of the embedded training scenes hold."""
     scenes = _training_scenes(data)
-    masks = [scenes[index][1] for index in range(len(scenes))]
-    counts = torch.stack([label_counts(mask, data.num_classes) for mask in masks])
-    there, total = counts > 0, counts.sum(0).tolist()
-    return MaskScan(
-        label_reader(data),
-        files=len(counts),
-        raw_histogram=total + [0] * (256 - len(total)),
-        class_counts=total,
-        class_files=there.sum(0).tolist(),
-        class_extent=(there * counts.sum(1, keepdim=True)).sum(0).tolist(),
-        ignored=0,
-        ignored_files=0,
-        blank_files=0,
-    )
+    masks = (scenes[index][1] for index in range(len(scenes)))
+    histograms = [torch.bincount(mask.flatten(), minlength=256) for mask in masks]
+    return MaskScan(label_reader(data), torch.stack(histograms).numpy())
 
 
 _PIXEL_LOSSES = {"ce": pixel_cross_entropy, "bce": one_hot_cross_entropy}
@@ -323,11 +305,11 @@ class Task(BaseTask):
         transforms = SegmentationEval(data.image_size, data.fit)
         if data.name == "shapes":
             return ShapesDataset(
-                data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms, "classes"
+                data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms, _FIELDS
             )
         return _file_pairs(data, False, transforms, all_pairs)
 
-    def prepare_data(self, train_set: Dataset | None, val_set: Dataset, workers: int) -> dict:
+    def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
         """Check every pair and scan every mask; returns the class weights if they are "auto".
 
         Prints what the masks hold. Raises UserError for files that do not fit, and for masks from
@@ -341,7 +323,6 @@ class Task(BaseTask):
                 found = scan_masks(
                     [mask for _, mask in pairs_of(dataset)],
                     label_reader(self.cfg.data),
-                    workers,
                     refuse_single_class=learn,
                 )
                 get_logger().info(f"{part} {found.text()}")
@@ -357,7 +338,7 @@ class Task(BaseTask):
             )
         if train_set is None or self.cfg.loss.class_weights != "auto":
             return {}
-        if not scan and not isinstance(behind_subsets(train_set)[0], ShapesDataset):
+        if not scan and not isinstance(unwrap_subset(train_set)[0], ShapesDataset):
             raise UserError(
                 "loss.class_weights: auto counts the classes of mask files, and there are none. "
                 "Give numbers, or null."

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from my_dataset import Pair, PairFolderDataset, files_by_stem, found_in, listed
-from train_utils.errors import UserError
+from my_dataset import PairFolderDataset
+from train_utils.datasets import Pair, files_by_stem, found_in
+from train_utils.errors import UserError, shortened
 from train_utils.image_io import printable
 
 
@@ -149,8 +150,8 @@ def _voc_files(year: Path, names: Sequence[str]) -> list[Pair]:
     if missing:
         raise UserError(
             f"{printable(year)}: {len(missing)} files are listed in ImageSets/Segmentation, but "
-            f"missing in JPEGImages or SegmentationClass: {listed(missing)}. Add them, or take "
-            "their names off the list."
+            f"missing in JPEGImages or SegmentationClass: {shortened(missing)}. Add them, "
+            "or take their names off the list."
         )
     return [(images[name], masks[name]) for name in names]
 
@@ -159,6 +160,6 @@ def _refuse_leak(place: Path, names: Sequence[str]) -> None:
     if names:
         raise UserError(
             f"{printable(place)}: {len(names)} images are to train and to validate, which makes "
-            f"scores worthless: {listed([printable(name) for name in names])}. Remove each from "
+            f"scores worthless: {shortened([printable(name) for name in names])}. Remove each from "
             "one of the two."
         )

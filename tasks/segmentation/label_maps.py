@@ -1,47 +1,75 @@
-"""From mask files to class indices, and the scan that shows what a set of masks holds.
+"""From mask files to class indices."""
 
-`LabelReader` is a mask map: it declares how the pixels of a file name their classes. `scan_masks`
-reads all masks through it before training, so that a wrong map is one clear error at the start, and
-not a device assert, a meaningless loss or a black output later.
-"""
-
-import hashlib
-import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
-from train_utils.data import follow_the_script
-from train_utils.errors import UserError
-from train_utils.files import user_cache, write_text
-from train_utils.image_io import PathLike, printable, read_image, read_label_file, read_mask
+from train_utils.errors import UserError, shortened
+from train_utils.image_io import (
+    PathLike,
+    decode,
+    grey_step,
+    is_wide,
+    printable,
+    read_image,
+    read_mask,
+    within_memory,
+)
 from transforms import IGNORE
 
 VOC_VOID = (224, 224, 192)  # the colour of the borders between PASCAL VOC's objects
 
-_MAX_LISTED = 10  # an error names so many files and counts the others …
-_MAX_VALUES = 3  # … and so many values of each
-_NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
-_MAX_NEAR = 0.05  # … at most on this share of its pixels
-_CACHE_FORMAT = 1  # to be raised when the meaning of a cached number changes
+MAX_VALUES = 3  # an error names so many values of a file and counts the others
+USE_BRIGHT = "--set data.mask_values=threshold --set data.mask_object=bright"
+_SAVE_LABELS = "Save it as a grey or palette PNG of class indices."
 
-_USE_BRIGHT = "--set data.mask_values=threshold --set data.mask_object=bright"
+
+def read_label_file(path: PathLike) -> np.ndarray:
+    """The numbers that a label file stores, upright and never scaled: uint8 [H, W] or [H, W, 3].
+
+    Palette files give their indices, never their colours; grey files their values (of 1, 2 and 4
+    bits, too; of 16 bits, if none exceeds 255); RGB files give [H, W, 3], of 16 bits the upper 8.
+    Alpha may be there, but opaque throughout. Raises UserError for other files, among them grey
+    TIFFs in which 0 is white, and for those that cannot be read.
+    """
+    with within_memory(path):
+        image, _, raw_mode = decode(path)
+        values, problem = np.array(image), ""
+        if is_wide(image):
+            if values.max() > 255:
+                problem = (
+                    f"16-bit labels up to {values.max()}, but a label is 0 to 255. Save class "
+                    "indices, not the numbers of objects or scaled values."
+                )
+        elif image.mode in ("LA", "PA", "RGBA"):
+            if (values[..., -1] != 255).any():
+                problem = f"some pixels are transparent, which no label is. {_SAVE_LABELS}"
+            values = values[..., :3] if image.mode == "RGBA" else values[..., 0]
+        elif image.mode in ("1", "L"):
+            if "I" in raw_mode.partition(";")[2]:  # Pillow has inverted them
+                problem = f"a TIFF in which 0 is white. {_SAVE_LABELS}"
+            values = values // grey_step(raw_mode)
+        elif image.mode not in ("P", "RGB"):
+            problem = f"{image.mode} pixels hold no labels. {_SAVE_LABELS}"
+        if problem:
+            raise UserError(f"{printable(path)}: {problem}")
+        return values.astype(np.uint8, copy=False)
 
 
 @dataclass
 class LabelReader:
     """Reads a mask file as class indices, `tv_tensors.Mask` uint8 [1, H, W], 255 being ignored.
 
+    It is a mask map: it declares how the pixels of a file name their classes.
+
     index: the numbers that the file stores (`read_label_file`) are the classes.
-    colour: pixels have exactly the colours (`read_image`) of `palette`, which is in class order.
+    colour: pixels have exactly the colours (`read_image`) of `palette`, which is in class order;
+        those of VOC_VOID do not count, unless it is a class's.
     threshold: two classes; grey levels (`read_mask`) below `threshold` are dark, and the object,
     class 1, is dark or bright.
 
@@ -50,14 +78,13 @@ class LabelReader:
     """
 
     num_classes: int
-    class_names: Sequence[str] | None = None  # None: class 0, class 1, …
+    class_names: Sequence[str] = ()  # empty: class 0, class 1, …
     ignore_index: int | None = 255  # index: the value of pixels that do not count
     ignore_beyond: bool = False  # index: values from num_classes on do not count either
     mode: Literal["index", "colour", "threshold"] = "index"
     palette: Sequence[Sequence[int]] | None = None  # colour: (red, green, blue) of each class
     threshold: int = 128
     object: Literal["dark", "bright"] = "dark"
-    void_colour: Sequence[int] | None = VOC_VOID  # colour: of pixels that do not count
 
     def __post_init__(self) -> None:
         count = self.num_classes
@@ -74,8 +101,9 @@ class LabelReader:
             colours = [tuple(colour) for colour in self.palette or ()]
             _require(len(colours) == count, "palette", f"must hold {count} colours, one per class")
             _require(len(set(colours)) == count, "palette", "must not hold a colour twice")
-            for colour in [*colours, self.void_colour or VOC_VOID]:
-                _require(_is_rgb(colour), "palette", "colours are three values from 0 to 255")
+            for colour in colours:
+                rgb = len(colour) == 3 and all(0 <= value <= 255 for value in colour)
+                _require(rgb, "palette", "colours are three values from 0 to 255")
 
     def __call__(self, path: PathLike) -> tv_tensors.Mask:
         return tv_tensors.Mask(torch.from_numpy(self.table()[self.values(path)])[None])
@@ -115,7 +143,7 @@ class LabelReader:
         return values
 
     def _refuse_values_beyond(self, path: PathLike, values: np.ndarray) -> None:
-        histogram = _histogram(values)
+        histogram = np.bincount(values.ravel(), minlength=256)
         beyond = histogram.copy()
         beyond[: self.num_classes] = 0
         if self.ignore_index is not None:
@@ -125,7 +153,7 @@ class LabelReader:
             return
         found = [f"{value} on {_pixels(beyond[value])}" for value in wrong]
         if not histogram[1:255].any():
-            fix = f"The only values are 0 and 255, as in a binary mask: {_USE_BRIGHT}."
+            fix = f"The only values are 0 and 255, as in a binary mask: {USE_BRIGHT}."
         elif _is_jpeg(path):
             fix = (
                 "JPEG blurs labels. If the mask has two levels, set data.mask_values=threshold "
@@ -138,7 +166,7 @@ class LabelReader:
                 "all that are no classes."
             )
         raise UserError(
-            f"{printable(path)}: label {_listed(found, ', ', _MAX_VALUES)}, but the "
+            f"{printable(path)}: label {shortened(found, MAX_VALUES)}, but the "
             f"{self.num_classes} classes are 0 to {self.num_classes - 1}. {fix}"
         )
 
@@ -147,8 +175,7 @@ class LabelReader:
         codes = (red << 16) | (green << 8) | blue
         # One more than the class, 0 being unknown: zeroed memory is not touched before it is read.
         classes = np.zeros(2**24, dtype=np.int16)
-        if self.void_colour is not None:
-            classes[_code(self.void_colour)] = IGNORE + 1
+        classes[_code(VOC_VOID)] = IGNORE + 1
         for index, colour in enumerate(self.palette or ()):
             classes[_code(colour)] = index + 1
         found = classes[codes]
@@ -172,292 +199,14 @@ class LabelReader:
         )
 
 
-@dataclass
-class MaskScan:
-    """What a set of masks holds, as read by `reader`; counts of pixels where nothing else is said.
-
-    raw_histogram: of the 256 values behind the classes, see `LabelReader.values`.
-    class_extent: by class, the pixels that count in those files in which the class occurs.
-    ignored: pixels that do not count; blank_files: files without any pixel that counts.
-    """
-
-    reader: LabelReader
-    files: int
-    raw_histogram: list[int]
-    class_counts: list[int]
-    class_files: list[int]
-    class_extent: list[int]
-    ignored: int
-    ignored_files: int
-    blank_files: int
-
-    @property
-    def absent(self) -> list[str]:
-        """Names of the classes that occur nowhere."""
-        counts = zip(_names(self.reader), self.class_counts, strict=True)
-        return [name for name, count in counts if not count]
-
-    def class_weights(self) -> list[float]:
-        """Median-frequency balancing: median(freq) / freq(c), by class; 0 for absent classes.
-
-        freq(c) is the share of class c among the pixels that count of the files in which it occurs,
-        and the median is over the classes that occur (Eigen & Fergus, "Predicting Depth, Surface
-        Normals and Semantic Labels with a Common Multi-Scale Convolutional Architecture", ICCV
-        2015, section 6.1; SegNet trains with these weights).
-        """
-        counts = np.array(self.class_counts, dtype=np.float64)
-        present = counts > 0
-        frequency = counts[present] / np.array(self.class_extent)[present]
-        weights = np.zeros(len(counts))
-        weights[present] = np.median(frequency) / frequency
-        return weights.tolist()
-
-    def text(self) -> str:
-        """The histogram as lines to print: class, pixels, share, files; then what stands out."""
-        total = sum(self.raw_histogram)
-        rows = [
-            (f"{index} {name}", count, self.class_files[index])
-            for index, name in enumerate(_names(self.reader))
-            if (count := self.class_counts[index])
-        ]
-        if self.ignored:
-            rows.append((f"ignored{self._ignored_values()}", self.ignored, self.ignored_files))
-        width = max(len(label) for label, *_ in rows)
-        lines = [f"masks: {self.files} files, {total} pixels"]
-        lines += [
-            f"  {label:{width}}  {count:>{len(str(total))}} pixels  {count / total:7.2%}"
-            f"  in {files} files"
-            for label, count, files in rows
-        ]
-        return "\n".join([*lines, *(f"  {remark}" for remark in self._remarks())])
-
-    def _ignored_values(self) -> str:
-        if self.reader.mode != "index":
-            return ""
-        found = np.flatnonzero((self.reader.table() == IGNORE) & (np.array(self.raw_histogram) > 0))
-        return f" ({_listed([str(value) for value in found], ', ', _MAX_VALUES)})"
-
-    def _remarks(self) -> list[str]:
-        remarks = []
-        if self.absent:
-            remarks.append(f"in no mask: {_listed(self.absent, ', ', _MAX_LISTED)}")
-        if self.blank_files:
-            remarks.append(f"{self.blank_files} files hold nothing but ignored pixels")
-        if self.reader.mode == "threshold":
-            remarks.append(
-                f"{self._near_threshold():.2%} of the pixels are within {_NEAR} grey levels of the "
-                f"threshold {self.reader.threshold}"
-            )
-            if 2 * self.class_counts[1] > sum(self.class_counts):
-                other = "bright" if self.reader.object == "dark" else "dark"
-                remarks.append(
-                    "warning: the object covers more than half of all pixels; if what was meant as "
-                    f"background is trained as object, set data.mask_object={other}"
-                )
-        return remarks
-
-    def _near_threshold(self) -> float:
-        threshold = self.reader.threshold
-        near = self.raw_histogram[max(0, threshold - _NEAR) : threshold + _NEAR + 1]
-        return sum(near) / sum(self.raw_histogram)
-
-
-def scan_masks(
-    paths: Sequence[PathLike],
-    reader: LabelReader,
-    workers: int,
-    cache_dir: PathLike | None = None,
-    refuse_single_class: bool = True,
-) -> MaskScan:
-    """Read all masks in `workers` processes (0: in this one) and count what they hold.
-
-    Counts are kept in `cache_dir` (by default in pixtrain/mask_scans below $XDG_CACHE_HOME or
-    ~/.cache) under a hash of the reader and of each file's path, size and time of change; a cache
-    that cannot be written, or holds nonsense, is none.
-
-    Raises one UserError that names the masks which `reader` refuses; and UserErrors for masks to be
-    cut at a threshold that do not have two levels, and, with `refuse_single_class`, for masks from
-    which nothing can be learned.
-    """
-    if not paths:
-        raise ValueError("no masks to scan")
-    cache = _cache_file(paths, reader, cache_dir)
-    scan = _cached(cache, reader)
-    if scan is None:
-        scan = _count(paths, reader, workers)
-        _keep(cache, scan)
-    place = printable(Path(paths[0]).parent)
-    if refuse_single_class and sum(count > 0 for count in scan.class_counts) < 2:
-        raise UserError(f"{place}: {_single_class(scan)}")
-    if reader.mode == "threshold" and scan._near_threshold() > _MAX_NEAR:
-        raise UserError(
-            f"{place}: {scan._near_threshold():.0%} of the masks' pixels are within {_NEAR} grey "
-            f"levels of the threshold {reader.threshold}, so these are no two-level masks. Set "
-            "data.mask_values=index if they hold class indices, or another data.mask_threshold."
-        )
-    return scan
-
-
-# --- counting ------------------------------------------------------------------------------------
-
-
-class _Histograms(Dataset):
-    """Of each file the histograms of values and of classes, int64 [2, 256]; or what is wrong."""
-
-    def __init__(self, paths: Sequence[PathLike], reader: LabelReader) -> None:
-        self.paths, self.reader = paths, reader
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray | str:
-        try:
-            values = self.reader.values(self.paths[index])
-        except UserError as error:
-            return str(error)
-        histogram = _histogram(values)
-        classes = np.bincount(self.reader.table(), weights=histogram, minlength=256)
-        return np.stack([histogram, classes.astype(np.int64)])
-
-
-def _count(paths: Sequence[PathLike], reader: LabelReader, workers: int) -> MaskScan:
-    loader = DataLoader(
-        _Histograms(paths, reader),
-        batch_size=None,
-        num_workers=min(workers, len(paths)),
-        # As they are: of tensors, each would keep a file descriptor.
-        collate_fn=_as_it_is,
-        worker_init_fn=follow_the_script,
-        generator=torch.Generator(),  # by default the global one would be drawn from
-    )
-    problems = []
-    raw, counts, files, extent = np.zeros((4, 256), dtype=np.int64)
-    blank_files = 0
-    for item in loader:
-        if isinstance(item, str):
-            problems.append(item)
-            continue
-        histogram, pixels = item
-        counting = pixels[:IGNORE].sum()
-        raw += histogram
-        counts += pixels
-        files += pixels > 0
-        extent += (pixels > 0) * counting
-        blank_files += int(counting == 0)
-    if problems:
-        raise UserError(
-            f"{len(problems)} of {len(paths)} masks cannot be used: "
-            f"{_listed(problems, ' | ', _MAX_LISTED)}"
-        )
-    classes = slice(reader.num_classes)
-    return MaskScan(
-        reader,
-        files=len(paths),
-        raw_histogram=raw.tolist(),
-        class_counts=counts[classes].tolist(),
-        class_files=files[classes].tolist(),
-        class_extent=extent[classes].tolist(),
-        ignored=int(counts[IGNORE]),
-        ignored_files=int(files[IGNORE]),
-        blank_files=blank_files,
-    )
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _histogram(values: np.ndarray) -> np.ndarray:
-    return np.bincount(values.ravel(), minlength=256)
-
-
-def _single_class(scan: MaskScan) -> str:
-    """Cause and fix where all pixels that count are of one class."""
-    reader = scan.reader
-    levels = np.flatnonzero(scan.raw_histogram)
-    if reader.mode == "threshold":
-        return (
-            f"all grey levels of all masks ({levels[0]} to {levels[-1]}) lie on one side of the "
-            f"threshold {reader.threshold}. Check that these are the masks, or set another "
-            "data.mask_threshold."
-        )
-    if not sum(scan.class_counts):
-        return "all pixels of all masks are ignored. Check data.ignore_index and data.class_names."
-    index = next(index for index, count in enumerate(scan.class_counts) if count)
-    cause = f"all pixels that count are class {index} ({_names(reader)[index]})"
-    if reader.mode == "index" and levels.tolist() == [0, 255]:
-        return f"{cause}, the others are 255: these look like binary masks. Use {_USE_BRIGHT}."
-    ignored = f", and what is ignored{scan._ignored_values()}" if scan.ignored else ""
-    return f"{cause}, so there is nothing to learn. Check that these are the masks{ignored}."
-
-
-# --- cache ---------------------------------------------------------------------------------------
-
-
-def _cache_file(
-    paths: Sequence[PathLike], reader: LabelReader, cache_dir: PathLike | None
-) -> Path | None:
-    """Where the counts of these files belong; None where there is no place for them."""
-    cache_dir = cache_dir or user_cache("mask_scans")
-    if cache_dir is None:
-        return None
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([_CACHE_FORMAT, asdict(reader)]).encode())
-    for path in paths:
-        try:
-            stat = Path(path).stat()
-        except OSError:
-            return None  # reading it will say why
-        name = os.fsencode(Path(path).absolute())
-        digest.update(b"\0%b\0%d %d" % (name, stat.st_size, stat.st_mtime_ns))
-    return Path(cache_dir, f"{digest.hexdigest()}.json")
-
-
-def _cached(cache: Path | None, reader: LabelReader) -> MaskScan | None:
-    try:
-        scan = cache and MaskScan(reader, **json.loads(cache.read_text(encoding="utf-8")))
-        return scan if scan and _adds_up(scan) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _adds_up(scan: MaskScan) -> bool:
-    by_class = (scan.class_counts, scan.class_files, scan.class_extent)
-    return (
-        len(scan.raw_histogram) == 256
-        and all(len(counts) == scan.reader.num_classes for counts in by_class)
-        and sum(scan.raw_histogram) == sum(scan.class_counts) + scan.ignored > 0
-        and max(scan.class_files) <= scan.files
-    )
-
-
-def _keep(cache: Path | None, scan: MaskScan) -> None:
-    counts = {item.name: getattr(scan, item.name) for item in fields(scan) if item.name != "reader"}
-    if cache:
-        with suppress(OSError):
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, json.dumps(counts))
-
-
-# --- wording -------------------------------------------------------------------------------------
-
-
 def _require(condition: bool, key: str, problem: str) -> None:
     if not condition:
         raise ValueError(f"{key}: {problem}")
 
 
-def _is_rgb(colour: Sequence[int]) -> bool:
-    return len(colour) == 3 and all(0 <= value <= 255 for value in colour)
-
-
 def _code(colour: Sequence[int]) -> int:
     red, green, blue = colour
     return red << 16 | green << 8 | blue
-
-
-def _names(reader: LabelReader) -> list[str]:
-    return list(reader.class_names or ())
 
 
 def _is_jpeg(path: PathLike) -> bool:
@@ -466,8 +215,3 @@ def _is_jpeg(path: PathLike) -> bool:
 
 def _pixels(count: int) -> str:
     return f"{count} pixel" if count == 1 else f"{count} pixels"
-
-
-def _listed(items: Sequence[str], separator: str, limit: int) -> str:
-    rest = len(items) - limit
-    return separator.join(items[:limit]) + (f"{separator}{rest} more" if rest > 0 else "")

@@ -9,20 +9,21 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from my_dataset import ShapesDataset, image_reader
+from my_dataset import ShapesDataset
 from src.pix2pix import PatchDiscriminator, UNetGenerator, init_weights, smallest_side
 from tasks.translation.data import check_translation_pairs, translation_pairs
 from tasks.translation.losses import l1_term, least_squares_gan
 from tasks.translation.metrics import TranslationMetrics, codes_of, translated
 from train_utils.distributed_utils import unwrap
 from train_utils.errors import UserError
-from train_utils.image_io import read_image
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import Batch, Models, Sample
 from transforms import TranslationEval, TranslationTrain, predict_input
+
+_FIELDS = "image", "labels"  # of an embedded scene
 
 
 @dataclass
@@ -124,9 +125,8 @@ def _pairs(data: DataConfig, train: bool, **options: Any) -> Dataset:
             "data.root: this recipe trains on pairs of images. Give their folder by "
             "--data-path DIR, or two folders by --images A --masks B."
         )
-    source = image_reader(data, data.loaded if train else data.image_size)
-    readers = (source, read_image) if data.direction == "AtoB" else (read_image, source)
-    return translation_pairs(data, train, readers=readers, **options)
+    at_least = 2 * (data.loaded if train else data.image_size) if data.draft else None
+    return translation_pairs(data, train, at_least=at_least, **options)
 
 
 @contextmanager
@@ -156,7 +156,7 @@ class Task(BaseTask):
         jitter = TranslationTrain(data.image_size, data.loaded, data.hflip, data.direction)
         if data.name == "shapes":
             train: Dataset = ShapesDataset(
-                data.image_size, data.seed, data.train_size, transforms=jitter, target="labels"
+                data.image_size, data.seed, data.train_size, 0, jitter, fields=_FIELDS
             )
         else:
             train = _pairs(data, train=True, transforms=jitter)
@@ -173,7 +173,7 @@ class Task(BaseTask):
                 data.val_size,
                 FIRST_VAL_SCENE,
                 transforms,
-                target="labels",
+                _FIELDS,
             )
         return _pairs(data, train=False, transforms=transforms, all_pairs=all_pairs)
 

@@ -4,7 +4,7 @@ An item is (A, B): two `tv_tensors.Image`, uint8 [3, H, W], of one size; then `t
 applied. Which of the two is the network's input is the transform's business.
 """
 
-from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 
-from my_dataset import (
+from my_dataset import PairFolderDataset
+from train_utils.datasets import (
     JointTransform,
     Pair,
     PairDataset,
-    PairFolderDataset,
+    check_all,
     check_pair,
     files_by_stem,
     pairs_of,
-    refuse_faulty,
     require_masks,
     split_pairs,
 )
 from train_utils.errors import UserError
 from train_utils.image_io import image_size, list_images, printable, read_image
-
-Readers = tuple[Callable[[Path], Tensor], Callable[[Path], Tensor]]
 
 
 class SideBySideDataset(PairDataset):
@@ -43,10 +41,10 @@ class SideBySideDataset(PairDataset):
         pairs = [(file, file) for file in files.values()]
         super().__init__(pairs, list(files), transforms, read_image)
 
-    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
         return read_halves(self.pairs[index][0])
 
-    def _sizes(self, index: int, as_read: bool) -> list[tuple[int, int]]:
+    def sizes(self, index: int, at_least: int | None = None) -> list[tuple[int, int]]:
         path = self.pairs[index][0]
         width, height = image_size(path)
         _require_even(path, width)
@@ -70,7 +68,7 @@ def translation_pairs(
     train: bool,
     transforms: JointTransform | None = None,
     all_pairs: bool = False,
-    readers: Readers = (read_image, read_image),
+    at_least: int | None = None,
 ) -> Dataset:
     """Training or validation pairs (A, B) of the folders that `data` (a `FolderData`) names.
 
@@ -78,14 +76,18 @@ def translation_pairs(
     `train/`, and `val/` or `test/` (or in no part at all), or one of the layouts of two folders:
     `A/train B/train`, `train/A train/B`, `trainA trainB`, or `A B` without parts. Without a
     validation part, `val_fraction` of the pairs is held out; `all_pairs` gives them all.
-    `readers` are A's and B's; side-by-side files are read by `read_image` only.
+    at_least: for `read_image` of sources, by `data.direction`; not for side-by-side files.
     Raises UserError if nothing of this is there, or if an image of A or B has no partner.
     """
+
+    def pairs_in(a: Path, b: Path | None) -> PairDataset:
+        return _translation_dataset(a, b, transforms, data.direction, at_least)
+
     val_folders = _translation_folders(data, "val") or _translation_folders(data, "test")
     if val_folders and not train:
-        return _translation_dataset(*val_folders, transforms, readers)
+        return pairs_in(*val_folders)
     folders = _translation_folders(data, "train") or _whole_folders(data)
-    pairs = _translation_dataset(*folders, transforms, readers)
+    pairs = pairs_in(*folders)
     if val_folders or all_pairs:
         return pairs
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])
@@ -93,7 +95,7 @@ def translation_pairs(
 
 def check_translation_pairs(dataset: Dataset) -> None:
     """Like `check_pairs`, and side-by-side files must have an even width."""
-    refuse_faulty(pairs_of(dataset), _check_pair)
+    check_all(pairs_of(dataset), _check_pair)
 
 
 def _check_pair(pair: Pair) -> None:
@@ -112,17 +114,24 @@ def _require_even(path: str | PathLike[str], width: int) -> None:
 
 
 def _translation_dataset(
-    a: Path, b: Path | None, transforms: JointTransform | None, readers: Readers
+    a: Path,
+    b: Path | None,
+    transforms: JointTransform | None,
+    direction: str,
+    at_least: int | None,
 ) -> PairDataset:
     """The pairs of two folders, or of one folder of side-by-side files if `b` is None."""
     if b is None:
-        if readers != (read_image, read_image):
+        if at_least:
             raise UserError(
                 f"data.draft: {printable(a)} holds A|B side by side, and targets are read at their "
                 "own size. Set it to false, or keep A and B in two folders."
             )
         return SideBySideDataset(a, transforms)
-    pairs = PairFolderDataset(a, b, transforms, readers[1], readers[0])
+    if direction == "AtoB":
+        pairs = PairFolderDataset(a, b, transforms, read_image, at_least)
+    else:
+        pairs = PairFolderDataset(a, b, transforms, partial(read_image, at_least=at_least))
     if pairs.unmatched_masks:  # more often a lost partner than meant
         require_masks(files_by_stem(b), files_by_stem(a, leave_out=b), b, a)
     return pairs

@@ -1,0 +1,109 @@
+"""Trimaps: files of what is known of an alpha matte, and where it is to be found."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+
+from train_utils.datasets import Pair, files_by_stem, read_pair, require_masks
+from train_utils.errors import UserError, shortened
+from train_utils.image_io import decode, is_wide, printable, read_mask, to_rgba, within_memory
+from transforms import BACKGROUND, FOREGROUND, UNKNOWN
+
+
+def read_trimap(path: str | PathLike[str]) -> tv_tensors.Mask:
+    """Read a file as a trimap, uint8 [1, H, W] of BACKGROUND, UNKNOWN and FOREGROUND only.
+
+    Exactly black is background, exactly white is foreground, and one grey level between 64 and 192
+    of 255 is the unknown region: tools write 127, 128 or 102 there. A trimap may lack any of them.
+    Grey levels are taken as they are stored, those of a palette as its colours say.
+    Raises UserError for everything else: an alpha matte, JPEG noise, class codes, colours, pixels
+    that are not opaque.
+    """
+    with within_memory(path):
+        image, lossless, _ = decode(path)
+        values, white = _grey_levels(path, image)
+        counts = np.bincount(values.ravel(), minlength=white + 1)
+        levels = np.flatnonzero(counts)
+        between = levels[(levels > 0) & (levels < white)]
+        if len(between) > 1 or any(not 64 <= level * 255 / white <= 192 for level in between):
+            if not lossless:
+                fix = "Save it as a PNG: lossy compression blurs its levels."
+            elif len(levels) <= 3:
+                fix = "Save it with 0 for background, 128 for unknown and 255 for foreground."
+            else:
+                fix = "Give the trimap, not the alpha matte, and resize it without smoothing."
+            raise UserError(
+                f"{printable(path)}: a trimap has 0, {white} and one grey level between for the "
+                f"unknown region, but this file has {_most_frequent(levels, counts[levels])}. {fix}"
+            )
+        trimap = np.full(values.shape, UNKNOWN, dtype=np.uint8)
+        trimap[values == 0] = BACKGROUND
+        trimap[values == white] = FOREGROUND
+        return tv_tensors.Mask(torch.from_numpy(trimap)[None])
+
+
+def _grey_levels(path: str | PathLike[str], image: Image.Image) -> tuple[np.ndarray, int]:
+    """A grey image's stored levels [H, W], and the one that is white: 255, or 65535 of 16 bits.
+
+    Raises UserError for colours and for pixels that are not opaque.
+    """
+    wide = is_wide(image)
+    if image.has_transparency_data:
+        if wide or np.array(to_rgba(image))[..., 3].min() < 255:
+            raise UserError(
+                f"{printable(path)}: a trimap may not be transparent anywhere, as nobody can tell "
+                "what is meant there. Save it without an alpha channel or transparent colour."
+            )
+        image = to_rgba(image)
+    if wide:
+        return np.array(image).astype(np.uint16), 65535
+    rgb = np.array(image.convert("RGB"))
+    coloured = (rgb != rgb[..., :1]).any(axis=2)
+    if coloured.any():
+        colours, counts = np.unique(rgb[coloured], axis=0, return_counts=True)
+        names = [str(tuple(colour)) for colour in colours.tolist()]
+        raise UserError(
+            f"{printable(path)}: a trimap is grey, but this file has the RGB colours "
+            f"{_most_frequent(names, counts)}. "
+            "Give the trimap itself, in black, grey (128) and white."
+        )
+    return rgb[..., 0], 255
+
+
+def _most_frequent(values: np.ndarray, counts: np.ndarray) -> str:
+    """Values with their numbers of pixels, the most frequent first, as text."""
+    order = np.argsort(-counts, kind="stable")
+    return shortened([f"{values[i]} ({counts[i]:,} px)" for i in order], limit=6)
+
+
+class TrimapReader:
+    """Reads an alpha and the trimap of its name as one target, uint8 [2, H, W].
+
+    A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both.
+    """
+
+    def __init__(self, alphas: str | PathLike[str], trimaps: str | PathLike[str]) -> None:
+        self.alphas, self.trimaps = Path(alphas), Path(trimaps)
+        self.files = files_by_stem(self.trimaps)
+
+    def __call__(self, alpha: Path) -> tv_tensors.Mask:
+        parts = read_pair((alpha, self.files[self._stem(alpha)]), read_mask, read_trimap)
+        return tv_tensors.Mask(torch.cat([part.as_subclass(Tensor) for part in parts]))
+
+    def also_reads(self, alpha: Path) -> tuple[Path]:
+        """The trimap's file."""
+        return (self.files[self._stem(alpha)],)
+
+    def require(self, pairs: Sequence[Pair], folder: str | PathLike[str]) -> None:
+        """Raise a UserError that lists the images of `folder` without a trimap, if any."""
+        images = {self._stem(alpha): image for image, alpha in pairs}
+        require_masks(images, self.files, Path(folder), self.trimaps, "trimap")
+
+    def _stem(self, alpha: Path) -> str:
+        return alpha.relative_to(self.alphas).with_suffix("").as_posix()

@@ -1,0 +1,211 @@
+"""What a set of masks holds, counted before training.
+
+All masks are read through their mask map, so that a wrong one is a clear error at the start, and
+not a device assert, a meaningless loss or a black output later.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from tasks.segmentation.label_maps import MAX_VALUES, USE_BRIGHT, LabelReader
+from train_utils.datasets import try_all
+from train_utils.errors import UserError, shortened
+from train_utils.files import user_cache, written_whole
+from train_utils.image_io import PathLike, printable
+from transforms import IGNORE
+
+_NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
+_MAX_NEAR = 0.05  # … at most on this share of its pixels
+_CACHE_FORMAT = 2  # to be raised when the meaning of a cached number changes
+
+
+class MaskScan:
+    """What a set of masks holds, as read by `reader`; counts of pixels where nothing else is said.
+
+    histograms: of the 256 values behind the classes (see `LabelReader.values`), int64 [files, 256].
+    class_extent: by class, the pixels that count in those files in which the class occurs.
+    ignored: pixels that do not count; blank_files: files without any pixel that counts.
+    """
+
+    def __init__(self, reader: LabelReader, histograms: np.ndarray) -> None:
+        self.reader, self.files = reader, len(histograms)
+        self.raw_histogram = histograms.sum(0).tolist()
+        table = reader.table()
+        classes = np.stack([histograms[:, table == c].sum(1) for c in range(reader.num_classes)], 1)
+        ignored = histograms[:, table == IGNORE].sum(1)
+        counting = classes.sum(1)
+        self.class_counts = classes.sum(0).tolist()
+        self.class_files = (classes > 0).sum(0).tolist()
+        self.class_extent = ((classes > 0) * counting[:, None]).sum(0).tolist()
+        self.ignored, self.ignored_files = int(ignored.sum()), int((ignored > 0).sum())
+        self.blank_files = int((counting == 0).sum())
+
+    @property
+    def absent(self) -> list[str]:
+        """Names of the classes that occur nowhere."""
+        counts = zip(self.reader.class_names, self.class_counts, strict=True)
+        return [name for name, count in counts if not count]
+
+    def class_weights(self) -> list[float]:
+        """Median-frequency balancing: median(freq) / freq(c), by class; 0 for absent classes.
+
+        freq(c) is the share of class c among the pixels that count of the files in which it occurs,
+        and the median is over the classes that occur (Eigen & Fergus, "Predicting Depth, Surface
+        Normals and Semantic Labels with a Common Multi-Scale Convolutional Architecture", ICCV
+        2015, section 6.1; SegNet trains with these weights).
+        """
+        counts = np.array(self.class_counts, dtype=np.float64)
+        present = counts > 0
+        frequency = counts[present] / np.array(self.class_extent)[present]
+        weights = np.zeros(len(counts))
+        weights[present] = np.median(frequency) / frequency
+        return weights.tolist()
+
+    def text(self) -> str:
+        """The histogram as lines to print: class, pixels, share, files; then what stands out."""
+        total = sum(self.raw_histogram)
+        rows = [
+            (f"{index} {name}", count, self.class_files[index])
+            for index, name in enumerate(self.reader.class_names)
+            if (count := self.class_counts[index])
+        ]
+        if self.ignored:
+            rows.append((f"ignored{self._ignored_values()}", self.ignored, self.ignored_files))
+        width = max(len(label) for label, *_ in rows)
+        lines = [f"masks: {self.files} files, {total} pixels"]
+        lines += [
+            f"  {label:{width}}  {count:>{len(str(total))}} pixels  {count / total:7.2%}"
+            f"  in {files} files"
+            for label, count, files in rows
+        ]
+        return "\n".join([*lines, *(f"  {remark}" for remark in self._remarks())])
+
+    def _ignored_values(self) -> str:
+        if self.reader.mode != "index":
+            return ""
+        found = np.flatnonzero((self.reader.table() == IGNORE) & (np.array(self.raw_histogram) > 0))
+        return f" ({shortened([str(value) for value in found], MAX_VALUES)})"
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        if self.absent:
+            remarks.append(f"in no mask: {shortened(self.absent)}")
+        if self.blank_files:
+            remarks.append(f"{self.blank_files} files hold nothing but ignored pixels")
+        if self.reader.mode == "threshold":
+            remarks.append(
+                f"{self._near_threshold():.2%} of the pixels are within {_NEAR} grey levels of the "
+                f"threshold {self.reader.threshold}"
+            )
+            if 2 * self.class_counts[1] > sum(self.class_counts):
+                other = "bright" if self.reader.object == "dark" else "dark"
+                remarks.append(
+                    "warning: the object covers more than half of all pixels; if what was meant as "
+                    f"background is trained as object, set data.mask_object={other}"
+                )
+        return remarks
+
+    def _near_threshold(self) -> float:
+        threshold = self.reader.threshold
+        near = self.raw_histogram[max(0, threshold - _NEAR) : threshold + _NEAR + 1]
+        return sum(near) / sum(self.raw_histogram)
+
+
+def scan_masks(
+    paths: Sequence[PathLike],
+    reader: LabelReader,
+    cache_dir: PathLike | None = None,
+    refuse_single_class: bool = True,
+) -> MaskScan:
+    """Read all masks and count what they hold.
+
+    Counts are kept in `cache_dir` (by default in pixtrain/mask_scans below $XDG_CACHE_HOME or
+    ~/.cache) under a hash of the reader and of each file's path, size and time of change; a cache
+    that cannot be written, or holds nonsense, is none.
+
+    Raises one UserError that names the masks which `reader` refuses; and UserErrors for masks to be
+    cut at a threshold that do not have two levels, and, with `refuse_single_class`, for masks from
+    which nothing can be learned.
+    """
+    cache = _cache_file(paths, reader, cache_dir)
+    histograms = _cached(cache, len(paths))
+    if histograms is None:
+        histograms = _count(paths, reader)
+        if cache:
+            with suppress(OSError):
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                with written_whole(cache) as file:
+                    np.save(file, histograms)
+    scan = MaskScan(reader, histograms)
+    place = printable(Path(paths[0]).parent)
+    if refuse_single_class and sum(count > 0 for count in scan.class_counts) < 2:
+        raise UserError(f"{place}: {_single_class(scan)}")
+    if reader.mode == "threshold" and scan._near_threshold() > _MAX_NEAR:
+        raise UserError(
+            f"{place}: {scan._near_threshold():.0%} of the masks' pixels are within {_NEAR} grey "
+            f"levels of the threshold {reader.threshold}, so these are no two-level masks. Set "
+            "data.mask_values=index if they hold class indices, or another data.mask_threshold."
+        )
+    return scan
+
+
+def _count(paths: Sequence[PathLike], reader: LabelReader) -> np.ndarray:
+    def histogram(path: PathLike) -> np.ndarray:
+        return np.bincount(reader.values(path).ravel(), minlength=256)
+
+    found, problems = try_all(paths, histogram)
+    if problems:
+        listed = shortened(list(problems.values()), separator="; ")
+        raise UserError(f"{len(problems)} of {len(paths)} masks cannot be used: {listed}")
+    return np.stack([found[path] for path in paths])
+
+
+def _single_class(scan: MaskScan) -> str:
+    """Cause and fix where all pixels that count are of one class."""
+    reader = scan.reader
+    levels = np.flatnonzero(scan.raw_histogram)
+    if reader.mode == "threshold":
+        return (
+            f"all grey levels of all masks ({levels[0]} to {levels[-1]}) lie on one side of the "
+            f"threshold {reader.threshold}. Check that these are the masks, or set another "
+            "data.mask_threshold."
+        )
+    if not sum(scan.class_counts):
+        return "all pixels of all masks are ignored. Check data.ignore_index and data.class_names."
+    index = next(index for index, count in enumerate(scan.class_counts) if count)
+    cause = f"all pixels that count are class {index} ({reader.class_names[index]})"
+    if reader.mode == "index" and levels.tolist() == [0, 255]:
+        return f"{cause}, the others are 255: these look like binary masks. Use {USE_BRIGHT}."
+    ignored = f", and what is ignored{scan._ignored_values()}" if scan.ignored else ""
+    return f"{cause}, so there is nothing to learn. Check that these are the masks{ignored}."
+
+
+def _cache_file(
+    paths: Sequence[PathLike], reader: LabelReader, cache_dir: PathLike | None
+) -> Path | None:
+    """Where the counts of these files belong; None where there is no place for them."""
+    cache_dir = cache_dir or user_cache("mask_scans")
+    if cache_dir is None:
+        return None
+    digest = hashlib.blake2b(f"{_CACHE_FORMAT} {reader}".encode(), digest_size=16)
+    for path in paths:
+        try:
+            stat = Path(path).stat()
+        except OSError:
+            return None  # reading it will say why
+        name = os.fsencode(Path(path).absolute())
+        digest.update(b"\0%b\0%d %d" % (name, stat.st_size, stat.st_mtime_ns))
+    return Path(cache_dir, f"{digest.hexdigest()}.npy")
+
+
+def _cached(cache: Path | None, files: int) -> np.ndarray | None:
+    try:
+        histograms = np.load(cache) if cache else None
+    except (OSError, ValueError, EOFError):  # there is none, or nonsense
+        return None
+    return histograms if getattr(histograms, "shape", None) == (files, 256) else None

@@ -1,0 +1,347 @@
+"""Pairs of image files: found by name, checked, read, split, and told apart from other data."""
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from train_utils.data import collate, unwrap_subset
+from train_utils.errors import UserError, shortened
+from train_utils.image_io import (
+    image_size,
+    list_images,
+    printable,
+    read_image,
+    read_image_and_mask,
+    read_mask,
+)
+from train_utils.sample_cache import SampleCache
+
+IGNORE = 255  # the class index of pixels that count in no loss and no score
+
+# (image, target) → an item, which may have more parts behind these two
+JointTransform = Callable[..., tuple[Tensor, ...]]
+Reader = Callable[[Path], Tensor]
+Pair = tuple[Path, Path]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_MAX_HINTS = 3  # comparing names is slow in folders of many thousands
+_CHECK_THREADS = 8  # files are read from disks that may be far away
+
+
+class TwoParts:
+    """A transform of a pair whose first part is not random, so that its result can be kept.
+
+    `prepare(image, target)` is that part, `augment` the rest, which may draw random numbers.
+    `preparation()` says what the result of `prepare` depends on, besides the files.
+    """
+
+    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return self.augment(*self.prepare(image, target))
+
+    def prepare(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def preparation(self) -> str:
+        raise NotImplementedError
+
+    def augment(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return as_tv_tensor(image), as_tv_tensor(target)
+
+    @classmethod
+    def is_all_of(cls, transforms: Any) -> bool:
+        """Whether a transform is its two parts, and no subclass has put more around them."""
+        return isinstance(transforms, cls) and type(transforms).__call__ is cls.__call__
+
+
+class PathPairs(Sequence[Pair]):
+    """Pairs of paths in an array, made anew whenever one is asked for.
+
+    Looking at an object writes to it, its reference count, so that a list of paths is copied page
+    by page into every loader process: the more epochs, the more memory. An array stays shared.
+    """
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        self._names = np.array([[str(path) for path in pair] for pair in pairs])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(map(Path, self._names[index].tolist()))
+
+
+class PairDataset(Dataset):
+    """Given (image, target) files; `stems` name the pairs independently of where they lie.
+
+    read_target: makes a tensor [C, H, W] of a target's path; None: `read_mask`. at_least: have the
+    decoder scale large JPEG images down, see `read_image`. A cache (see
+    `train_utils.prepare_data.cached`) keeps what the first one of transforms in `TwoParts` makes of
+    a pair, else what is read.
+    """
+
+    collate_fn = staticmethod(collate)
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        stems: Sequence[str],
+        transforms: JointTransform | None = None,
+        read_target: Reader | None = None,
+        at_least: int | None = None,
+    ) -> None:
+        self.pairs, self.stems = PathPairs(pairs), list(stems)
+        self.transforms: Any = transforms
+        self.read_target, self.at_least = read_target or read_mask, at_least
+        self._has_masks = read_target is None
+        self.cache: SampleCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        transforms = self.transforms
+        parts = self.cache.get(index, self.prepared) if self.cache else self.prepared(index)
+        if TwoParts.is_all_of(transforms):
+            return transforms.augment(*parts)
+        image, target = map(as_tv_tensor, parts)
+        return transforms(image, target) if transforms else (image, target)
+
+    def prepared(self, index: int) -> tuple[Tensor, Tensor]:
+        """What a cache keeps of a pair."""
+        pair = self.read(index)
+        return self.transforms.prepare(*pair) if TwoParts.is_all_of(self.transforms) else pair
+
+    def prepared_sizes(self, index: int) -> list[tuple[int, int]]:
+        """(height, width) of both parts that a cache keeps, by the files' headers."""
+        if not TwoParts.is_all_of(self.transforms):
+            return self.sizes(index, self.at_least)
+        pair = [
+            torch.empty(3, *size, dtype=torch.uint8, device="meta") for size in self.sizes(index)
+        ]
+        return [(part.shape[-2], part.shape[-1]) for part in self.transforms.prepare(*pair)]
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """The image and the target as they are in their files."""
+        pair = self.pairs[index]
+        if self._has_masks:
+            image, mask = read_image_and_mask(pair[0], pair[1], self.at_least)
+            return _of_one_size(pair, image, mask)
+        return read_pair(pair, self.read_image, self.read_target)
+
+    def read_image(self, path: Path) -> Tensor:
+        return read_image(path, self.at_least)
+
+    def sizes(self, index: int, at_least: int | None = None) -> list[tuple[int, int]]:
+        """(height, width) of an image, read with `at_least`, and of its target."""
+        pair = self.pairs[index]
+        check_pair(pair)
+        sizes = image_size(pair[0], at_least), image_size(pair[1])
+        return [(height, width) for width, height in sizes]
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """All files that an item is made of."""
+        also_reads = getattr(self.read_target, "also_reads", lambda path: ())
+        return *self.pairs[index], *also_reads(self.pairs[index][1])
+
+    def name(self, index: int) -> str:
+        """The path of the image."""
+        return printable(self.pairs[index][0])
+
+
+def as_tv_tensor(tensor: Tensor) -> tv_tensors.TVTensor:
+    """A tensor as torchvision's transforms know it: a picture of three channels, or a mask."""
+    return tv_tensors.Image(tensor) if len(tensor) == 3 else tv_tensors.Mask(tensor)
+
+
+def read_pair(pair: Pair, read_first: Reader, read_second: Reader) -> tuple[Tensor, Tensor]:
+    """Both files of a pair, [C, H, W] each. Raises UserError if the files' sizes differ."""
+    return _of_one_size(pair, read_first(pair[0]), read_second(pair[1]))
+
+
+def _of_one_size(pair: Pair, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    if first.shape[-2:] != second.shape[-2:]:
+        check_pair(pair)  # by the headers, as either may have been read at a reduced size
+    return first, second
+
+
+# --- checking -----------------------------------------------------------------------------------
+
+
+def check_pairs(dataset: Dataset) -> None:
+    """Raise one UserError that lists the pairs which cannot be read or differ in size, if any.
+
+    Reads the headers only, of all files of a dataset or of a `Subset` of one.
+    """
+    check_all(pairs_of(dataset), check_pair)
+
+
+def check_pair(pair: Pair) -> None:
+    """Raise a UserError if one of two files cannot be read, or if their headers' sizes differ."""
+    image_wh, target_wh = map(image_size, pair)
+    if image_wh == target_wh:
+        return
+    image, target = map(printable, pair)
+    turned = " (EXIF rotations applied)" if image_wh == target_wh[::-1] else ""
+    raise UserError(
+        f"{image}: {image_wh[0]}×{image_wh[1]} pixels{turned}, but {target} has "
+        f"{target_wh[0]}×{target_wh[1]}. Replace the one that is wrong."
+    )
+
+
+def check_all(items: Iterable[Item], check: Callable[[Item], Result]) -> dict[Item, Result]:
+    """`check(item)` of every item; one UserError that lists the UserErrors which it raises, if any.
+
+    On several threads, and once for every item, however often it comes.
+    """
+    results, problems = try_all(items, check)
+    if problems:
+        raise UserError(shortened(list(problems.values()), separator="; "))
+    return results
+
+
+def try_all(
+    items: Iterable[Item], check: Callable[[Item], Result]
+) -> tuple[dict[Item, Result], dict[Item, str]]:
+    """As `check_all`, but with the results of some items and the messages of the others."""
+
+    def attempt(item: Item) -> Result | UserError:
+        try:
+            return check(item)
+        except UserError as error:
+            return error
+
+    distinct = list(dict.fromkeys(items))
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        found = dict(zip(distinct, pool.map(attempt, distinct), strict=True))
+    problems = {item: str(x) for item, x in found.items() if isinstance(x, UserError)}
+    results = {item: x for item, x in found.items() if not isinstance(x, UserError)}
+    return results, problems
+
+
+def pairs_of(dataset: Dataset) -> list[Pair]:
+    """The files behind the items of a dataset or of a `Subset` of one, item by item."""
+    full, indices = unwrap_subset(dataset)
+    pairs = getattr(full, "pairs", None)
+    return [pairs[index] for index in indices] if pairs else []
+
+
+# --- telling data apart -------------------------------------------------------------------------
+
+
+def split_pairs(dataset: Any, val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split a dataset's indices into (training, validation), at least one on either side.
+
+    The pairs are ranked by a hash of the seed and of their names, and the first `val_fraction` of
+    them validate: the split depends neither on the order nor on the place of the files, and a few
+    new pairs move few of the old ones. Raises UserError for fewer than two pairs.
+    """
+    count = len(dataset)
+    if count < 2:
+        raise UserError(
+            f"{dataset.name(0)}: one pair cannot be split into training and validation. "
+            "Add pairs, or give validation folders of their own."
+        )
+    ranked = sorted(range(count), key=lambda index: name_hash(f"{seed}/{dataset.stems[index]}"))
+    held_out = min(max(round(count * val_fraction), 1), count - 1)
+    return sorted(ranked[held_out:]), sorted(ranked[:held_out])
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of the names of a dataset's samples, in order, and of what else they are made of.
+
+    Where the files lie does not matter: a run may continue after its data have moved, but not with
+    other data, which would change its samples unnoticed.
+    """
+    full, indices = unwrap_subset(dataset)
+    stems = getattr(full, "stems", None)
+    names = [stems[index] if stems else full.name(index) for index in indices]
+    names += getattr(full, "ingredients", [])
+    return name_hash("\n".join(names)).hex()
+
+
+def name_hash(text: str) -> bytes:
+    """A hash of file names, also of such that are not UTF-8, the same on every machine."""
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
+
+
+# --- pairing ------------------------------------------------------------------------------------
+
+
+def files_by_stem(folder: Path, leave_out: Path | None = None) -> dict[str, Path]:
+    """A folder's images by their path in it without the suffix, in the order of `list_images`.
+
+    Files below `leave_out` do not count, unless it is the folder itself: masks may lie in a folder
+    among the images. Raises UserError for two files of one stem, and if no file is left.
+    """
+    inner = leave_out and leave_out.resolve()
+    outer = folder.resolve()
+    files: dict[str, Path] = {}
+    for path in list_images(folder, recursive=True):
+        relative = path.relative_to(folder)
+        if inner and inner != outer and inner in (outer / relative).parents:
+            continue
+        stem = relative.with_suffix("").as_posix()
+        if stem in files:
+            raise UserError(
+                f"{printable(path)}: only the suffix tells it from {printable(files[stem].name)}, "
+                "and pairs go by the name without it. Remove or rename one of the two."
+            )
+        files[stem] = path
+    if not files:
+        raise UserError(f"{printable(folder)}: holds no images but the masks. Check the path.")
+    return files
+
+
+def require_masks(
+    image_files: dict[str, Path],
+    mask_files: dict[str, Path],
+    images: Path,
+    masks: Path,
+    kind: str = "mask",
+) -> None:
+    """Raise a UserError that lists the images without a partner of their stem, if any.
+
+    `images` and `masks` are the folders of both; `kind` says what a partner is.
+    """
+    missing = [stem for stem in image_files if stem not in mask_files]
+    if not missing:
+        return
+    spare = [stem for stem in mask_files if stem not in image_files]
+    hints = [
+        f"{printable(stem)} ~ {printable(close)}"
+        for stem in missing[:_MAX_HINTS]
+        if (close := _closest(stem, spare))
+    ]
+    look_close = f" Names that look close: {'; '.join(hints)}." if hints else ""
+    names = shortened([printable(image_files[stem].name) for stem in missing])
+    raise UserError(
+        f"{printable(masks)}: no {kind} for {len(missing)} of the {len(image_files)} images in "
+        f"{printable(images)}: {names}.{look_close} "
+        f"Name each {kind} like its image (photo.jpg, photo.png), or remove these images."
+    )
+
+
+def _closest(stem: str, candidates: Sequence[str]) -> str | None:
+    """The shortest candidate that contains `stem` (cat in cat_mask), else the most similar one."""
+    containing = [candidate for candidate in candidates if stem in candidate]
+    if containing:
+        return min(containing, key=len)
+    return next(iter(difflib.get_close_matches(stem, candidates, n=1)), None)
+
+
+def found_in(root: Path) -> str:
+    """What a folder holds, for messages that said what was looked for."""
+    if not root.is_dir():
+        return "no such folder"
+    names = sorted(printable(path.name) for path in root.iterdir())
+    return f"found {shortened(names) if names else 'an empty folder'}"

@@ -1,0 +1,288 @@
+"""Data before the first step: any Dataset is taken, its files are verified and cached."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from train_utils import image_io
+from train_utils.collectives import call_on_main
+from train_utils.data import collate, unwrap_subset
+from train_utils.datasets import (
+    IGNORE,
+    PairDataset,
+    Reader,
+    TwoParts,
+    check_all,
+    pairs_of,
+    try_all,
+)
+from train_utils.errors import UserError, shortened
+from train_utils.image_io import is_damaged, printable, read_image
+from train_utils.log import get_logger
+from train_utils.sample_cache import Shape, open_cache
+from train_utils.task import BaseTask
+
+_LOOKED_AT = 8  # items of a dataset of one's own, before the first step
+
+
+def prepare_datasets(
+    task: BaseTask, train_set: Dataset | None, val_set: Dataset
+) -> tuple[BaseTask, Any, Any]:
+    """The data checked and cached as the recipe says, and the task with what they decide."""
+    given = [
+        wrap_dataset(dataset, task.LABELS, one_size=dataset is train_set)
+        for dataset in (train_set, val_set)
+        if dataset is not None
+    ]
+    data = task.cfg.data
+    *first, val_set = [cached(data, dataset) for dataset in verify_files(data, *given)]
+    train_set = first[0] if first else None
+    found = call_on_main(lambda: task.prepare_data(train_set, val_set))
+    return task.with_values(found), train_set, val_set
+
+
+# --- datasets of a user's own -------------------------------------------------------------------
+
+
+def wrap_dataset(dataset: Any, labels: bool, one_size: bool) -> Dataset:
+    """A dataset of this project as it is; any other with its items made alike: `AnyDataset`."""
+    if getattr(unwrap_subset(dataset)[0], "collate_fn", None) is collate:
+        return dataset
+    wrapped = AnyDataset(dataset, labels)
+    wrapped.check(one_size)
+    get_logger().info(
+        f"{type(dataset).__name__}: a dataset of your own; its files are not checked, scanned or "
+        "cached, and after a restart its samples are taken to be the same if their number is"
+    )
+    return wrapped
+
+
+class AnyDataset(Dataset):
+    """A dataset of one's own, whose items may be PIL images, numpy arrays or tensors.
+
+    Images: uint8 [3, H, W] or [H, W, 3], which are normalised on the device, or floats, which are
+    taken as they are. Targets: [H, W], [1, H, W] or [H, W, 1]; with `labels` class indices of any
+    integer type (negative ones are ignored), else uint8 codes, bool or floats in [0, 1]. More parts
+    may follow, as the task's losses want them. Items of one training batch must have one size.
+    """
+
+    collate_fn = staticmethod(collate)
+
+    def __init__(self, dataset: Any, labels: bool) -> None:
+        self.dataset, self.labels = dataset, labels
+        self.name = getattr(dataset, "name", lambda index: f"sample {index}")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, target, *more = self.dataset[index]
+        try:
+            first = _as_image(image)
+            second = _as_labels(target) if self.labels else _as_map(target)
+        except (TypeError, ValueError) as error:
+            what = type(self.dataset).__name__
+            raise UserError(f"{what}, {self.name(index)}: {error}") from error
+        return first, second, *map(_planes, more)
+
+    def check(self, one_size: bool) -> None:
+        """Look at the first items; raise UserError for such as could not be trained on or scored.
+
+        one_size: all images must have the size of the first one.
+        """
+        items = [self[index] for index in range(min(_LOOKED_AT, len(self)))]
+        what = type(self.dataset).__name__
+        if not items:
+            raise UserError(f"{what}: is empty.")
+        sizes = [tuple(image.shape) for image, *_ in items]
+        if one_size and len(set(sizes)) > 1:
+            raise UserError(
+                f"{what}: images of several sizes, {sizes[0]} and {max(sizes, key=sizes.count)} "
+                "among them, do not fit into a batch. Resize or crop them in its transforms."
+            )
+        targets = [target for _, target, *_ in items]
+        if not self.labels and all(t.dtype == torch.uint8 and t.max() <= 1 for t in targets):
+            raise UserError(
+                f"{what}: its uint8 targets hold 0 and 1 only, which mean 0 and 1/255. Give 0 and "
+                "255, bool, or floats from 0 to 1."
+            )
+
+
+def _planes(value: Any) -> Tensor:
+    """A PIL image, array or tensor as [C, H, W]; channels come last in images and arrays."""
+    if isinstance(value, Tensor):
+        tensor, last = value.as_subclass(Tensor), False
+    else:
+        tensor, last = torch.from_numpy(np.array(value)), True
+    if tensor.dim() == 2:
+        return tensor[None]
+    if tensor.dim() != 3:
+        raise ValueError(f"{list(tensor.shape)} is no picture: give [C, H, W] or [H, W]")
+    return tensor.permute(2, 0, 1).contiguous() if last and tensor.shape[-1] <= 4 else tensor
+
+
+def _as_image(value: Any) -> Tensor:
+    tensor = _planes(value.convert("RGB") if isinstance(value, PIL.Image.Image) else value)
+    if tensor.dtype == torch.uint8 or tensor.dtype.is_floating_point:
+        return tensor if tensor.dtype == torch.uint8 else tensor.float()
+    raise TypeError(f"an image of {tensor.dtype}: give uint8, or floats that are normalised")
+
+
+def _as_map(value: Any) -> Tensor:
+    tensor = _planes(value)
+    if tensor.dtype in (torch.uint8, torch.bool) or tensor.dtype.is_floating_point:
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
+    raise TypeError(f"a target of {tensor.dtype} has no agreed scale: give uint8, bool or floats")
+
+
+def _as_labels(value: Any) -> Tensor:
+    tensor = _planes(value)
+    if tensor.dtype.is_floating_point or len(tensor) != 1:
+        shape = list(tensor.shape)
+        raise TypeError(f"labels of {tensor.dtype}, {shape}: give integers [H, W]")
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if tensor.numel() and tensor.max() > IGNORE:
+        raise ValueError(f"label {int(tensor.max())}: at most 254 classes, and {IGNORE} is ignored")
+    return tensor.masked_fill(tensor < 0, IGNORE).to(torch.uint8)
+
+
+# --- verified files -----------------------------------------------------------------------------
+
+
+def verify_files(data: Any, *datasets: Dataset) -> list[Dataset]:
+    """Decode every file behind datasets if `data` (a `FolderData`) says so, as the datasets do.
+
+    With `data.skip_unreadable`, the pairs that have a damaged file are left out, on all ranks,
+    listed in the log, and replaced by nothing. To be called on every rank, of which rank 0 reads.
+    Raises one UserError that lists the files which cannot be read and are not left out, and
+    UserErrors if nothing is left.
+    """
+    if not (data.verify or data.skip_unreadable):
+        return list(datasets)
+    damaged = call_on_main(lambda: _find_damaged(datasets, data.skip_unreadable))
+    return [without_files(dataset, damaged) for dataset in datasets]
+
+
+def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
+    """The damaged files behind datasets; all others that cannot be read are refused."""
+    readers = {path: read for dataset in datasets for path, read in _readers(dataset).items()}
+
+    def check(path: Path) -> None:
+        readers[path](path)
+
+    _, problems = try_all(readers, check)
+    damaged = {path: text for path, text in problems.items() if skip and is_damaged(path)}
+    refused = [text for path, text in problems.items() if path not in damaged]
+    if refused:
+        listed = shortened(refused, separator="; ")
+        raise UserError(f"{len(refused)} of {len(readers)} files cannot be used: {listed}")
+    lines = [f"decoded all {len(readers)} files of the data"]
+    if damaged:
+        lines[0] += f"; {len(damaged)} are damaged, and what they belong to is left out:"
+    get_logger().info("\n  ".join([*lines, *damaged.values()]))
+    return list(damaged)
+
+
+def _readers(dataset: Dataset) -> dict[Path, Reader]:
+    """Every file behind a dataset, with what reads it there."""
+    full, _ = unwrap_subset(dataset)
+    readers: dict[Path, Reader] = {}
+    for image, target in pairs_of(dataset):
+        readers |= {image: full.read_image, target: full.read_target}
+    return readers | dict.fromkeys(getattr(full, "backgrounds", []), read_image)
+
+
+def without_files(dataset: Dataset, files: Collection[Path]) -> Dataset:
+    """A dataset without the pairs, and in place without the backgrounds, that are among `files`.
+
+    Raises UserError if nothing is left.
+    """
+    if not files:
+        return dataset
+    gone = set(files)
+    full, indices = unwrap_subset(dataset)
+    kept = [index for index in indices if gone.isdisjoint(full.pairs[index])]
+    backgrounds = [path for path in getattr(full, "backgrounds", []) if path not in gone]
+    if not kept or (hasattr(full, "backgrounds") and not backgrounds):
+        raise UserError(
+            f"{printable(full.pairs[0][0].parent)}: nothing is left of the {len(indices)} "
+            f"pairs to train or to validate with, or of their backgrounds, without damaged files "
+            f"such as {printable(next(iter(files)))}. Replace them by intact copies."
+        )
+    if backgrounds:
+        full.backgrounds = backgrounds
+    return Subset(full, kept) if len(kept) < len(indices) else dataset
+
+
+# --- cached samples -----------------------------------------------------------------------------
+
+
+def cached(data: Any, dataset: Dataset) -> Dataset:
+    """The dataset, which keeps its decoded items in a pack where `data` (a `FolderData`) says so.
+
+    No item is another one by that. Raises UserError for files that do not fit together, and where
+    there is no room for the pack.
+    """
+    full, indices = unwrap_subset(dataset)
+    if data.cache == "none":
+        return dataset
+    if not isinstance(full, PairDataset):
+        get_logger().info("data.cache: not for data that are drawn or composed; nothing is cached")
+        return dataset
+
+    def shapes() -> list[list[Shape]]:
+        sizes = check_all(indices, full.prepared_sizes)
+        channels = [len(part) for part in full.prepared(indices[0])]
+        return [[(c, *wh) for c, wh in zip(channels, sizes[i], strict=True)] for i in indices]
+
+    transforms = full.transforms
+    settings = [_settings_of(full.read_target), f"at least {full.at_least}"]
+    settings += [transforms.preparation()] if TwoParts.is_all_of(transforms) else []
+    settings += [type(full).__name__, type(transforms).__name__]
+    folders = sorted({str(path.parent.absolute()) for path in full.pairs[0]})
+    full.cache = open_cache(
+        data.cache,
+        data.cache_dir,
+        indices,
+        [full.files(index) for index in indices],
+        description=_code_of(full.read_target, full, transforms),
+        family=" | ".join([*settings, *folders]),
+        shapes=shapes,
+    )
+    return dataset
+
+
+def _settings_of(reader: Any) -> str:
+    """A reader and its settings as text, the same in every process."""
+    if isinstance(reader, partial):
+        return f"{_settings_of(reader.func)} {reader.args} {sorted(reader.keywords.items())}"
+    if is_dataclass(reader):
+        return repr(reader)
+    return getattr(reader, "__qualname__", None) or f"{type(reader).__name__} {vars(reader)}"
+
+
+def _code_of(reader: Callable, *others: object) -> str:
+    """A hash of the source that makes items of files, and versions of the libraries in it.
+
+    An edit to a transform must not go unseen for items that an earlier run has kept.
+    """
+    reader = reader.func if isinstance(reader, partial) else reader
+    classes = [cls for part in (reader, *others) for cls in type(part).__mro__]
+    names = {cls.__module__ for cls in classes} | {reader.__module__, image_io.__name__}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in names}
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(filter(None, files), key=lambda file: Path(file).name):
+        digest.update(Path(file).read_bytes())
+    return f"{digest.hexdigest()} {torch.__version__} {torchvision.__version__} {PIL.__version__}"
