@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def make_training(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
     """A training step on synthetic tensors, and what a checkpoint of it holds."""
     device = torch.device(args.device)
-    model = MODELS[args.model]().to(device, memory_format=torch.channels_last)
+    model = MODELS[args.model]().to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(get_params_groups(model), lr=1e-3, fused=True)
     schedule = create_lr_scheduler(optimizer, args.epoch_steps, epochs=100)
     images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)

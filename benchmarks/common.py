@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,13 +146,12 @@ def conv_ceiling(device: torch.device | str, dtype: torch.dtype) -> float:
     # A GPU must compute for longer than its host needs to queue the next one.
     batch, best = 4 if torch.device(device).type == "cpu" else 64, 0.0
     for channels, side in _CONVS:
-        layout = {"device": device, "dtype": dtype}
-        images = torch.randn(batch, channels, side, side, **layout)
-        weight = torch.randn(channels, channels, 3, 3, **layout)
+        images = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
+        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
         images, weight = (x.to(memory_format=torch.channels_last) for x in (images, weight))
         work = 2 * batch * side**2 * channels**2 * 9
         with torch.inference_mode():
-            taken = shortest(lambda x=images, w=weight: conv2d(x, w, padding=1), device)
+            taken = shortest(partial(conv2d, images, weight, padding=1), device)
         best = max(best, work / taken / 1e9)
     return best
 

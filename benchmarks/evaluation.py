@@ -102,11 +102,12 @@ def make_way(args: argparse.Namespace, system: str, way: str) -> Callable[[], An
     cfg = task.cfg
     torch.manual_seed(0)
     models = {name: model.to(device).eval() for name, model in task.build_models().items()}
-    samples = [_sample(image, target) for image, target in task.build_val_dataset()]
+    scenes = task.build_val_dataset()
+    samples: Any = [_sample(*scenes[index]) for index in range(args.images)]
     if way == "ours":
         return lambda: evaluate(
             models,
-            samples,  # type: ignore[arg-type]
+            samples,
             device,
             metrics=task.make_metrics(),
             predict=task.predict,

@@ -235,7 +235,7 @@ def _backward(root: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) 
         waiting = _uses(root.grad_fn)
         first = torch.ones_like(root) if gradient is None else gradient
         pending: dict[Any, dict[int, Tensor]] = {root.grad_fn: {root.output_nr: first}}
-        ready = [root.grad_fn]
+        ready: list[Any] = [root.grad_fn]
         while ready:
             ready.sort(key=lambda node: node._sequence_nr())  # the newest first, as torch does
             node = ready.pop()

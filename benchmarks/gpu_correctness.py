@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -128,7 +129,7 @@ def train(
     images: int = 4,
     size: int = SIDE,
     steps: int = 6,
-    batches: Sequence[list] | None = None,
+    batches: Any = None,
     after_step: Callable[[Progress], None] | None = None,
     plain: bool = False,
     double: bool = False,
@@ -144,10 +145,11 @@ def train(
     optimizers = task.build_optimizers(networks)
     schedules = task.build_schedulers(optimizers, 100)
     dtype = choose_amp_dtype(amp, device)
+    batches = batches or [batch_of(cfg.task, images, size, device, i) for i in range(steps)]
     train_one_epoch(
         wrap(wrap_models(networks, device, compile=False)),
         optimizers,
-        batches or [batch_of(cfg.task, images, size, device, i) for i in range(steps)],
+        batches,
         device,
         0,
         schedules,
@@ -250,7 +252,7 @@ def overflow(device: torch.device) -> str:
 
 def determinism(device: torch.device, system: str) -> str:
     """Two runs are equal to the bit in torch's deterministic mode; whether they are without it."""
-    found = {}
+    said, alike = {}, {}
     for deterministic in (True, False):
         seed_everything(0, deterministic)
         try:
@@ -258,12 +260,11 @@ def determinism(device: torch.device, system: str) -> str:
             one, two = (weights(train(system, device)) for _ in range(2))
         finally:
             torch.use_deterministic_algorithms(False)
-        found[deterministic] = torch.equal(one, two)
-        name = "deterministic" if deterministic else "default"
-        found[name] = f"{'equal' if found[deterministic] else 'different'} bits, "
-        found[name] += f"{time.perf_counter() - start:.1f} s"
-    text = f"deterministic: {found['deterministic']}; default: {found['default']}"
-    assert found[True], text
+        alike[deterministic] = torch.equal(one, two)
+        bits = "equal" if alike[deterministic] else "different"
+        said[deterministic] = f"{bits} bits, {time.perf_counter() - start:.1f} s"
+    text = f"deterministic: {said[True]}; default: {said[False]}"
+    assert alike[True], text
     return text
 
 
@@ -276,7 +277,7 @@ def out_of_memory(device: torch.device) -> str:
     said = []
     for images in (64, 48, 40):  # more than one way to run out
         with memory_limit(2e9, device):
-            said.append(_refusal(lambda n=images: train("u2net_lite", device, images=n, size=288)))
+            said.append(_refusal(partial(train, "u2net_lite", device, images=images, size=288)))
     with memory_limit(4e8, device):
         data = [(torch.zeros(16, 3, 320, 320, dtype=torch.uint8), [torch.zeros(1, 9, 9)] * 16)]
         said.append(_refusal(lambda: evaluate(u2net_full(), data, device)))  # type: ignore[arg-type]
@@ -324,7 +325,7 @@ def metrics(device: torch.device) -> str:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
     saliency, mask = torch.rand(1, 300, 400, generator=generator), codes(1, 300, 400)
-    pairs = [
+    pairs: list[tuple[Any, Tensor, Tensor]] = [
         (metric, saliency, mask) for metric in (MeanAbsoluteError(), F1Score(), ToolboxMetrics())
     ]
     picture = torch.rand(3, 90, 100, generator=generator) * 2 - 1
@@ -389,8 +390,8 @@ def _rank(rank: int, folder: Path, name: str, amp: str, shares: Sequence[tuple[i
         whole = batch_of(cfg.task, sum(split), SIDE, torch.device("cpu"), step)
         first = sum(split[:rank])
         batches.append([x[first : first + split[rank]] for x in whole])
-    options = {"batches": batches, "double": amp == "off", "plain": True, "sync_bn": True}
-    networks = train("unet", device, amp, **options)
+    double = amp == "off"
+    networks = train("unet", device, amp, batches=batches, double=double, plain=True, sync_bn=True)
     if rank == 0:
         torch.save(weights(networks), folder / "weights.pt")
     dist.destroy_process_group()

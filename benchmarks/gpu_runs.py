@@ -115,9 +115,9 @@ class Scripts:
         options = ("--resume", "auto", *self.small)
         for epochs, device in ((1, self.device), (2, "cpu"), (3, self.device)):
             records = self.train("resume", "fcn", "--epochs", str(epochs), *options, device=device)
-        epochs = [record["epoch"] for record in records]
+        done = [record["epoch"] for record in records]
         losses = ", ".join(f"{record['train/loss']:.4f}" for record in records)
-        assert epochs == [0, 1, 2], f"epochs {epochs}"
+        assert done == [0, 1, 2], f"epochs {done}"
         fell = records[-1]["train/loss"] < records[0]["train/loss"]
         assert fell or self.tiny, losses
         return f"losses on {self.device}, cpu, {self.device}: {losses}"
@@ -135,7 +135,7 @@ class Scripts:
         """The same scores of the same weights on both devices, in fp32."""
         self.train("validation", "unet", "--epochs", "1", *self.small)
         weights = self.out / "run_validation" / "model_best.pth"
-        scores = []
+        scores: list[dict[str, Any]] = []
         for device in (self.device, "cpu"):
             file = self.out / f"scores_{len(scores)}.json"
             command = ("validation.py", "--weights", str(weights), "--json", str(file), "-j", "2")
@@ -231,7 +231,7 @@ def compiled(device: torch.device, system: str, batch: int, size: int) -> str:
     for mode in ("default", "reduce-overhead"):
         torch._dynamo.reset()
 
-        def wrap(networks: dict[str, nn.Module], mode: str = mode) -> dict[str, nn.Module]:
+        def wrap(networks: dict[str, nn.Module], mode: str = mode) -> dict[str, Any]:
             return {name: torch.compile(each, mode=mode) for name, each in networks.items()}
 
         late, fast = milliseconds(device, system, batch, size, wrap)

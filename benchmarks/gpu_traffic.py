@@ -46,8 +46,10 @@ CHANNELS = {"saliency": (3, 1), "segmentation": (3, 1), "matting": (4, 2, 3, 3)}
 COUNTS = dict.fromkeys(("bce", "iou", "pixels", "images", "unknown"), 1.0)
 
 # Parts of operations' names. Whatever is neither is elementwise, or rearranges elements.
-_ALONE = ("convolution", "mm", "_fused_", "_foreach_", "_amp_", "index", "scatter", "gather")
-_ALONE += ("upsample_bilinear2d_backward", "unpool", "group_norm", "sort", "bernoulli", "dropout")
+_ALONE = (
+    *("convolution", "mm", "_fused_", "_foreach_", "_amp_", "index", "scatter", "gather"),
+    *("upsample_bilinear2d_backward", "unpool", "group_norm", "sort", "bernoulli", "dropout"),
+)
 _REDUCTIONS = ("sum", "mean", "amax", "max", "any", "all", "norm", "argmax", "statistics")
 _OVERWRITTEN = ("copy_", "fill_", "zero_")  # their target is not read
 

@@ -92,8 +92,10 @@ def memory(loader: DataLoader, epochs: int) -> list[float]:
     sizes = []
     for _ in range(epochs):
         passes(loader)()
-        status = Path(f"/proc/{loader._iterator._workers[0].pid}/smaps_rollup").read_text()
-        sizes.append(1.024e-3 * int(re.search(r"^Private_Dirty:\s+(\d+)", status, re.M)[1]))
+        iterator: Any = loader._iterator
+        status = Path(f"/proc/{iterator._workers[0].pid}/smaps_rollup").read_text()
+        (kilobytes,) = re.findall(r"^Private_Dirty:\s+(\d+)", status, re.M)
+        sizes.append(1.024e-3 * int(kilobytes))
     return sizes
 
 
@@ -145,7 +147,8 @@ def measure(args: Any, loaders: Loaders) -> list[dict]:
         def first(kind: str = kind) -> None:
             loader = loaders.with_cache(kind)
             passes(loader)()
-            loader.dataset.dataset.dataset.cache.path.unlink()  # the next one is new, too
+            keyed: Any = loader.dataset
+            keyed.dataset.dataset.cache.path.unlink()  # the next one is new, too
 
         ways = {"plain": plain, "ours": first}
         rows.append(_row(f"{kind} cache, first", take_turns(ways, args.rounds, warmup=0), count))

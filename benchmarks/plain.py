@@ -41,7 +41,8 @@ def saliency(
     images, masks = batch[0].to(device), batch[1].to(device)
     with precision():
         outputs = models["model"](images)
-        loss = sum(F.binary_cross_entropy_with_logits(output, masks) for output in outputs)
+        terms = [F.binary_cross_entropy_with_logits(output, masks) for output in outputs]
+        loss = torch.stack(terms).sum()
     _update(opts["model"], loss)
     return {"loss": loss.item()}
 

@@ -41,6 +41,7 @@ from train_utils.errors import UserError
 from train_utils.image_io import list_images, save_image
 from train_utils.inference import prepare
 from train_utils.prediction import Job, Predictor
+from train_utils.settings import PhotoData
 from train_utils.setup import clean_errors
 from train_utils.shapes import render_scene
 
@@ -72,11 +73,12 @@ def predict_plainly(
 ) -> None:
     """The usual script, under autocast if there is a dtype for it."""
     task, models = tasks.load_models(weights, settings)
-    cfg = task.cfg
-    model, side = models["model"].to(device), [cfg.data.image_size] * 2
+    model, data = models["model"].to(device), task.cfg.data
+    assert isinstance(data, PhotoData)
+    side = [data.image_size] * 2
     for file in files:
         picture = TF.to_dtype(TF.pil_to_tensor(Image.open(file).convert("RGB")), scale=True)
-        image = TF.normalize(TF.resize(picture, side, antialias=True), cfg.data.mean, cfg.data.std)
+        image = TF.normalize(TF.resize(picture, side, antialias=True), data.mean, data.std)
         with torch.no_grad(), torch.autocast(device.type, amp_dtype, enabled=bool(amp_dtype)):
             saliency = model(image[None].to(device)).float()
         saliency = F.interpolate(saliency, picture.shape[-2:], mode="bilinear")[0, 0]
@@ -108,22 +110,22 @@ def stage_times(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def timed(stage: str, work: Callable[[], None]) -> None:
-        times[stage].append(common.seconds(work, device))
+    def timed(stage: str, work: Callable[[], Any]) -> Any:
+        done: list[Any] = []
+        times[stage].append(common.seconds(lambda: done.append(work()), device))
+        return done[0]
 
     with torch.inference_mode():
         for file in files:
             job = Job(file, {"map": output / f"{file.stem}.png"})
-            done: dict[str, Any] = {}
-            timed("read", lambda job=job, done=done: done.update(picture=predictor.read(job)))
-            picture = done["picture"]
+            picture = timed("read", partial(predictor.read, job))
             if picture.error:
                 raise UserError(picture.error)
-            timed("forward", lambda picture=picture: predictor.predict([picture]))
+            timed("forward", partial(predictor.predict, [picture]))
             maps = {"kinds": ["map"], "threshold": None, "prediction": picture.prediction}
             maps |= picture.images
-            timed("render", lambda maps=maps, done=done: done.update(task.render(**maps)))
-            timed("write", lambda job=job, done=done: save_image(done["map"], job.outputs["map"]))
+            pictures = timed("render", partial(task.render, **maps))
+            timed("write", partial(save_image, pictures["map"], job.outputs["map"]))
     torch.set_num_threads(threads)
     return {stage: median(each[1:] or each) for stage, each in times.items()}
 

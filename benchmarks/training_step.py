@@ -124,7 +124,9 @@ def _configured(args: argparse.Namespace, system: str, batch_size: int) -> tuple
         data |= {"load_size": args.size} if system == "pix2pix" else {}
         data |= {"crop_sizes": [args.size]} if system == "matting" else {}
     train = {"amp": args.amp, "compile": args.compile, "batch_size": batch_size}
-    merged = merge(load_yaml(CONFIGS / f"{recipe}.yaml"), values, {"data": data, "train": train})
+    merged = merge(
+        load_yaml(CONFIGS / f"{recipe}.yaml"), dict(values), {"data": data, "train": train}
+    )
     task = tasks.read_config(merged, "benchmark", {})
     return task, task.cfg
 
@@ -147,7 +149,7 @@ def _plain(
     return train
 
 
-def _ours(task: Any, cfg: Any, batches: list, device: torch.device) -> Callable[[], plain.Losses]:
+def _ours(task: Any, cfg: Any, batches: Any, device: torch.device) -> Callable[[], plain.Losses]:
     torch.manual_seed(cfg.train.seed)
     networks = place_models(task.build_models(), device, sync_bn=False)
     optimizers = task.build_optimizers(networks)
