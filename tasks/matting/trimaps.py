@@ -76,7 +76,7 @@ def _grey_levels(path: str | PathLike[str], image: Image.Image) -> tuple[np.ndar
     return rgb[..., 0], 255
 
 
-def _most_frequent(values: np.ndarray, counts: np.ndarray) -> str:
+def _most_frequent(values: Sequence | np.ndarray, counts: np.ndarray) -> str:
     """Values with their numbers of pixels, the most frequent first, as text."""
     order = np.argsort(-counts, kind="stable")
     return shortened([f"{values[i]} ({counts[i]:,} px)" for i in order], limit=6)

@@ -225,7 +225,7 @@ def label_reader(data: DataConfig) -> LabelReader:
     """The mask map that `data` describes; ValueError if it makes no sense."""
     return LabelReader(
         data.num_classes,
-        data.class_names,
+        data.class_names or (),
         data.ignore_index,
         data.ignore_beyond,
         data.mask_values or "index",
