@@ -53,7 +53,7 @@ class BaseTask:
 
     cfg: BaseConfig  # a task's own Config
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: BaseConfig) -> None:
         self.cfg = cfg
 
     @property
