@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from train_utils.activity import LOADING, set_activity, waiting
-from train_utils.collectives import broadcast_buffers, get_rank, sum_over_ranks
+from train_utils.collectives import broadcast_tensors, get_rank, sum_over_ranks
 from train_utils.data import sample_names, stable_seed
 from train_utils.device import fp64_device
 from train_utils.distributed_utils import no_sync, unwrap
@@ -327,7 +327,8 @@ class _Step:
         self.scalers = {name: self.scalers.get(name) or off for name in self.optimizers}
         scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
         self.amp_dtype = self.options.amp_dtype or (torch.float16 if scaled else None)
-        self.guard = NonfiniteGuard(self.options.on_nonfinite, self.device, scaled, self.models)
+        about = self.models, self.batches.where, self.batches.names
+        self.guard = NonfiniteGuard(self.options.on_nonfinite, self.device, scaled, *about)
         self._checked = False
         for network in self.models.values():
             network.train()
@@ -347,11 +348,8 @@ class _Step:
         losses = self._gradients()
         if not self._checked:
             self._refuse_unused_parameters()
-        skipped = self.guard.found(number, losses)
-        if skipped:
-            names = self.batches.names(number)
-            bad_gradients = self._own_bad_gradients()
-            self.guard.act(self.batches.where(number), losses, names, bad_gradients)
+        if skipped := self.guard.found(number, losses):
+            self.guard.stop_or_skip(number, losses, self._own_bad_gradients())
         self._update(skipped)
         self.logger.images += images
         if self.options.on_nonfinite == "skip":
@@ -362,7 +360,7 @@ class _Step:
     def settle(self) -> None:
         """Read all values from the device; UserError if any is not finite."""
         self.logger.flush()
-        self.guard.review(self.batches.where, self.batches.names)
+        self.guard.review()
         meters = self.logger.read.items()
         if bad := [name for name, meter in meters if not math.isfinite(meter.total)]:
             raise UserError(
@@ -544,7 +542,8 @@ def evaluate(
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
     models = {name: unwrap(network) for name, network in _by_name(model).items()}
     for network in models.values():
-        broadcast_buffers(network)
+        # Batch norm's running statistics differ between ranks; rank 0's are those that are saved.
+        broadcast_tensors(list(network.buffers()))
     with memory_errors("for a copy of the network", SPARE_MEMORY):
         models = prepare(models, device, amp_dtype)
     scoring = _Scoring(models, predict, metrics, device, keep)
