@@ -76,15 +76,15 @@ class StepOptions:
 class Progress(NamedTuple):
     """Where a training loop stands: `step` steps of the epoch are done; `stop` on all ranks.
 
-    `settle()` reads all values from the device, and raises UserError if any is not finite: to be
-    called, on all ranks, before the state is saved.
+    `read_values()` reads all values from the device, and raises UserError if any is not finite: to
+    be called, on all ranks, before the state is saved.
     """
 
     epoch: int
     step: int
     logger: MetricLogger
     stop: bool
-    settle: Callable[[], None]
+    read_values: Callable[[], None]
 
 
 class EpochRun:
@@ -149,10 +149,10 @@ def train_one_epoch(
     steps = run.logger.log_every(batches, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(steps, run.start_step):
         stop = step.take(number, parts, run.stop_requested)
-        run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
+        run.after_step(Progress(epoch, number + 1, run.logger, stop, step.read_values))
         if stop:
             break
-    step.settle()
+    step.read_values()
     means = mean_losses(run.logger)
     return next(iter(means.values()), math.nan), run.logger.read["lr"].value
 
@@ -337,9 +337,9 @@ class _Step:
 
     def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
-        set_activity(self.batches.where(number))  # first: what settling waits for is no loader
+        set_activity(self.batches.where(number))  # first: what reading waits for is no loader
         if self.logger.is_read:
-            self.settle()
+            self.read_values()
         shares, images, stop = shares_of_step(parts, self.weight, stop_requested())
         self._parts = list(zip(parts, shares, strict=True))
         self._steps_before = self.batches.epoch * self.batches.steps + number
@@ -357,7 +357,7 @@ class _Step:
         self.logger.update(images, **({} if skipped else losses), **rates)
         return stop
 
-    def settle(self) -> None:
+    def read_values(self) -> None:
         """Read all values from the device; UserError if any is not finite."""
         self.logger.flush()
         self.guard.review()
