@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from train_utils.activity import waiting
 from train_utils.errors import UserError
@@ -121,15 +121,6 @@ def call_on_main(function: Callable[[], Any]) -> Any:
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
-
-
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers.
-
-    Batch-norm's running statistics differ between ranks after a step; rank 0's are saved, so rank
-    0's must be evaluated.
-    """
-    broadcast_tensors(list(model.buffers()))
 
 
 @torch.no_grad()

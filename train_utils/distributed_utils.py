@@ -189,19 +189,16 @@ def init_distributed_mode(args: Namespace) -> None:
     launch = read_launch_environment()
     rank, world, local_rank, local_world = launch or Launch(0, 1, 0, 1)
     device = resolve_device(getattr(args, "device", None) or "auto", local_rank, local_world)
-    args.rank, args.world_size, args.local_world_size, args.gpu = (
-        rank,
-        world,
-        local_world,
-        local_rank,
-    )
-    args.distributed, args.device = launch is not None, str(device)
+    args.rank, args.world_size, args.local_world_size = rank, world, local_world
+    args.gpu, args.distributed, args.device = local_rank, launch is not None, str(device)
     args.dist_backend = process_group_backend(device)
     if launch and not args.dist_backend:
         refuse_several(device)
     take_device(device)
-    if device.type == "cpu":
-        _share_cores(local_world)
+    # torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves most cores idle; a larger
+    # number can only come from the user and is kept. A single process has torch's own default.
+    if device.type == "cpu" and local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(cpu_cores(local_world))
     if launch is None:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -283,13 +280,6 @@ def _refuse_to_be_an_orphan() -> None:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
         if b"torch" not in parent and b"python" not in parent:
             raise UserError("torchrun: ended while this process was starting. Start it again.")
-
-
-def _share_cores(local_world_size: int) -> None:
-    # torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves most cores idle; a larger
-    # number can only come from the user and is kept. A single process has torch's own default.
-    if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(cpu_cores(local_world_size))
 
 
 def refuse_launcher(script: str) -> None:

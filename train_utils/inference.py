@@ -8,6 +8,7 @@ whose length depends on that size only, the last one padded.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def in_order(
     if device.type == "cpu":
         yield from in_threads(inference(both), items, torch.get_num_threads())
         return
-    results = map(_by_rule(inference(job)), items)
+    results = map(_by_rule()(inference(job)), items)
     if finish is None:
         yield from results
     else:
@@ -116,17 +117,14 @@ def in_order(
         yield from in_threads(inference(finish), results, min(cores, _FINISHING))
 
 
-def _by_rule(job: Callable[[Item], Result]) -> Callable[[Item], Result]:
-    """A job during which cuDNN does not try out algorithms."""
-
-    def untuned(item: Item) -> Result:
-        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-        try:
-            return job(item)
-        finally:
-            torch.backends.cudnn.benchmark = before
-
-    return untuned
+@contextmanager
+def _by_rule() -> Iterator[None]:
+    """A block in which cuDNN does not try out algorithms."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def forward_chunk(

@@ -6,6 +6,7 @@ same gradients, and all decide alike without a collective of their own.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -40,6 +41,7 @@ def nonfinite_gradients(models: Iterable[nn.Module]) -> Tensor:
     return torch.stack([value.float() for value in largest]).isfinite().logical_not().sum()
 
 
+@dataclass
 class NonfiniteGuard:
     """Stops, or skips a step, when a loss or gradient of any process is not finite.
 
@@ -47,13 +49,18 @@ class NonfiniteGuard:
     `stop` on a GPU it looks when the losses are read anyway, at the next line or checkpoint: what
     the weights in memory have become by then ends with the run, and is not saved.
     scaled: fp16's GradScaler deals with infinite gradients by itself; only the losses count then.
+    where, names: a step for messages, and its samples on this process.
     """
 
-    def __init__(
-        self, mode: OnNonfinite, device: torch.device, scaled: bool, models: Mapping[str, nn.Module]
-    ) -> None:
-        self.mode, self.scaled, self.models = mode, scaled, models
-        self.looks_at_once = mode == "skip" or device.type == "cpu"
+    mode: OnNonfinite
+    device: torch.device
+    scaled: bool
+    models: Mapping[str, nn.Module]
+    where: Callable[[int], str]
+    names: Callable[[int], list[str]]
+
+    def __post_init__(self) -> None:
+        self.looks_at_once = self.mode == "skip" or self.device.type == "cpu"
         self.in_a_row = 0
         self._noted: list[tuple[int, Tensor, dict[str, Tensor]]] = []
         self._kept_buffers: list[Tensor] = []
@@ -88,13 +95,13 @@ class NonfiniteGuard:
         """Flags as all processes see them: gradients are alike already, losses are their own."""
         return sum_over_ranks(flags) if self.scaled else flags
 
-    def act(self, where: str, losses: dict[str, Tensor], names: list[str], bad_here: int) -> None:
+    def stop_or_skip(self, step: int, losses: dict[str, Tensor], bad_here: int) -> None:
         """Say what happened; raise UserError unless the step is to be skipped. On all processes.
 
         bad_here: how many gradients this process's own images spoil, 0 where that is not known.
         """
         terms = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
-        reports = all_gather((terms, bad_here, shortened(names)))
+        reports = all_gather((terms, bad_here, shortened(self.names(step))))
         # Where batch norm is synchronised, what is bad on one rank spoils gradients on all, but
         # neither the losses nor the gradients behind the last batch norm.
         most = max(bad for _, bad, _ in reports)
@@ -108,7 +115,7 @@ class NonfiniteGuard:
             f"{term} on rank {rank}" + (f" ({names})" if names else "")
             for rank, term, names in culprits
         ]
-        text = f"{where}: {'; '.join(accounts) or 'the gradient'} became NaN or infinite"
+        text = f"{self.where(step)}: {'; '.join(accounts) or 'the gradient'} became NaN or infinite"
         if self.mode == "stop":
             raise UserError(f"{text}. {HOW_TO_TAME}")
         if self.in_a_row >= _MAX_IN_A_ROW:
@@ -116,7 +123,7 @@ class NonfiniteGuard:
         copy_all(self._live_buffers(), self._kept_buffers)
         get_logger().info(f"{text}: the step is skipped")
 
-    def review(self, where: Callable[[int], str], names: Callable[[int], list[str]]) -> None:
+    def review(self) -> None:
         """Look at the steps noted since the last review; UserError naming the first bad one."""
         noted, self._noted = self._noted, []
         if not noted:
@@ -126,4 +133,4 @@ class NonfiniteGuard:
         flags = self._on_all_processes(here)
         for bad, (step, _, losses) in zip(flags, noted, strict=True):
             if bad:
-                self.act(where(step), losses, names(step), bad_here=0)
+                self.stop_or_skip(step, losses, bad_here=0)

@@ -158,7 +158,7 @@ class Run(EpochRun):
         # At its end only if it is evaluated: a stop or crash in that must not cost the epoch.
         if due or progress.stop if midway else self.evaluates(progress.epoch):
             self.state.epoch, self.state.step = progress.epoch, progress.step
-            progress.settle()
+            progress.read_values()
             self.state.lr = progress.logger.read["lr"].value
             self.state.meters = progress.logger.state_dict()
             self._save()
@@ -261,7 +261,7 @@ def evaluate_task(
             predict=task.predict,
             keep=SHEET_ROWS if run and run.folder.writes else 0,
             samples=samples,
-            stop_requested=run.stop.wanted if run else None,
+            stop_requested=run.stop.requested_anywhere if run else None,
             amp_dtype=choose_amp_dtype(task.cfg.eval.amp, device, "eval.amp"),
         )
     if run and samples:

@@ -14,21 +14,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def lr_factor(
-    step: int, warmup_steps: int, total_steps: int, warmup_factor: float, end_factor: float
-) -> float:
-    """Factor on the base learning rate at optimizer step `step`: linear warm-up, then cosine.
-
-    For step x, W warm-up steps and T steps in all: x ≤ W: α = x/W, factor = wf·(1−α) + α;
-    afterwards ((1 + cos(π·(x−W)/(T−W)))/2)·(1−ef) + ef. Steps beyond T stay at ef.
-    """
-    if step <= warmup_steps and warmup_steps > 0:
-        alpha = step / warmup_steps
-        return warmup_factor * (1 - alpha) + alpha
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return (1 + math.cos(math.pi * progress)) / 2 * (1 - end_factor) + end_factor
-
-
 def create_lr_scheduler(
     optimizer: Optimizer,
     num_step: int,
@@ -38,8 +23,10 @@ def create_lr_scheduler(
     warmup_factor: float = 1e-3,
     end_factor: float = 1e-6,
 ) -> LambdaLR:
-    """Schedule to be stepped after every optimizer step; `num_step` is the steps per epoch.
+    """Linear warm-up, then cosine, stepped after every optimizer step; `num_step` steps an epoch.
 
+    For step x, W warm-up steps and T steps in all: x ≤ W: α = x/W, factor = wf·(1−α) + α;
+    afterwards ((1 + cos(π·(x−W)/(T−W)))/2)·(1−ef) + ef. Steps beyond T stay at ef.
     Raises ValueError for no steps, no epochs or negative warm-up.
     """
     if num_step <= 0 or epochs <= 0 or warmup_epochs < 0:
@@ -48,9 +35,14 @@ def create_lr_scheduler(
             f"warmup_epochs ({warmup_epochs}) not negative"
         )
     warmup_steps = round(warmup_epochs * num_step) if warmup else 0
+    cosine_steps = max(1, epochs * num_step - warmup_steps)
 
     def factor(step: int) -> float:
-        return lr_factor(step, warmup_steps, epochs * num_step, warmup_factor, end_factor)
+        if step <= warmup_steps and warmup_steps > 0:
+            alpha = step / warmup_steps
+            return warmup_factor * (1 - alpha) + alpha
+        progress = min(1.0, (step - warmup_steps) / cosine_steps)
+        return (1 + math.cos(math.pi * progress)) / 2 * (1 - end_factor) + end_factor
 
     return LambdaLR(optimizer, lr_lambda=factor)
 

@@ -66,7 +66,7 @@ class StopSignals:
                 print("interrupted twice: stopped at once", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGINT)
 
-    def wanted(self) -> bool:
+    def requested_anywhere(self) -> bool:
         """Whether any process has been asked to stop, as far as this one knows by now."""
         return self.requested is not None or self.watch.stop_anywhere
 

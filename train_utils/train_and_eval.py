@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from train_utils.activity import LOADING, set_activity, waiting
-from train_utils.collectives import broadcast_buffers, get_rank, sum_over_ranks
+from train_utils.collectives import broadcast_tensors, get_rank, sum_over_ranks
 from train_utils.data import sample_names, stable_seed
 from train_utils.device import fp64_device
 from train_utils.distributed_utils import no_sync, unwrap
@@ -76,15 +76,15 @@ class StepOptions:
 class Progress(NamedTuple):
     """Where a training loop stands: `step` steps of the epoch are done; `stop` on all ranks.
 
-    `settle()` reads all values from the device, and raises UserError if any is not finite: to be
-    called, on all ranks, before the state is saved.
+    `read_values()` reads all values from the device, and raises UserError if any is not finite: to
+    be called, on all ranks, before the state is saved.
     """
 
     epoch: int
     step: int
     logger: MetricLogger
     stop: bool
-    settle: Callable[[], None]
+    read_values: Callable[[], None]
 
 
 class EpochRun:
@@ -149,10 +149,10 @@ def train_one_epoch(
     steps = run.logger.log_every(batches, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(steps, run.start_step):
         stop = step.take(number, parts, run.stop_requested)
-        run.after_step(Progress(epoch, number + 1, run.logger, stop, step.settle))
+        run.after_step(Progress(epoch, number + 1, run.logger, stop, step.read_values))
         if stop:
             break
-    step.settle()
+    step.read_values()
     means = mean_losses(run.logger)
     return next(iter(means.values()), math.nan), run.logger.read["lr"].value
 
@@ -327,7 +327,8 @@ class _Step:
         self.scalers = {name: self.scalers.get(name) or off for name in self.optimizers}
         scaled = any(scaler.is_enabled() for scaler in self.scalers.values())
         self.amp_dtype = self.options.amp_dtype or (torch.float16 if scaled else None)
-        self.guard = NonfiniteGuard(self.options.on_nonfinite, self.device, scaled, self.models)
+        about = self.models, self.batches.where, self.batches.names
+        self.guard = NonfiniteGuard(self.options.on_nonfinite, self.device, scaled, *about)
         self._checked = False
         for network in self.models.values():
             network.train()
@@ -336,9 +337,9 @@ class _Step:
 
     def take(self, number: int, parts: Sequence[Batch], stop_requested: Callable[[], bool]) -> bool:
         """Take the epoch's step `number`; returns whether any rank is to stop."""
-        set_activity(self.batches.where(number))  # first: what settling waits for is no loader
+        set_activity(self.batches.where(number))  # first: what reading waits for is no loader
         if self.logger.is_read:
-            self.settle()
+            self.read_values()
         shares, images, stop = shares_of_step(parts, self.weight, stop_requested())
         self._parts = list(zip(parts, shares, strict=True))
         self._steps_before = self.batches.epoch * self.batches.steps + number
@@ -347,11 +348,8 @@ class _Step:
         losses = self._gradients()
         if not self._checked:
             self._refuse_unused_parameters()
-        skipped = self.guard.found(number, losses)
-        if skipped:
-            names = self.batches.names(number)
-            bad_gradients = self._own_bad_gradients()
-            self.guard.act(self.batches.where(number), losses, names, bad_gradients)
+        if skipped := self.guard.found(number, losses):
+            self.guard.stop_or_skip(number, losses, self._own_bad_gradients())
         self._update(skipped)
         self.logger.images += images
         if self.options.on_nonfinite == "skip":
@@ -359,10 +357,10 @@ class _Step:
         self.logger.update(images, **({} if skipped else losses), **rates)
         return stop
 
-    def settle(self) -> None:
+    def read_values(self) -> None:
         """Read all values from the device; UserError if any is not finite."""
         self.logger.flush()
-        self.guard.review(self.batches.where, self.batches.names)
+        self.guard.review()
         meters = self.logger.read.items()
         if bad := [name for name, meter in meters if not math.isfinite(meter.total)]:
             raise UserError(
@@ -544,7 +542,8 @@ def evaluate(
     metrics = (MeanAbsoluteError(), F1Score()) if metrics is None else tuple(metrics)
     models = {name: unwrap(network) for name, network in _by_name(model).items()}
     for network in models.values():
-        broadcast_buffers(network)
+        # Batch norm's running statistics differ between ranks; rank 0's are those that are saved.
+        broadcast_tensors(list(network.buffers()))
     with memory_errors("for a copy of the network", SPARE_MEMORY):
         models = prepare(models, device, amp_dtype)
     scoring = _Scoring(models, predict, metrics, device, keep)

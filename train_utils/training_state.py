@@ -78,11 +78,9 @@ class TrainingState:
         replace one that training can continue from.
         """
         self._check_finite()
-        averages = {name: ema.module for name, ema in self.ema.items()}
         return {
             "format": FORMAT,
-            "model": as_one_module(self.models).state_dict(),
-            **({"ema": as_one_module(averages).state_dict()} if averages else {}),
+            **{key: module.state_dict() for key, module in self._modules().items()},
             "ema_steps": {name: ema.steps for name, ema in self.ema.items()},
             "optimizer": _states(self.optimizers),
             "lr_scheduler": _states(self.schedulers),
@@ -101,6 +99,12 @@ class TrainingState:
             "world_size": self.sampler.world_size,
             "args": self.config,
         }
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds the weights of, by its key."""
+        averages = {name: ema.module for name, ema in self.ema.items()}
+        modules = {"model": as_one_module(self.models)}
+        return {**modules, "ema": as_one_module(averages)} if averages else modules
 
     def _check_finite(self) -> None:
         for name, model in self.models.items():
@@ -137,15 +141,13 @@ class TrainingState:
         Raises UserError, with nothing changed, if its settings were others or a part does not fit.
         """
         self._check_same_run(state, source)
-        averages = {name: ema.module for name, ema in self.ema.items()} if "ema" in state else {}
-        check_fits(as_one_module(self.models), state["model"], source)
-        if averages:
-            check_fits(as_one_module(averages), state["ema"], f"{source}, moving average")
+        modules = {key: module for key, module in self._modules().items() if key in state}
+        for key, module in modules.items():
+            check_fits(module, state[key], source + (", moving average" if key == "ema" else ""))
         saved = self._check_trainers(state, source)
 
-        as_one_module(self.models).load_state_dict(state["model"])
-        if averages:
-            as_one_module(averages).load_state_dict(state["ema"])
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
         for name, ema in self.ema.items():
             ema.steps = state["ema_steps"].get(name, 0)
         for trainer, content in saved:
