@@ -39,22 +39,26 @@ except ImportError:  # Windows
 
 Shape = tuple[int, int, int]  # channels, height, width
 
-_FORMAT = 1  # to be raised when the meaning of a pack's bytes changes
+_FORMAT = 2  # to be raised when the meaning of a pack's bytes changes
 _SUFFIX = ".pack"
 _ALIGNMENT = 64
 _VALID = 0x600DDA7A
-_HEADER = np.dtype([("layout_crc", "<u8"), ("items", "<u8"), ("parts", "<u8"), ("bytes", "<u8")])
+# The file: a header; of all slots, where they begin and what shapes their two parts have; of all
+# slots, whether they are filled; the parts.
+_HEADER = np.dtype([("layout_crc", "<u8"), ("bytes", "<u8")])
+_LAYOUT = np.dtype([("offset", "<u8"), ("shapes", "<u4", (2, 3))])
+_STATE = np.dtype([("crc", "<u4"), ("valid", "<u4")])
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 class SampleCache:
-    """Items of uint8 parts [C, H, W], by number, in a pack that has a slot for each.
+    """Items of two uint8 parts [C, H, W], by number, in a pack that has a slot for each.
 
     numbers: the item in slot 0, 1, …; others are not kept.
     """
 
     def __init__(self, path: Path, numbers: Sequence[int]) -> None:
-        self.path = path
+        self.path, self._items = path, len(numbers)
         self._slots = np.full(max(numbers) + 1, -1)
         self._slots[numbers] = np.arange(len(numbers))
         self._open()
@@ -75,9 +79,10 @@ class SampleCache:
         self._file = self.path.open("r+b")
         _lock(self._file, shared=True)
         self._map = mmap.mmap(self._file.fileno(), 0)
-        header = np.frombuffer(self._map, _HEADER, 1)[0]
-        self._layout, self._state = _tables(self._map, int(header["items"]), int(header["parts"]))
-        self._checked = np.zeros(len(self._layout), dtype=bool)
+        start = _HEADER.itemsize
+        self._layout = np.frombuffer(self._map, _LAYOUT, self._items, start)
+        self._state = np.frombuffer(self._map, _STATE, self._items, start + self._layout.nbytes)
+        self._checked = np.zeros(self._items, dtype=bool)
 
     def _read(self, slot: int) -> tuple[Tensor, ...] | None:
         """A copy of the parts, since whoever gets them may work in place; None if not valid."""
@@ -121,7 +126,7 @@ class SampleCache:
         atexit.register(remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_slots": self._slots}
+        return {"path": self.path, "_items": self._items, "_slots": self._slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -252,15 +257,15 @@ def _lock(file: BinaryIO, shared: bool, wait: bool = False) -> bool:
 
 def _make(path: Path, shapes: Sequence[Sequence[Shape]], kind: str) -> None:
     """An empty pack with a slot for parts of these shapes of each item."""
-    items, parts = len(shapes), len(shapes[0])
-    layout = np.zeros(items, _layout_type(parts))
+    layout = np.zeros(len(shapes), _LAYOUT)
     layout["shapes"] = shapes
     sizes = layout["shapes"].astype(np.int64).prod(axis=2).sum(axis=1)
     sizes += -sizes % _ALIGNMENT
-    begin = _begin_of_data(items, parts)
+    begin = _HEADER.itemsize + len(shapes) * (_LAYOUT.itemsize + _STATE.itemsize)
+    begin += -begin % _ALIGNMENT
     layout["offset"] = begin + np.cumsum(sizes) - sizes
     total = begin + int(sizes.sum())
-    header = np.array([(zlib.crc32(layout.tobytes()), items, parts, total)], _HEADER)
+    header = np.array([(zlib.crc32(layout.tobytes()), total)], _HEADER)
 
     with written_whole(path, durable=False) as file:
         _reserve(file, total, path.parent, kind)
@@ -313,36 +318,13 @@ def _available_memory() -> int:
     return available
 
 
-# --- the file: header, layout (offset and shapes by slot), state (checksum, valid), parts --------
-
-
-def _layout_type(parts: int) -> np.dtype:
-    return np.dtype([("offset", "<u8"), ("shapes", "<u4", (parts, 3))])
-
-
-_STATE = np.dtype([("crc", "<u4"), ("valid", "<u4")])
-
-
-def _begin_of_data(items: int, parts: int) -> int:
-    tables = _HEADER.itemsize + items * (_layout_type(parts).itemsize + _STATE.itemsize)
-    return tables + -tables % _ALIGNMENT
-
-
-def _tables(content: Any, items: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Layout and state of a pack's bytes, as views."""
-    layout = np.frombuffer(content, _layout_type(parts), items, _HEADER.itemsize)
-    return layout, np.frombuffer(content, _STATE, items, _HEADER.itemsize + layout.nbytes)
-
-
 def _fits(path: Path, items: int) -> bool:
     """Whether a whole pack of so many items lies there."""
     try:
         with path.open("rb") as file:
             header = np.frombuffer(file.read(_HEADER.itemsize), _HEADER)[0]
-            if (header["items"], header["bytes"]) != (items, path.stat().st_size):
-                return False
-            layout = file.read(items * _layout_type(int(header["parts"])).itemsize)
-            return zlib.crc32(layout) == header["layout_crc"]
+            layout = file.read(items * _LAYOUT.itemsize)
+        return (header["layout_crc"], header["bytes"]) == (zlib.crc32(layout), path.stat().st_size)
     except (OSError, ValueError, IndexError):
         return False
 
