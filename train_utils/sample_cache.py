@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from train_utils.errors import UserError
-from train_utils.files import remove_temporaries, user_cache, written_whole
+from train_utils.files import hash_of_files, remove_temporaries, user_cache, written_whole
 from train_utils.image_io import PathLike, printable
 from train_utils.log import get_logger
 
@@ -137,7 +137,7 @@ def open_cache(
     kind: str,
     folder: PathLike | None,
     numbers: Sequence[int],
-    files: Sequence[Sequence[Path]],
+    files: Iterable[Path],
     description: str,
     family: str,
     shapes: Callable[[], Sequence[Sequence[Shape]]],
@@ -145,7 +145,7 @@ def open_cache(
     """The pack of the items that `numbers` name, made if there is none.
 
     kind: "ram" or "disk"; folder: of packs on disk, None for the user's cache folder.
-    files: those behind each item, in the order of `numbers`. description: what else the items
+    files: those behind the items, in the order of `numbers`. description: what else the items
     depend on. family: names the data; another pack of the same family, if no process uses it, is
     outdated and removed when a new one is made. shapes: those of each item's parts, asked for only
     to make a pack.
@@ -154,7 +154,12 @@ def open_cache(
     """
     place = _memory_folder() if kind == "ram" else _disk_folder(folder)
     prefix = hashlib.blake2b(family.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    path = place / f"{prefix}-{_identity(files, description)}{_SUFFIX}"
+    try:
+        identity = hash_of_files(files, f"{_FORMAT} {platform.node()} {description}")
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}). Check the path."
+        raise UserError(f"{printable(error.filename)}: {problem}") from error
+    path = place / f"{prefix}-{identity}{_SUFFIX}"
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _alone(place):  # one process makes the pack, the others find it
@@ -197,23 +202,6 @@ def _disk_folder(folder: PathLike | None) -> Path:
             "data.cache_dir: there is no home folder to keep a cache in. Name a folder."
         )
     return place
-
-
-def _identity(files: Sequence[Sequence[Path]], description: str) -> str:
-    start = f"{_FORMAT} {platform.node()} {description}".encode(errors="surrogateescape")
-    digest = hashlib.blake2b(start, digest_size=16)
-    for item in files:
-        digest.update(b"\0\0")
-        for path in item:
-            try:
-                stat = path.stat()
-            except OSError as error:
-                problem = f"cannot be read ({error.strerror}). Check the path."
-                raise UserError(f"{printable(path)}: {problem}") from error
-            name = os.fsencode(path.absolute())
-            times = stat.st_mtime_ns, stat.st_ctime_ns  # the second, too, after cp -p or rsync -t
-            digest.update(b"\0%b\0%d %d %d" % (name, stat.st_size, *times))
-    return digest.hexdigest()
 
 
 def _remove_unused(place: Path, prefix: str) -> None:
