@@ -273,11 +273,6 @@ def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
         else:
             file.truncate(total)
     except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"data.cache={kind}: the samples need {total:,} bytes, more than a file may have "
-                "here (ulimit -f, or the file system). Raise the limit, or go without."
-            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
             raise
         other = (
