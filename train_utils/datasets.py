@@ -1,6 +1,5 @@
 """Pairs of image files: found by name, checked, read, split, and told apart from other data."""
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,6 @@ Pair = tuple[Path, Path]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_MAX_HINTS = 3  # comparing names is slow in folders of many thousands
 _CHECK_THREADS = 8  # files are read from disks that may be far away
 
 
@@ -316,27 +314,12 @@ def require_masks(
     missing = [stem for stem in image_files if stem not in mask_files]
     if not missing:
         return
-    spare = [stem for stem in mask_files if stem not in image_files]
-    hints = [
-        f"{printable(stem)} ~ {printable(close)}"
-        for stem in missing[:_MAX_HINTS]
-        if (close := _closest(stem, spare))
-    ]
-    look_close = f" Names that look close: {'; '.join(hints)}." if hints else ""
     names = shortened([printable(image_files[stem].name) for stem in missing])
     raise UserError(
         f"{printable(masks)}: no {kind} for {len(missing)} of the {len(image_files)} images in "
-        f"{printable(images)}: {names}.{look_close} "
+        f"{printable(images)}: {names}. "
         f"Name each {kind} like its image (photo.jpg, photo.png), or remove these images."
     )
-
-
-def _closest(stem: str, candidates: Sequence[str]) -> str | None:
-    """The shortest candidate that contains `stem` (cat in cat_mask), else the most similar one."""
-    containing = [candidate for candidate in candidates if stem in candidate]
-    if containing:
-        return min(containing, key=len)
-    return next(iter(difflib.get_close_matches(stem, candidates, n=1)), None)
 
 
 def found_in(root: Path) -> str:

@@ -11,6 +11,12 @@ class UserError(Exception):
     """
 
 
+def require(condition: bool, key: str, problem: str) -> None:
+    """Raise a ValueError about a setting, unless a condition holds; UserErrors are made of them."""
+    if not condition:
+        raise ValueError(f"{key}: {problem}")
+
+
 def plain_message(error: BaseException) -> str:
     """An error's own text; from a loader worker it arrives behind the worker's traceback."""
     return str(error).strip().rpartition("train_utils.errors.UserError: ")[2]

@@ -1,9 +1,10 @@
 """Files that are there whole or not at all, and where the user's cache is."""
 
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +47,19 @@ def written_whole(
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def hash_of_files(paths: Iterable[Path], start: str) -> str:
+    """A hash of a text and of the places, sizes and times of change of files.
+
+    Raises OSError for a file that is not there.
+    """
+    digest = hashlib.blake2b(start.encode(errors="surrogateescape"), digest_size=16)
+    for path in paths:
+        stat, name = path.stat(), os.fsencode(path.absolute())
+        times = stat.st_mtime_ns, stat.st_ctime_ns  # the second, too, after cp -p or rsync -t
+        digest.update(b"\0%b\0%d %d %d" % (name, stat.st_size, *times))
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

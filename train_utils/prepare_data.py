@@ -56,7 +56,7 @@ def prepare_datasets(
 
 
 def wrap_dataset(dataset: Any, labels: bool, one_size: bool) -> Dataset:
-    """A dataset of this project as it is; any other with its items made alike: `AnyDataset`."""
+    """A dataset of this project unchanged, and any other one in an `AnyDataset`."""
     if getattr(unwrap_subset(dataset)[0], "collate_fn", None) is collate:
         return dataset
     wrapped = AnyDataset(dataset, labels)
@@ -232,7 +232,7 @@ def without_files(dataset: Dataset, files: Collection[Path]) -> Dataset:
 def cached(data: Any, dataset: Dataset) -> Dataset:
     """The dataset, which keeps its decoded items in a pack where `data` (a `FolderData`) says so.
 
-    No item is another one by that. Raises UserError for files that do not fit together, and where
+    Samples stay the same to the bit. Raises UserError for files that do not fit together, and where
     there is no room for the pack.
     """
     full, indices = unwrap_subset(dataset)
@@ -256,7 +256,7 @@ def cached(data: Any, dataset: Dataset) -> Dataset:
         data.cache,
         data.cache_dir,
         indices,
-        [full.files(index) for index in indices],
+        [path for index in indices for path in full.files(index)],
         description=_code_of(full.read_target, full, transforms),
         family=" | ".join([*settings, *folders]),
         shapes=shapes,

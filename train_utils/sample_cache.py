@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from train_utils.errors import UserError
-from train_utils.files import remove_temporaries, user_cache, written_whole
+from train_utils.files import hash_of_files, remove_temporaries, user_cache, written_whole
 from train_utils.image_io import PathLike, printable
 from train_utils.log import get_logger
 
@@ -39,22 +39,26 @@ except ImportError:  # Windows
 
 Shape = tuple[int, int, int]  # channels, height, width
 
-_FORMAT = 1  # to be raised when the meaning of a pack's bytes changes
+_FORMAT = 2  # to be raised when the meaning of a pack's bytes changes
 _SUFFIX = ".pack"
 _ALIGNMENT = 64
 _VALID = 0x600DDA7A
-_HEADER = np.dtype([("layout_crc", "<u8"), ("items", "<u8"), ("parts", "<u8"), ("bytes", "<u8")])
+# The file: a header; of all slots, where they begin and what shapes their two parts have; of all
+# slots, whether they are filled; the parts.
+_HEADER = np.dtype([("layout_crc", "<u8"), ("bytes", "<u8")])
+_LAYOUT = np.dtype([("offset", "<u8"), ("shapes", "<u4", (2, 3))])
+_STATE = np.dtype([("crc", "<u4"), ("valid", "<u4")])
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 class SampleCache:
-    """Items of uint8 parts [C, H, W], by number, in a pack that has a slot for each.
+    """Items of two uint8 parts [C, H, W], by number, in a pack that has a slot for each.
 
     numbers: the item in slot 0, 1, …; others are not kept.
     """
 
     def __init__(self, path: Path, numbers: Sequence[int]) -> None:
-        self.path = path
+        self.path, self._items = path, len(numbers)
         self._slots = np.full(max(numbers) + 1, -1)
         self._slots[numbers] = np.arange(len(numbers))
         self._open()
@@ -75,9 +79,10 @@ class SampleCache:
         self._file = self.path.open("r+b")
         _lock(self._file, shared=True)
         self._map = mmap.mmap(self._file.fileno(), 0)
-        header = np.frombuffer(self._map, _HEADER, 1)[0]
-        self._layout, self._state = _tables(self._map, int(header["items"]), int(header["parts"]))
-        self._checked = np.zeros(len(self._layout), dtype=bool)
+        start = _HEADER.itemsize
+        self._layout = np.frombuffer(self._map, _LAYOUT, self._items, start)
+        self._state = np.frombuffer(self._map, _STATE, self._items, start + self._layout.nbytes)
+        self._checked = np.zeros(self._items, dtype=bool)
 
     def _read(self, slot: int) -> tuple[Tensor, ...] | None:
         """A copy of the parts, since whoever gets them may work in place; None if not valid."""
@@ -121,7 +126,7 @@ class SampleCache:
         atexit.register(remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_slots": self._slots}
+        return {"path": self.path, "_items": self._items, "_slots": self._slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -132,7 +137,7 @@ def open_cache(
     kind: str,
     folder: PathLike | None,
     numbers: Sequence[int],
-    files: Sequence[Sequence[Path]],
+    files: Iterable[Path],
     description: str,
     family: str,
     shapes: Callable[[], Sequence[Sequence[Shape]]],
@@ -140,7 +145,7 @@ def open_cache(
     """The pack of the items that `numbers` name, made if there is none.
 
     kind: "ram" or "disk"; folder: of packs on disk, None for the user's cache folder.
-    files: those behind each item, in the order of `numbers`. description: what else the items
+    files: those behind the items, in the order of `numbers`. description: what else the items
     depend on. family: names the data; another pack of the same family, if no process uses it, is
     outdated and removed when a new one is made. shapes: those of each item's parts, asked for only
     to make a pack.
@@ -149,7 +154,12 @@ def open_cache(
     """
     place = _memory_folder() if kind == "ram" else _disk_folder(folder)
     prefix = hashlib.blake2b(family.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    path = place / f"{prefix}-{_identity(files, description)}{_SUFFIX}"
+    try:
+        identity = hash_of_files(files, f"{_FORMAT} {platform.node()} {description}")
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}). Check the path."
+        raise UserError(f"{printable(error.filename)}: {problem}") from error
+    path = place / f"{prefix}-{identity}{_SUFFIX}"
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _alone(place):  # one process makes the pack, the others find it
@@ -194,23 +204,6 @@ def _disk_folder(folder: PathLike | None) -> Path:
     return place
 
 
-def _identity(files: Sequence[Sequence[Path]], description: str) -> str:
-    start = f"{_FORMAT} {platform.node()} {description}".encode(errors="surrogateescape")
-    digest = hashlib.blake2b(start, digest_size=16)
-    for item in files:
-        digest.update(b"\0\0")
-        for path in item:
-            try:
-                stat = path.stat()
-            except OSError as error:
-                problem = f"cannot be read ({error.strerror}). Check the path."
-                raise UserError(f"{printable(path)}: {problem}") from error
-            name = os.fsencode(path.absolute())
-            times = stat.st_mtime_ns, stat.st_ctime_ns  # the second, too, after cp -p or rsync -t
-            digest.update(b"\0%b\0%d %d %d" % (name, stat.st_size, *times))
-    return digest.hexdigest()
-
-
 def _remove_unused(place: Path, prefix: str) -> None:
     for path in place.glob(f"{prefix}*{_SUFFIX}"):
         if _remove_if_unused(path):
@@ -252,15 +245,15 @@ def _lock(file: BinaryIO, shared: bool, wait: bool = False) -> bool:
 
 def _make(path: Path, shapes: Sequence[Sequence[Shape]], kind: str) -> None:
     """An empty pack with a slot for parts of these shapes of each item."""
-    items, parts = len(shapes), len(shapes[0])
-    layout = np.zeros(items, _layout_type(parts))
+    layout = np.zeros(len(shapes), _LAYOUT)
     layout["shapes"] = shapes
     sizes = layout["shapes"].astype(np.int64).prod(axis=2).sum(axis=1)
     sizes += -sizes % _ALIGNMENT
-    begin = _begin_of_data(items, parts)
+    begin = _HEADER.itemsize + len(shapes) * (_LAYOUT.itemsize + _STATE.itemsize)
+    begin += -begin % _ALIGNMENT
     layout["offset"] = begin + np.cumsum(sizes) - sizes
     total = begin + int(sizes.sum())
-    header = np.array([(zlib.crc32(layout.tobytes()), items, parts, total)], _HEADER)
+    header = np.array([(zlib.crc32(layout.tobytes()), total)], _HEADER)
 
     with written_whole(path, durable=False) as file:
         _reserve(file, total, path.parent, kind)
@@ -280,11 +273,6 @@ def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
         else:
             file.truncate(total)
     except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"data.cache={kind}: the samples need {total:,} bytes, more than a file may have "
-                "here (ulimit -f, or the file system). Raise the limit, or go without."
-            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
             raise
         other = (
@@ -313,36 +301,13 @@ def _available_memory() -> int:
     return available
 
 
-# --- the file: header, layout (offset and shapes by slot), state (checksum, valid), parts --------
-
-
-def _layout_type(parts: int) -> np.dtype:
-    return np.dtype([("offset", "<u8"), ("shapes", "<u4", (parts, 3))])
-
-
-_STATE = np.dtype([("crc", "<u4"), ("valid", "<u4")])
-
-
-def _begin_of_data(items: int, parts: int) -> int:
-    tables = _HEADER.itemsize + items * (_layout_type(parts).itemsize + _STATE.itemsize)
-    return tables + -tables % _ALIGNMENT
-
-
-def _tables(content: Any, items: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Layout and state of a pack's bytes, as views."""
-    layout = np.frombuffer(content, _layout_type(parts), items, _HEADER.itemsize)
-    return layout, np.frombuffer(content, _STATE, items, _HEADER.itemsize + layout.nbytes)
-
-
 def _fits(path: Path, items: int) -> bool:
     """Whether a whole pack of so many items lies there."""
     try:
         with path.open("rb") as file:
             header = np.frombuffer(file.read(_HEADER.itemsize), _HEADER)[0]
-            if (header["items"], header["bytes"]) != (items, path.stat().st_size):
-                return False
-            layout = file.read(items * _layout_type(int(header["parts"])).itemsize)
-            return zlib.crc32(layout) == header["layout_crc"]
+            layout = file.read(items * _LAYOUT.itemsize)
+        return (header["layout_crc"], header["bytes"]) == (zlib.crc32(layout), path.stat().st_size)
     except (OSError, ValueError, IndexError):
         return False
 

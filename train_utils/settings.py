@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, require
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 # Validation scenes of the embedded data are drawn from here on, training scenes from 0.
@@ -46,10 +46,10 @@ class FolderData:
 
     def __post_init__(self) -> None:
         for name in ("train_size", "val_size", "image_size"):
-            _require(getattr(self, name) >= 1, name, "must be at least 1")
-        _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
-        _require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
-        _require(0 <= self.hflip <= 1, "hflip", "must lie between 0 and 1")
+            require(getattr(self, name) >= 1, name, "must be at least 1")
+        require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
+        require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
+        require(0 <= self.hflip <= 1, "hflip", "must lie between 0 and 1")
         self.name = self.name or ("folders" if self.images else self._layout_of_root())
         folders = self.name == "folders"
         if (folders or self.masks) and not (self.images and self.masks):
@@ -81,7 +81,7 @@ class PhotoData(FolderData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(min(self.std) > 0, "std", "every value must be positive")
+        require(min(self.std) > 0, "std", "every value must be positive")
 
 
 @dataclass
@@ -100,13 +100,13 @@ class OptimConfig:
     halve_epochs: int = 90  # halving: epochs between two halvings
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", "must be positive, e.g. 0.001")
-        _require(self.weight_decay >= 0, "weight_decay", "must not be negative")
-        _require(self.warmup_epochs >= 0, "warmup_epochs", "must not be negative")
-        _require(0 <= self.momentum < 1, "momentum", "must lie between 0 and 1")
+        require(self.lr > 0, "lr", "must be positive, e.g. 0.001")
+        require(self.weight_decay >= 0, "weight_decay", "must not be negative")
+        require(self.warmup_epochs >= 0, "warmup_epochs", "must not be negative")
+        require(0 <= self.momentum < 1, "momentum", "must lie between 0 and 1")
         for beta in self.betas:
-            _require(0 <= beta < 1, "betas", "must lie between 0 and 1")
-        _require(self.halve_epochs >= 1, "halve_epochs", "must be at least 1")
+            require(0 <= beta < 1, "betas", "must lie between 0 and 1")
+        require(self.halve_epochs >= 1, "halve_epochs", "must be at least 1")
 
 
 @dataclass
@@ -143,18 +143,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "accumulate", "print_freq", "eval_interval")
         for name in (*positive, "plateau_patience"):
-            _require(getattr(self, name) >= 1, name, "must be at least 1")
+            require(getattr(self, name) >= 1, name, "must be at least 1")
         # Beyond that the processes that wait are ended by the timeout of their collective.
-        _require(0 <= self.hang_timeout <= 1800, "hang_timeout", "must lie between 0 and 1800")
-        _require(0 < self.plateau_factor <= 1, "plateau_factor", "must lie between 0 and 1")
-        _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
+        require(0 <= self.hang_timeout <= 1800, "hang_timeout", "must lie between 0 and 1800")
+        require(0 < self.plateau_factor <= 1, "plateau_factor", "must lie between 0 and 1")
+        require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):
-            _require(getattr(self, name) >= 0, name, "must not be negative")
-        _require(self.workers is None or self.workers >= 0, "workers", "must not be negative")
-        _require(self.ema is None or 0 < self.ema < 1, "ema", "must lie between 0 and 1")
+            require(getattr(self, name) >= 0, name, "must not be negative")
+        require(self.workers is None or self.workers >= 0, "workers", "must not be negative")
+        require(self.ema is None or 0 < self.ema < 1, "ema", "must lie between 0 and 1")
         for name in ("clip_norm", "clip_value"):
             clip = getattr(self, name)
-            _require(clip is None or clip > 0, name, "must be positive; null turns it off")
+            require(clip is None or clip > 0, name, "must be positive; null turns it off")
 
 
 @dataclass
@@ -166,7 +166,7 @@ class EvalConfig:
     tf32: bool = True  # as train.tf32
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "batch_size", "must be at least 1")
+        require(self.batch_size >= 1, "batch_size", "must be at least 1")
 
 
 @dataclass
@@ -189,8 +189,3 @@ def deciding_metric(cfg: BaseConfig, metrics: Mapping[str, str]) -> tuple[str, s
     if name not in metrics:
         raise UserError(f"train.best: {name!r} is not tracked. Use one of {', '.join(metrics)}.")
     return name, metrics[name]
-
-
-def _require(condition: bool, key: str, problem: str) -> None:
-    if not condition:
-        raise ValueError(f"{key}: {problem}")

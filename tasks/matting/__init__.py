@@ -18,7 +18,7 @@ from tasks.matting.losses import alpha_prediction_loss, compositional_loss
 from tasks.matting.metrics import MattingMetrics, finish_alpha
 from tasks.matting.trimaps import read_trimap
 from train_utils import settings
-from train_utils.errors import UserError
+from train_utils.errors import UserError, require
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.pretrained import backbone_state
@@ -71,20 +71,17 @@ class DataConfig(PhotoData):
     def __post_init__(self) -> None:
         self._find_ready_images()
         super().__post_init__()
-        if self.draft:
-            raise ValueError("draft: is not for mattes, which are as large as their image.")
+        require(not self.draft, "draft", "is not for mattes, which are as large as their image.")
         self._check_sources()
         for name in ("per_foreground", "val_per_foreground", "max_radius"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
-        if not self.crop_sizes or min(self.crop_sizes) < 1:
-            raise ValueError("crop_sizes: one size or more, each at least 1")
-        if self.eval_radius < 0:
-            raise ValueError("eval_radius: must not be negative")
-        if self.eval_size is not None and self.eval_size < 1:
-            raise ValueError("eval_size: must be at least 1; null for whole images")
-        if min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
-            raise ValueError("jitter: three values from 0 to 1, and a hue from 0 to 0.5")
+            require(getattr(self, name) >= 1, name, "must be at least 1")
+        sizes, eval_size = self.crop_sizes, self.eval_size
+        require(min(sizes, default=0) >= 1, "crop_sizes", "one size or more, each at least 1")
+        require(self.eval_radius >= 0, "eval_radius", "must not be negative")
+        require(eval_size is None or eval_size >= 1, "eval_size", "must be at least 1, or null")
+        *shares, hue = self.jitter
+        within = min(self.jitter) >= 0 and max(shares) <= 1 and hue <= 0.5
+        require(within, "jitter", "three values from 0 to 1, and a hue from 0 to 0.5")
 
     def _find_ready_images(self) -> None:
         """Take a root with image and alpha (and trimap) in it as the folders of ready images."""
@@ -136,8 +133,7 @@ class ModelConfig:
     weights: str | None = None  # the encoder's start: DEFAULT (ImageNet), a file of it, or null
 
     def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError("channels: must be at least 1")
+        require(self.channels >= 1, "channels", "must be at least 1")
 
 
 @dataclass
@@ -147,8 +143,9 @@ class LossConfig:
     alpha_weight: float | None = None  # null: ½, or 1 for ready images, whose parts are unknown
 
     def __post_init__(self) -> None:
-        if self.alpha_weight is not None and not 0 <= self.alpha_weight <= 1:
-            raise ValueError("alpha_weight: must lie between 0 and 1")
+        weight = self.alpha_weight
+        within = weight is None or 0 <= weight <= 1
+        require(within, "alpha_weight", "must lie between 0 and 1")
 
 
 @dataclass
@@ -159,8 +156,8 @@ class EvalConfig(settings.EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_pixels < MIN_PIXELS:
-            raise ValueError(f"max_pixels: must be at least {MIN_PIXELS}")
+        least = f"must be at least {MIN_PIXELS}"
+        require(self.max_pixels >= MIN_PIXELS, "max_pixels", least)
 
 
 @dataclass

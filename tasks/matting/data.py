@@ -1,8 +1,7 @@
 """Matting data: embedded scenes in parts, foregrounds on backgrounds, and images with trimaps.
 
-To be composited, an item is (foreground, alpha, background), uint8 [3 | 1 | 3, H, W]; taken as it
-is, it is (image, alpha), uint8 [3 | 1, H, W], and where a trimap comes along, it lies below the
-alpha: [2, H, W]. Then the transforms are applied to these parts.
+Transforms get foreground, alpha and background, uint8 [3 | 1 | 3, H, W], and composite them; or a
+ready image and its alpha, uint8 [3 | 1, H, W]. A trimap that comes along is alpha's second channel.
 """
 
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ from tasks.segmentation.mask_scan import MaskScan, scan_masks
 from train_utils import shapes
 from train_utils.data import unwrap_subset
 from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
-from train_utils.errors import UserError
+from train_utils.errors import UserError, require
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
 from train_utils.metrics import ExactMetric
@@ -91,21 +91,24 @@ class DataConfig(PhotoData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.class_names = self.class_names or self._default_names()
-        if not 2 <= self.num_classes <= IGNORE:
-            raise ValueError(f"class_names: must be 2 to {IGNORE}")
-        if self.background is not None and not 0 <= self.background < self.num_classes:
-            raise ValueError("background: must be the index of a class, or null")
-        if len(set(self.class_names)) < self.num_classes:
-            raise ValueError("class_names: each must be another")
+        count = self.num_classes
+        if self.background is not None:
+            require(0 <= self.background < count, "background", "must be a class, or null")
+        require(len(set(self.class_names)) == count, "class_names", "each must be another")
         self.palette = self.palette or self._default_palette()
-        if len(self.palette) != self.num_classes:
+        if len(self.palette) != count:
             raise ValueError(
-                f"palette: {len(self.palette)} colours for {self.num_classes} classes. Give one "
+                f"palette: {len(self.palette)} colours for {count} classes. Give one "
                 "per class, or null for the standard ones."
             )
         self.mask_values = self.mask_values or ("threshold" if self.name == "bag" else "index")
         self.mask_object = self.mask_object or ("dark" if self.name == "bag" else "bright")
-        self._check_ranges()
+        levels = [level for colour in self.palette for level in colour]
+        low, high = self.scale
+        require(min(levels) >= 0 and max(levels) <= 255, "palette", "levels must be 0 to 255")
+        require(0 < low <= high, "scale", "must be two positive numbers, the smaller one first")
+        require(0 <= self.aspect < 1, "aspect", "must be at least 0 and below 1")
+        require(min(self.hsv) >= 0 and max(self.hsv) <= 1, "hsv", "must lie between 0 and 1")
         label_reader(self)  # raises for a mask map that makes no sense
 
     def _layout_of_root(self) -> str:
@@ -124,17 +127,6 @@ class DataConfig(PhotoData):
         if self.name == "shapes" and self.num_classes == len(shapes.CLASS_NAMES):
             return [(r, g, b) for r, g, b in shapes.class_palette().tolist()]
         return voc_palette(self.num_classes)
-
-    def _check_ranges(self) -> None:
-        for colour in self.palette or []:
-            if not all(0 <= level <= 255 for level in colour):
-                raise ValueError("palette: levels must lie between 0 and 255")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError("scale: must be two positive numbers, the smaller one first")
-        if not 0 <= self.aspect < 1:
-            raise ValueError("aspect: must be at least 0 and below 1")
-        if not all(0 <= limit <= 1 for limit in self.hsv):
-            raise ValueError("hsv: every value must lie between 0 and 1")
 
     @property
     def num_classes(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from train_utils.errors import UserError, shortened
+from train_utils.errors import UserError, require, shortened
 from train_utils.image_io import (
     PathLike,
     decode,
@@ -88,22 +88,22 @@ class LabelReader:
 
     def __post_init__(self) -> None:
         count = self.num_classes
-        _require(2 <= count <= IGNORE, "class_names", f"must be 2 to {IGNORE}")
+        require(2 <= count <= IGNORE, "class_names", f"must be 2 to {IGNORE}")
         if not self.class_names:
             self.class_names = [f"class {index}" for index in range(count)]
-        _require(len(self.class_names) == count, "class_names", f"must be {count}, one per class")
+        require(len(self.class_names) == count, "class_names", f"must be {count}, one per class")
         index = self.ignore_index
-        _require(index is None or 0 <= index <= 255, "ignore_index", "must lie between 0 and 255")
-        _require(1 <= self.threshold <= 255, "mask_threshold", "must lie between 1 and 255")
+        require(index is None or 0 <= index <= 255, "ignore_index", "must lie between 0 and 255")
+        require(1 <= self.threshold <= 255, "mask_threshold", "must lie between 1 and 255")
         if self.mode == "threshold":
-            _require(count == 2, "class_names", "must be two for masks cut at a threshold")
+            require(count == 2, "class_names", "must be two for masks cut at a threshold")
         if self.mode == "colour":
             colours = [tuple(colour) for colour in self.palette or ()]
-            _require(len(colours) == count, "palette", f"must hold {count} colours, one per class")
-            _require(len(set(colours)) == count, "palette", "must not hold a colour twice")
+            require(len(colours) == count, "palette", f"must hold {count} colours, one per class")
+            require(len(set(colours)) == count, "palette", "must not hold a colour twice")
             for colour in colours:
                 rgb = len(colour) == 3 and all(0 <= value <= 255 for value in colour)
-                _require(rgb, "palette", "colours are three values from 0 to 255")
+                require(rgb, "palette", "colours are three values from 0 to 255")
 
     def __call__(self, path: PathLike) -> tv_tensors.Mask:
         return tv_tensors.Mask(torch.from_numpy(self.table()[self.values(path)])[None])
@@ -197,11 +197,6 @@ class LabelReader:
             f"{printable(path)}: colour {colour} at x={x}, y={y} is not in data.palette; "
             f"in all, {all_pixels} of colours that are no class ({pixels} of this one). {fix}"
         )
-
-
-def _require(condition: bool, key: str, problem: str) -> None:
-    if not condition:
-        raise ValueError(f"{key}: {problem}")
 
 
 def _code(colour: Sequence[int]) -> int:

@@ -4,8 +4,6 @@ All masks are read through their mask map, so that a wrong one is a clear error 
 not a device assert, a meaningless loss or a black output later.
 """
 
-import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from tasks.segmentation.label_maps import MAX_VALUES, USE_BRIGHT, LabelReader
 from train_utils.datasets import try_all
 from train_utils.errors import UserError, shortened
-from train_utils.files import user_cache, written_whole
+from train_utils.files import hash_of_files, user_cache, written_whole
 from train_utils.image_io import PathLike, printable
 from transforms import IGNORE
 
@@ -192,15 +190,11 @@ def _cache_file(
     cache_dir = cache_dir or user_cache("mask_scans")
     if cache_dir is None:
         return None
-    digest = hashlib.blake2b(f"{_CACHE_FORMAT} {reader}".encode(), digest_size=16)
-    for path in paths:
-        try:
-            stat = Path(path).stat()
-        except OSError:
-            return None  # reading it will say why
-        name = os.fsencode(Path(path).absolute())
-        digest.update(b"\0%b\0%d %d" % (name, stat.st_size, stat.st_mtime_ns))
-    return Path(cache_dir, f"{digest.hexdigest()}.npy")
+    try:
+        name = hash_of_files(map(Path, paths), f"{_CACHE_FORMAT} {reader}")
+    except OSError:
+        return None  # reading it will say why
+    return Path(cache_dir, f"{name}.npy")
 
 
 def _cached(cache: Path | None, files: int) -> np.ndarray | None:
