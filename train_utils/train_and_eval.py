@@ -134,18 +134,8 @@ def train_one_epoch(
     """
     run = run or EpochRun()
     batches = StepBatches(data_loader, options.accumulate, epoch, run.start_step)
-    step = _Step(
-        _by_name(model),
-        _by_name(optimizer),
-        _by_name(lr_scheduler),
-        _by_name(scaler),
-        torch.device(device),
-        losses,
-        weight,
-        options,
-        run.logger,
-        batches,
-    )
+    by_name = _by_name(model), _by_name(optimizer), _by_name(lr_scheduler), _by_name(scaler)
+    step = _Step(*by_name, torch.device(device), losses, weight, options, run.logger, batches)
     steps = run.logger.log_every(batches, print_freq, f"Epoch: [{epoch}]", run.start_step)
     for number, parts in enumerate(steps, run.start_step):
         stop = step.take(number, parts, run.stop_requested)
