@@ -319,7 +319,11 @@ class RunFolder:
         return write
 
     def log_epoch(self, record: Mapping[str, Any]) -> None:
-        """One epoch's object to metrics.jsonl, its val/ values to TensorBoard and results.txt."""
+        """One epoch's object to metrics.jsonl, results.txt and TensorBoard.
+
+        Its train/ values, means over the epoch, are epoch/ ones in TensorBoard, which has those of
+        the steps under train/.
+        """
         if not is_main_process():
             return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -328,9 +332,10 @@ class RunFolder:
         if scores:
             self._write_result(record, scores)
         if self.writer:
-            for name in (*scores, "img_per_s"):
-                if name in record:
-                    self.writer.add_scalar(name, record[name], record["step"])
+            for name, value in record.items():
+                if "/" in name or name == "img_per_s":
+                    tag = name.replace("train/", "epoch/")
+                    self.writer.add_scalar(tag, value, record["step"])
             self.writer.flush()
 
     def _write_result(self, record: Mapping[str, Any], scores: Mapping[str, float]) -> None:
