@@ -23,7 +23,7 @@ from tasks import require_network
 from tasks.saliency.losses import soft_iou_loss
 from train_utils import settings
 from train_utils.errors import UserError
-from train_utils.losses import criterion
+from train_utils.losses import criterion, supervised
 from train_utils.metrics import (
     ExactMetric,
     F1Score,
@@ -206,8 +206,11 @@ class Task(BaseTask):
     def losses(self, models: Models, batch: Batch) -> dict[str, Tensor]:
         """The recipe's terms, each summed over all outputs of the network."""
         images, target = batch
-        outputs = models["model"](self.normalize(images))
-        return {name: _LOSSES[name](outputs, target) for name in self.cfg.loss.terms}
+        outputs, target = supervised(models["model"](self.normalize(images)), target)
+        losses = {}
+        for name in self.cfg.loss.terms:
+            losses[name] = _LOSSES[name](outputs, target)
+        return losses
 
     def predict(self, models: Models, inputs: Tensor) -> Tensor:
         """Saliency in [0, 1], [B, 1, H, W], of uint8 images [B, 3, H, W]."""
@@ -245,7 +248,11 @@ class Task(BaseTask):
         return pictures
 
     def make_metrics(self) -> tuple[ExactMetric, ...]:
-        return MeanAbsoluteError(self.cfg.eval.post_norm), F1Score(self.cfg.eval.post_norm)
+        post_norm = self.cfg.eval.post_norm
+        return (
+            MeanAbsoluteError(post_norm),
+            F1Score(post_norm),
+        )
 
     def metrics_with(self, flags: Collection[str]) -> tuple[ExactMetric, ...]:
         """Metrics at zero; post-norm: of stretched maps; toolbox: also by its protocol."""
