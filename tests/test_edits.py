@@ -17,7 +17,7 @@ from conftest import REPO
 from distributed import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("edits")]
+pytestmark = pytest.mark.slow
 
 SALIENCY, TRAIN = "tasks/saliency/__init__.py", "train.py"
 LOSSES = "            losses[name] = _LOSSES[name](outputs, target)\n"
