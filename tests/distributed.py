@@ -104,14 +104,22 @@ class Script:
     """A script of this repository that runs, on one process or on several by torchrun's own agent.
 
     Its output goes to files, so that no process waits for a reader. restarts: as --max-restarts.
-    env: what is added to this process's environment; TEST_FAULT has faults strike (faults.py).
-    `process` is the script's, or the agent's.
+    repo: an edited copy of this repository, whose script and modules are run instead. env: what is
+    added to this process's environment; TEST_FAULT has faults strike (faults.py). `process` is the
+    script's, or the agent's.
     """
 
     def __init__(
-        self, folder: Path, name: str, *args: Any, processes: int = 0, restarts: int = 0, **env: str
+        self,
+        folder: Path,
+        name: str,
+        *args: Any,
+        processes: int = 0,
+        restarts: int = 0,
+        repo: Path = REPO,
+        **env: str,
     ) -> None:
-        self.args = [str(REPO / name), *map(str, args)]
+        self.args = [str(repo / name), *map(str, args)]
         self._output = tempfile.TemporaryDirectory()
         self._files = [Path(self._output.name, stream) for stream in ("stdout", "stderr")]
         for file in self._files:
@@ -138,13 +146,11 @@ def run_script(
     folder: Path,
     name: str,
     *args: Any,
-    processes: int = 0,
-    restarts: int = 0,
     code: int = 0,
-    **env: str,
+    **options: Any,
 ) -> subprocess.CompletedProcess:
-    """Run a script of this repository in `folder` to its end, which must have exit code `code`."""
-    done = Script(folder, name, *args, processes=processes, restarts=restarts, **env).wait()
+    """Run a `Script` in `folder` to its end, which must have exit code `code`."""
+    done = Script(folder, name, *args, **options).wait()
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -153,12 +159,24 @@ def _as_main(argv: list[str], folder: Path, env: dict[str, str], files: list[Pat
     """Be a process of its own that runs a script, as far as the script can tell."""
     _settle(folder, env, files)
     sys.argv = argv
+    _import_from(Path(argv[0]).parent)
     faults.install(os.environ.get(faults.VARIABLE, ""))
     try:
         runpy.run_path(argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
+
+
+def _import_from(repo: Path) -> None:
+    """Have the project's modules come from `repo`: those of another folder are forgotten."""
+    if repo == REPO:
+        return
+    for name, module in list(sys.modules.items()):
+        folders = Path(getattr(module, "__file__", None) or "/").parents
+        if REPO in folders and REPO / "tests" not in folders:
+            del sys.modules[name]
+    sys.path[:] = [str(repo), *(path for path in sys.path if Path(path) != REPO)]
 
 
 def _as_agent(

@@ -7,6 +7,7 @@ import shlex
 from functools import partial
 
 import pytest
+import test_edits
 import yaml
 from conftest import REPO
 
@@ -220,6 +221,13 @@ def test_places_to_edit_are_there(row):
             assert found or re.search(rf"^class {part}\b", classes, flags=re.M), part
     # of a new recipe nothing is there yet
     assert all(file.exists() or file.parent.name == "configs" for file in files) and files
+
+
+@pytest.mark.parametrize("name", test_edits.EDITS)
+def test_the_table_says_how_many_lines_an_edit_takes(name):
+    (row,) = [row for row in EDITS if name.partition(". ")[2] in row[0].lower()]
+    _, lines = test_edits.touched(test_edits.EDITS[name])
+    assert re.match(r"\d+", row[3])[0] == str(lines)
 
 
 # -- settings -------------------------------------------------------------------------------------

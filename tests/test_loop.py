@@ -181,6 +181,7 @@ def squares(models, batch):
         "all": errors.mean(),
         "valid": (errors * valid).sum() / valid.sum(),
         "shown": outputs.mean().detach(),
+        "number": outputs.mean().item(),
     }
 
 
@@ -208,7 +209,8 @@ def test_means_over_parts_are_weighed_by_what_they_are_over(micro_batch):
         assert loss == mean_losses(run.logger)["loss"]
     (net, logged), (parted, logged_of_parts) = runs
     assert_same(net, parted)
-    assert list(logged) == ["loss", "all", "valid", "shown"]
+    assert list(logged) == ["loss", "all", "valid", "shown", "number"]
+    assert logged["number"] == pytest.approx(logged["shown"], rel=1e-5)
     assert logged == pytest.approx(logged_of_parts, rel=1e-5)
     assert logged["loss"] == pytest.approx(logged["all"] + logged["valid"], rel=1e-5)
 

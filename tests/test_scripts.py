@@ -125,6 +125,9 @@ def test_tensorboard_has_scalars_sheet_and_curve(trained):
     assert [event.value for event in events.Scalars("val/MAE")] == pytest.approx(
         [record["val/MAE"] for record in records(path)], rel=1e-6
     )
+    assert [event.value for event in events.Scalars("epoch/loss")] == pytest.approx(
+        [record["train/loss"] for record in records(path)], rel=1e-6
+    )
     sheet = events.Images("val/sheet")[-1]
     assert (sheet.width, sheet.height) == (3 * 164 + 4, 5 * 164 + 4)
     assert "val/precision_recall" in events.Tags()["tensors"]

@@ -310,7 +310,11 @@ class RunFolder:
                 self.writer.add_scalar(f"train/{name}", value, step)
 
     def log_epoch(self, record: Mapping[str, Any]) -> None:
-        """One epoch's object to metrics.jsonl, its val/ values to TensorBoard and results.txt."""
+        """One epoch's object to metrics.jsonl, results.txt and TensorBoard.
+
+        Its train/ values, means over the epoch, are epoch/ ones in TensorBoard, which has those of
+        the steps under train/.
+        """
         if not self.writer:
             return
         lines = {"metrics.jsonl": json.dumps(record) + "\n", "results.txt": _result(record)}
@@ -318,8 +322,9 @@ class RunFolder:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(line)
         for name, value in record.items():
-            if name.startswith("val/") or name == "img_per_s":
-                self.writer.add_scalar(name, value, record["step"])
+            if "/" in name or name == "img_per_s":
+                tag = name.replace("train/", "epoch/")
+                self.writer.add_scalar(tag, value, record["step"])
         self.writer.flush()
 
     def log_evaluation(

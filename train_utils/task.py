@@ -145,10 +145,10 @@ class BaseTask:
     def losses(self, models: Models, batch: Batch) -> Losses | Iterable[tuple[str, Losses]]:
         """The batch's losses by name, each the mean over this batch.
 
-        Those with a gradient are added up and minimised; detached ones are only logged. With
-        several networks: a generator of (network, losses), which goes on after that network's
-        backward pass. A mean is over images unless `weight` says otherwise: how a step is cut into
-        batches, and shared out over processes, then changes nothing.
+        Those with a gradient are added up and minimised; detached ones, and numbers, are only
+        logged. With several networks: a generator of (network, losses), which goes on after that
+        network's backward pass. A mean is over images unless `weight` says otherwise: how a step is
+        cut into batches, and shared out over processes, then changes nothing.
         """
         raise NotImplementedError
 

@@ -48,7 +48,7 @@ from train_utils.normalize import normalize_images
 Models = Mapping[str, nn.Module]
 Batch = tuple[Any, ...]
 # (models, batch) → means over the batch by name; or (network, means), one network after the other.
-Losses = Mapping[str, Tensor]
+Losses = Mapping[str, Tensor | float]
 LossFunction = Callable[[Models, Batch], Losses | Iterable[tuple[str, Losses]]]
 # batch → what its means stand for, instead of its number of images; one number, or one by loss.
 Weight = Callable[[Batch], float | Mapping[str, float]]
@@ -237,7 +237,7 @@ def shares_of_step(
 
 
 def weighed(
-    means: Losses,
+    means: Mapping[str, Tensor],
     shares: Mapping[str, float],
     images: int,
     outputs: Sequence[Tensor],
@@ -393,8 +393,9 @@ class _Step:
             batch = to_device(batch, self.device)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
                 found = self.losses(self.models, batch)
-                for network, means in [(first, found)] if isinstance(found, Mapping) else found:
+                for network, given in [(first, found)] if isinstance(found, Mapping) else found:
                     made = outputs[network]
+                    means = {n: torch.as_tensor(m, device=self.device) for n, m in given.items()}
                     total, values = weighed(means, shares, images, made, network == first)
                     total = spoilt_if_nonfinite(total)
                     # Here data-parallel processes wait for each other's gradients.

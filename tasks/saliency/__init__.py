@@ -17,7 +17,7 @@ from tasks.saliency.metrics import ToolboxMetrics, stretched
 from train_utils import settings
 from train_utils.datasets import check_pairs
 from train_utils.errors import UserError
-from train_utils.losses import criterion
+from train_utils.losses import criterion, supervised
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, prediction_at
 from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
 from train_utils.task import BaseTask
@@ -190,8 +190,11 @@ class Task(BaseTask):
     def losses(self, models: Models, batch: Batch) -> dict[str, Tensor]:
         """The recipe's terms, each summed over all outputs of the network."""
         images, target = batch
-        outputs = models["model"](self.normalize(images))
-        return {name: _LOSSES[name](outputs, target) for name in self.cfg.loss.terms}
+        outputs, target = supervised(models["model"](self.normalize(images)), target)
+        losses: dict[str, Tensor] = {}
+        for name in self.cfg.loss.terms:
+            losses[name] = _LOSSES[name](outputs, target)
+        return losses
 
     def predict(self, models: Models, inputs: Tensor) -> Tensor:
         """Saliency in [0, 1], [B, 1, H, W], of uint8 images [B, 3, H, W]."""
@@ -234,7 +237,10 @@ class Task(BaseTask):
         return stretched if self.cfg.eval.post_norm else None
 
     def make_metrics(self) -> tuple[ExactMetric, ...]:
-        return MeanAbsoluteError(self._finish), F1Score(self._finish)
+        return (
+            MeanAbsoluteError(self._finish),
+            F1Score(self._finish),
+        )
 
     def metrics_with(self, flags: Collection[str]) -> tuple[ExactMetric, ...]:
         """Metrics at zero; post-norm: of stretched maps; toolbox: also by its protocol."""
