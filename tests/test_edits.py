@@ -96,8 +96,6 @@ from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
 from train_utils.task import BaseTask
 from transforms import SaliencyEval, SaliencyTrain, predict_input
 
-FIELDS = "image", "alpha"
-
 
 @dataclass
 class DataConfig(PhotoData):
@@ -121,12 +119,12 @@ class Task(BaseTask):
     def build_datasets(self):
         d = self.cfg.data
         crop = SaliencyTrain(d.image_size, d.image_size - 4, d.hflip)
-        train = ShapesDataset(d.image_size, d.seed, d.train_size, 0, crop, FIELDS)
+        train = ShapesDataset(d.image_size, d.seed, d.train_size, 0, crop, ("image", "alpha"))
         return train, self.build_val_dataset()
 
     def build_val_dataset(self, all_pairs=False):
-        d, whole = self.cfg.data, SaliencyEval(self.cfg.data.image_size)
-        return ShapesDataset(d.image_size, d.seed, d.val_size, FIRST_VAL_SCENE, whole, FIELDS)
+        d, fit, pair = self.cfg.data, SaliencyEval(self.cfg.data.image_size), ("image", "alpha")
+        return ShapesDataset(d.image_size, d.seed, d.val_size, FIRST_VAL_SCENE, fit, pair)
 
     def build_models(self):
         return {"model": u2net_lite()}

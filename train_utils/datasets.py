@@ -40,7 +40,8 @@ class TwoParts:
     """A transform of a pair whose first part is not random, so that its result can be kept.
 
     `prepare(image, target)` is that part, `augment` the rest, which may draw random numbers.
-    `preparation()` says what the result of `prepare` depends on, besides the files.
+    `preparation()` says what the result of `prepare` depends on, besides the files. To learn the
+    sizes of results, a cache calls `prepare` with tensors on the meta device, which hold no values.
     """
 
     def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,10 +124,9 @@ class PairDataset(Dataset):
         """(height, width) of both parts that a cache keeps, by the files' headers."""
         if not TwoParts.is_all_of(self.transforms):
             return self.sizes(index, self.at_least)
-        pair = [
-            torch.empty(3, *size, dtype=torch.uint8, device="meta") for size in self.sizes(index)
-        ]
-        return [(part.shape[-2], part.shape[-1]) for part in self.transforms.prepare(*pair)]
+        (height, width), _ = self.sizes(index)
+        image, target = torch.empty(2, 3, height, width, dtype=torch.uint8, device="meta")
+        return [(x.shape[-2], x.shape[-1]) for x in self.transforms.prepare(image, target)]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """The image and the target as they are in their files."""
@@ -142,8 +142,11 @@ class PairDataset(Dataset):
     def sizes(self, index: int, at_least: int | None = None) -> list[tuple[int, int]]:
         """(height, width) of an image, read with `at_least`, and of its target."""
         pair = self.pairs[index]
-        check_pair(pair)
-        sizes = image_size(pair[0], at_least), image_size(pair[1])
+        sizes = [image_size(path) for path in pair]
+        if sizes[0] != sizes[1]:
+            check_pair(pair)  # which says so
+        if at_least:
+            sizes[0] = image_size(pair[0], at_least)
         return [(height, width) for width, height in sizes]
 
     def files(self, index: int) -> tuple[Path, ...]:
