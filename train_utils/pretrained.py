@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.models import get_model_weights
+from torchvision import models
 
 from train_utils.checkpoint import load_weights
 from train_utils.errors import UserError
@@ -27,7 +27,7 @@ def backbone_state(spec: str, arch: Arch) -> dict[str, Tensor]:
     """
     if spec != "DEFAULT":
         return load_weights(spec)[0]
-    weights = get_model_weights(arch).DEFAULT
+    weights = models.get_model_weights(arch).DEFAULT
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if not path.exists():
         _download(weights.url, path)
