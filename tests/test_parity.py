@@ -442,6 +442,11 @@ def test_ema_by_hand():
     ema.update(net)
     assert ema.module.weight.item() == pytest.approx((1 * 2 / 11 + 3 * 9 / 11) / 2 + 1.5)
     assert not ema.module.weight.requires_grad
+    norm = nn.BatchNorm2d(1)
+    ema = ExponentialMovingAverage(norm, decay=0.5)
+    norm(torch.full((2, 1, 1, 1), 5.0))
+    ema.update(norm)
+    assert ema.module.running_mean.item() == norm.running_mean.item() == pytest.approx(0.5)
 
 
 def test_to_device_keeps_the_structure_of_a_batch():

@@ -5,13 +5,16 @@ import torch
 import torch.distributed as dist
 from distributed import on_ranks
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from train_utils import evaluate, train_one_epoch
 from train_utils.activity import set_activity
 from train_utils.collectives import get_rank, sum_over_ranks
+from train_utils.metric_logger import MetricLogger
 from train_utils.metrics import MeanAbsoluteError
 from train_utils.setup import wrap_models
+from train_utils.train_and_eval import EpochRun, StepOptions
 from train_utils.watch import Watch
 
 CPU = torch.device("cpu")
@@ -125,6 +128,78 @@ def test_a_few_numbers_are_added_up_in_two_collectives_at_most(world, expected):
     for found, collectives in on_ranks(world, _sum_and_its_collectives):
         assert found == expected
         assert collectives <= 2
+
+
+class Factor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        return self.factor * images
+
+
+def _epoch_of_two_part_steps(**options):
+    """Gradient sums, random numbers by part, and the skipped share of three steps on this rank."""
+    models = wrap_models({"model": Factor()}, CPU, compile=False)
+    sums, drawn = [], []
+
+    def counted(group, bucket):
+        sums.append(1)
+        return allreduce_hook(group, bucket)
+
+    models["model"].register_comm_hook(None, counted)
+
+    def losses(models, batch):
+        drawn.append(torch.rand(()).item())
+        # In the second step, on the second process only.
+        spoilt = len(drawn) in (3, 4) and get_rank() == 1 and "on_nonfinite" in options
+        loss = models["model"](batch[0]).square().mean()
+        return {"loss": loss * (float("inf") if spoilt else 1)}
+
+    optimizer = torch.optim.SGD(models["model"].parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    scaler = torch.amp.GradScaler("cpu") if options else None
+    run = EpochRun()
+    train_one_epoch(
+        models,
+        optimizer,
+        [(torch.rand(2, 1, 4, 4),)] * 6,
+        CPU,
+        0,
+        schedule,
+        scaler=scaler,
+        losses=losses,
+        options=StepOptions(accumulate=2, seed=7, **options),
+        run=run,
+    )
+    skipped = run.logger.meters["skipped"].total if options else 0
+    return len(sums), drawn, skipped, models["model"].module.factor.item()
+
+
+def _both_epochs():
+    return _epoch_of_two_part_steps(), _epoch_of_two_part_steps(on_nonfinite="skip"), _mean()
+
+
+def _mean():
+    """The mean of 0, once, on rank 0 and of 1, three times, on rank 1."""
+    logger = MetricLogger()
+    logger.update(2 * get_rank() + 1, rank=get_rank())
+    logger.synchronize_between_processes()
+    return logger.rank.global_avg
+
+
+@pytest.mark.slow  # processes
+def test_processes_sum_gradients_once_a_step_draw_by_rank_skip_together_and_share_means():
+    (first, skipping, mean), (second, skipping_too, same_mean) = on_ranks(2, _both_epochs)
+    for sums, drawn, *_ in (first, second):
+        assert sums == 3  # not one for each part
+        assert len(set(drawn)) == 6
+    assert not set(first[1]) & set(second[1])
+    assert mean == same_mean == 0.75
+    for _, _, skipped, factor in (skipping, skipping_too):
+        assert skipped == 2 * 2 * 2  # one step of four images, on two processes
+        assert factor == skipping[3]  # which nan is not
 
 
 class CountingStore:

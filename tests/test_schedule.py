@@ -64,6 +64,10 @@ def test_groups_are_undecayed_then_decayed_without_frozen_parameters():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(p)] for p in plain["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
     assert [names[id(p)] for p in decayed["params"]] == ["0.weight"]
+    bilinear = nn.Module()
+    bilinear.bias = nn.Parameter(torch.zeros(2, 2))  # of two dimensions, not decayed by its name
+    plain, decayed = get_params_groups(nn.Sequential(bilinear), weight_decay=0.1)
+    assert (len(plain["params"]), len(decayed["params"])) == (1, 0)
 
 
 @pytest.mark.parametrize(

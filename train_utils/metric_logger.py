@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train_utils.activity import waiting
-from train_utils.collectives import get_world_size
+from train_utils.collectives import get_world_size, sum_over_ranks
 from train_utils.device import fp64_device, peak_memory
 from train_utils.log import get_logger
 
@@ -44,6 +44,11 @@ class SmoothedValue:
         self.window.append(number)
         self.total += number * n
         self.count += n
+
+    def synchronize_between_processes(self) -> None:
+        """Sum count and total over ranks; the window stays this process's own."""
+        count, self.total = sum_over_ranks([self.count, self.total])
+        self.count = int(count)
 
     @property
     def median(self) -> float:
@@ -149,6 +154,10 @@ class MetricLogger:
                 # On a GPU the sum is only queued: it is here that the host waits for the others.
                 return (stacked / get_world_size()).tolist()
         return stacked.tolist()
+
+    def synchronize_between_processes(self) -> None:
+        for meter in self.meters.values():
+            meter.synchronize_between_processes()
 
     def state_dict(self) -> dict[str, list[float]]:
         """Totals of the loss meters, so that an epoch's means survive a restart in its middle."""
