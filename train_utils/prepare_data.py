@@ -62,8 +62,9 @@ def wrap_dataset(dataset: Any, labels: bool, one_size: bool) -> Dataset:
     wrapped = AnyDataset(dataset, labels)
     wrapped.check(one_size)
     get_logger().info(
-        f"{type(dataset).__name__}: a dataset of your own; its files are not checked, scanned or "
-        "cached, and after a restart its samples are taken to be the same if their number is"
+        f"{type(dataset).__name__}: a dataset of your own. Its files are not checked, scanned or "
+        "cached; after a restart its samples are taken to be the same if their number is; and "
+        "--test-only and validation.py score the recipe's validation data, not these"
     )
     return wrapped
 
