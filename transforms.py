@@ -53,8 +53,8 @@ class SaliencyTrain(TwoParts):
 
     def augment(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The random part, of what `prepare` gives."""
-        both = _crop_and_flip((image, mask), self.image_size, self.crop_size, self.hflip)
-        return super().augment(*both)
+        image, mask = _crop_and_flip((image, mask), self.image_size, self.crop_size, self.hflip)
+        return super().augment(image, mask)
 
     def preparation(self) -> str:
         return f"resize to {self.image_size}"
@@ -140,8 +140,10 @@ class TranslationTrain(TwoParts):
 
     def augment(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The random part, of what `prepare` gives."""
-        both = _crop_and_flip((source, target), self.load_size, self.image_size, self.hflip)
-        return super().augment(*both)
+        source, target = _crop_and_flip(
+            (source, target), self.load_size, self.image_size, self.hflip
+        )
+        return super().augment(source, target)
 
     def preparation(self) -> str:
         return f"{self.direction}, resize to {self.load_size}"
