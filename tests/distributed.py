@@ -169,8 +169,8 @@ def _as_main(argv: list[str], folder: Path, env: dict[str, str], files: list[Pat
 
 
 def _import_from(repo: Path) -> None:
-    """Have the project's modules come from `repo`: those of another folder are forgotten."""
-    if repo == REPO:
+    """Have the project's modules come from `repo`, if it has any: REPO's are forgotten."""
+    if repo == REPO or not (repo / "train_utils").is_dir():
         return
     for name, module in list(sys.modules.items()):
         folders = Path(getattr(module, "__file__", None) or "/").parents

@@ -18,7 +18,6 @@ from src.backbones import (
     resnet50_stages,
     vgg_stages,
 )
-from train_utils import pretrained
 from train_utils.errors import UserError
 from train_utils.pretrained import backbone_state
 
@@ -250,7 +249,7 @@ def published(tmp_path, monkeypatch) -> Path:
     digest = hashlib.sha256((tmp_path / "new.pth").read_bytes()).hexdigest()
     file = (tmp_path / "new.pth").rename(tmp_path / f"vgg16-{digest[:8]}.pth")
     weights = SimpleNamespace(DEFAULT=SimpleNamespace(url=file.as_uri()))
-    monkeypatch.setattr(pretrained, "get_model_weights", lambda arch: weights)
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: weights)
     return file
 
 
