@@ -109,7 +109,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def smallest_side(layers: int) -> int:
-    """Side of the smallest image that a `PatchDiscriminator` of so many layers can judge.
+    """Side of the smallest image that a `PatchDiscriminator` of so many layers can score.
 
     Each stride-2 convolution halves it, and the two of stride 1 then take a pixel each.
     """

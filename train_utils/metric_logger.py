@@ -211,14 +211,14 @@ class _Timer:
 
     def __init__(self) -> None:
         self.step, self.data = SmoothedValue(), SmoothedValue()
-        self.start = self.mark = self.line = time.monotonic()
+        self.start = self.last = self.line = time.monotonic()
         self.steps = 0
 
     def loaded(self) -> None:
-        self.data.update(time.monotonic() - self.mark)
+        self.data.update(time.monotonic() - self.last)
 
     def stepped(self) -> None:
-        self.mark = time.monotonic()
+        self.last = time.monotonic()
         self.steps += 1
 
     def flushed(self) -> None:
@@ -227,7 +227,7 @@ class _Timer:
         now = time.monotonic()
         for _ in range(self.steps):
             self.step.update((now - self.line) / self.steps)
-        self.mark = self.line = now
+        self.last = self.line = now
         self.steps = 0
 
     def elapsed(self) -> float:

@@ -202,9 +202,9 @@ def _salient_cover(draw: _Draw, canvas: _Canvas, shape: _Shape) -> tuple[Tensor,
         blur = max(draw.uniform(0.15, 0.4) * shape.radius, canvas.edge)
         return distance, _smooth(_inside(distance, blur))
     if finish == "hairy":
-        reach = draw.uniform(0.1, 0.25) * shape.radius
+        length = draw.uniform(0.1, 0.25) * shape.radius
         hair = _hair(draw, x - shape.x, y - shape.y, distance)
-        return distance, _inside(distance - reach * hair, max(0.05, canvas.edge))
+        return distance, _inside(distance - length * hair, max(0.05, canvas.edge))
     cover = _inside(distance, canvas.edge)
     if finish == "glassy":
         cover = cover * (draw.uniform(0.55, 0.7) + 0.25 * canvas.octaves(draw, 4, 2))
@@ -238,11 +238,11 @@ class _Shape:
 
 def _random_shape(draw: _Draw, radius: float) -> _Shape:
     """A shape of any kind, turned and squeezed, mostly inside the frame."""
-    reach = 1 - 0.7 * radius
+    limit = 1 - 0.7 * radius
     return _Shape(
         draw.integer(1, len(CLASS_NAMES) - 1),
-        draw.uniform(-reach, reach),
-        draw.uniform(-reach, reach),
+        draw.uniform(-limit, limit),
+        draw.uniform(-limit, limit),
         radius,
         draw.uniform(0.7, 1),
         *draw.direction(),
@@ -314,7 +314,7 @@ def _star(u: Tensor, v: Tensor) -> Tensor:
     return (rise / length) * u + (run / length) * v - (run * tip / length)
 
 
-_REACH = 1.4  # of the farthest point of any outline, the triangle's corners
+_OUTER_RADIUS = 1.4  # of the farthest point of any outline, the triangle's corners
 _OUTLINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "disc": _disc,
     "triangle": _triangle,
@@ -445,11 +445,11 @@ class _Canvas:
 
     def window(self, shape: _Shape) -> tuple[slice, slice]:
         """The rows and columns that a shape can touch."""
-        reach = _REACH * shape.radius + self.edge
+        radius = _OUTER_RADIUS * shape.radius + self.edge
 
         def span(centre: float) -> slice:
-            start = max(0, math.floor((centre - reach + 1) / 2 * self.size))
-            return slice(start, math.ceil((centre + reach + 1) / 2 * self.size))
+            start = max(0, math.floor((centre - radius + 1) / 2 * self.size))
+            return slice(start, math.ceil((centre + radius + 1) / 2 * self.size))
 
         return span(shape.y), span(shape.x)
 

@@ -121,6 +121,6 @@ def _smoothed(image: Tensor) -> Tensor:
 
 def _gaussian(side: int) -> list[float]:
     """Weights of the window along a side of so many pixels; they add up to 1."""
-    reach = (min(side, WINDOW) - 1) // 2
-    weights = [math.exp(-(offset**2) / (2 * SIGMA**2)) for offset in range(-reach, reach + 1)]
+    half = (min(side, WINDOW) - 1) // 2
+    weights = [math.exp(-(offset**2) / (2 * SIGMA**2)) for offset in range(-half, half + 1)]
     return [weight / math.fsum(weights) for weight in weights]
