@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from train_utils.datasets import IGNORE, TwoParts
+from train_utils.errors import UserError
 
 BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255  # the values of a trimap
 
@@ -31,10 +32,11 @@ class SaliencyTrain(TwoParts):
     """The U²-Net recipe: resize to a square, crop at random, flip with probability `hflip`.
 
     Takes an image [3, H, W] and a mask [1, H, W] of the same size, both uint8; gives both in
-    `crop_size` × `crop_size`.
+    `crop_size` × `crop_size`. Raises UserError if the crop is larger than the resized image.
     """
 
     def __init__(self, image_size: int = 320, crop_size: int = 288, hflip: float = 0.5) -> None:
+        _require_room(crop_size, image_size)
         self.image_size, self.crop_size, self.hflip = image_size, crop_size, hflip
 
     def prepare(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +73,13 @@ class SaliencyEval(TwoParts):
 
     def preparation(self) -> str:
         return f"resize image to {self.image_size}"
+
+
+def _require_room(crop: int, side: int) -> None:
+    if not 1 <= crop <= side:
+        raise UserError(
+            f"crops of {crop} pixels do not fit into images of {side}. Use 1 to {side} pixels."
+        )
 
 
 def _crop_and_flip(
@@ -119,7 +128,8 @@ class TranslationTrain(TwoParts):
     """The jitter of pix2pix: resize both to `load_size`, crop at random, flip with `hflip`.
 
     Isola et al., CVPR 2017, appendix 6.2. Takes the images A and B of a pair, uint8 [3, H, W] of
-    one size; gives (source, target) by `direction`, both `image_size` × `image_size`.
+    one size; gives (source, target) by `direction`, both `image_size` × `image_size`. Raises
+    UserError if the crop is larger than the resized images.
     """
 
     def __init__(
@@ -129,6 +139,7 @@ class TranslationTrain(TwoParts):
         hflip: float = 0.5,
         direction: str = "AtoB",
     ) -> None:
+        _require_room(image_size, load_size)
         self.image_size, self.load_size, self.hflip = image_size, load_size, hflip
         self.direction = direction
 

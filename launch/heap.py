@@ -8,6 +8,7 @@ training almost entirely where that one waits for a core that other programs use
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # Tensors of any size come from the heap and go back to it, not to the system; one heap serves all
@@ -22,17 +23,18 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 def keep_freed_memory() -> None:
     """Start the calling script anew as the same process, once, if it is to compute on a CPU.
 
-    glibc reads its settings only then. A script inside another program (a notebook, a debugger,
-    `python -m`) goes on as it is. Settings that the environment holds stay, these ones as well.
+    glibc reads its settings only then. Within another program (a notebook, a debugger, `python -m`)
+    a script goes on as it is. Settings of the environment stay.
     """
-    caller, given = sys._getframe(1), sys.argv
-    is_main = caller.f_globals["__name__"] == "__main__" and caller.f_back is None
+    is_main = (c := sys._getframe(1)).f_back is None and c.f_globals["__name__"] == "__main__"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     no_gpu = hidden or not any(Path(driver).exists() for driver in GPU_DRIVERS)
-    on_cpu = no_gpu or "--device cpu" in " ".join(given).replace("=", " ")
-    if sys.platform == "linux" and is_main and Path(given[0]).is_file() and on_cpu:
+    on_cpu = no_gpu or "--device cpu" in " ".join(sys.argv).replace("=", " ")
+    if sys.platform == "linux" and is_main and Path(sys.argv[0]).is_file() and on_cpu:
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-        if not any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ):
-            os.environ["GLIBC_TUNABLES"] = TUNABLES
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        tuned = os.environ.get("GLIBC_TUNABLES", "")
+        if not any("glibc.malloc." in x or x.startswith("MALLOC_") for x in (tuned, *os.environ)):
+            os.environ["GLIBC_TUNABLES"] = f"{tuned}:{TUNABLES}" if tuned else TUNABLES
+            with suppress(OSError, ValueError):  # not worth failing for
+                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet50
 
 VGG16_CONVS = (2, 2, 3, 3, 3)
 RESNET50_CHANNELS = (64, 256, 512, 1024, 2048)
@@ -82,8 +83,6 @@ def resnet50_stages() -> Stages:
     The maps have `RESNET50_CHANNELS` channels and 1/2, 1/4, 1/8, 1/16 and 1/32 of the input's size,
     rounded up; the stem's map is that before the max-pooling, with which the second stage begins.
     """
-    from torchvision.models import resnet50  # here: half a second, for one network of many
-
     net = resnet50(weights=None)
     names = (("conv1", "bn1", "relu"), ("maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
     stages = Stages()

@@ -324,3 +324,27 @@ def test_gpu_chunks_depend_on_the_size_of_the_images_only():
         output = forward_chunk(lambda x: seen.append(len(x)) or x, image, GPU)
         assert len(output) == 1
     assert seen == [16, 1]  # one large image goes alone
+
+
+class LooksAtItsLayers(nn.Module):
+    """Asks its convolutions for what they are, as networks may."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 2, 3, padding=1), nn.ConvTranspose2d(2, 1, 2, stride=2)
+
+    def forward(self, x):
+        for layer in (self.conv, self.up):
+            assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and layer.stride
+            x = layer(x) + 0 * layer.bias.sum()
+        return x
+
+
+def test_convolutions_in_low_precision_stay_what_they_are():
+    torch.manual_seed(0)
+    network, images = LooksAtItsLayers().eval(), torch.rand(1, 3, 8, 8)
+    expected = network(images)
+    prepared = prepare({"model": network}, torch.device("cpu"), torch.bfloat16)["model"]
+    assert torch.allclose(prepared(images).float(), expected, atol=0.02)
+    assert not torch.equal(prepared(images).float(), expected)
+    assert network.state_dict().keys() == LooksAtItsLayers().state_dict().keys()

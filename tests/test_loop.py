@@ -310,3 +310,22 @@ def test_four_frames_lie_between_a_script_and_the_backward_pass(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", noted)
     train(make_net())
     assert len(between[0]) <= 4, between[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda loss: {"mine": loss[None]}, r"'mine' has the shape \[1\]\. Give its mean"),
+        (lambda loss: {"mine": loss, "more": [loss]}, r"'more' is a list"),
+        (lambda loss: {"mine": None}, r"'mine' is a NoneType"),
+        (lambda loss: {"loss": loss, "mine": loss}, r"'loss' is a column of the log already"),
+        (lambda loss: {"mine": loss, "lr": 0.5}, r"'lr' is a column of the log already"),
+        (lambda loss: loss, r"Return a dict of means by name"),
+    ],
+)
+def test_what_is_no_dict_of_single_numbers_is_refused_by_name(given, message):
+    def losses(models, batch):
+        return given(models["model"](batch[0]).square().mean())
+
+    with pytest.raises(UserError, match=message):
+        train(make_net(), losses=losses)

@@ -11,11 +11,13 @@ from distributed import on_ranks
 from PIL import Image
 
 from tasks.saliency.metrics import ToolboxMetrics, stretched
+from train_utils.errors import UserError
 from train_utils.metrics import (
     MAX_IMAGES,
     ExactMetric,
     F1Score,
     MeanAbsoluteError,
+    all_scores,
     reduce_metrics,
 )
 
@@ -457,3 +459,8 @@ def test_more_images_than_fit_are_refused():
     metric.state[0] = MAX_IMAGES + 1
     with pytest.raises(OverflowError, match="524287 fit"):
         metric.compute()
+
+
+def test_two_metrics_of_one_name_are_refused():
+    with pytest.raises(UserError, match="two metrics are called 'MAE'"):
+        all_scores([MeanAbsoluteError(), F1Score(), MeanAbsoluteError()])

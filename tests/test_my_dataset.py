@@ -92,6 +92,15 @@ def test_a_long_list_of_missing_masks_is_cut(tmp_path):
         PairFolderDataset(images, masks)
 
 
+def test_masks_with_close_names_are_pointed_out(tmp_path):
+    for stem, mask in (("1", "1_mask"), ("10", "10_mask"), ("Dog", "dog"), ("owl", "unlike")):
+        write(tmp_path / "images" / f"{stem}.jpg", mode="RGB")
+        write(tmp_path / "masks" / f"{mask}.png")
+    hints = r"look close: 1 ~ 1_mask; 10 ~ 10_mask; Dog ~ dog\. Name each"
+    with pytest.raises(UserError, match=hints):
+        PairFolderDataset(tmp_path / "images", tmp_path / "masks")
+
+
 @pytest.mark.parametrize("folder", ["images", "masks"])
 def test_two_files_of_one_stem_are_refused(tmp_path, folder):
     folders = make_pairs(tmp_path, ["a"])

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from src.deep_matting import DeepMatting
 from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
+from train_utils.arguments import parse_args
 from train_utils.data import GlobalBatchSampler, train_loader
 from train_utils.setup import seed_everything, wrap_models
 
@@ -108,3 +109,9 @@ def test_compiled_networks_train_as_others_do(monkeypatch):
     assert plain.keys() == compiled.keys()  # checkpoints do not tell
     for name, value in plain.items():
         assert torch.equal(value, compiled[name]), name
+
+
+def test_a_flag_of_a_task_takes_values_as_set_does():
+    flags = {"data.max_depth": "in metres", "data.direction": "which way"}
+    args = parse_args(["--max-depth", "10", "--direction", "AtoB"], flags=flags)
+    assert vars(args)["data.max_depth"] == 10 and vars(args)["data.direction"] == "AtoB"

@@ -140,7 +140,10 @@ class Factor(nn.Module):
 
 
 def _epoch_of_two_part_steps(**options):
-    """Gradient sums, random numbers by part, and the skipped share of three steps on this rank."""
+    """What three steps come to on this rank.
+
+    Sums of gradients, random numbers by part, skipped images, the last weight, the first loss.
+    """
     models = wrap_models({"model": Factor()}, CPU, compile=False)
     sums, drawn = [], []
 
@@ -164,7 +167,7 @@ def _epoch_of_two_part_steps(**options):
     train_one_epoch(
         models,
         optimizer,
-        [(torch.rand(2, 1, 4, 4),)] * 6,
+        [(torch.full((2, 1, 4, 4), 1.0 + get_rank()),)] * 6,
         CPU,
         0,
         schedule,
@@ -174,7 +177,8 @@ def _epoch_of_two_part_steps(**options):
         run=run,
     )
     skipped = run.logger.meters["skipped"].total if options else 0
-    return len(sums), drawn, skipped, models["model"].module.factor.item()
+    first_loss = run.logger.meters["loss"].window[0]
+    return len(sums), drawn, skipped, models["model"].module.factor.item(), first_loss
 
 
 def _both_epochs():
@@ -197,7 +201,8 @@ def test_processes_sum_gradients_once_a_step_draw_by_rank_skip_together_and_shar
         assert len(set(drawn)) == 6
     assert not set(first[1]) & set(second[1])
     assert mean == same_mean == 0.75
-    for _, _, skipped, factor in (skipping, skipping_too):
+    for _, _, skipped, factor, first_loss in (skipping, skipping_too):
+        assert first_loss == (1 + 4) / 2
         assert skipped == 2 * 2 * 2  # one step of four images, on two processes
         assert factor == skipping[3]  # which nan is not
 

@@ -273,7 +273,7 @@ def test_outlines_are_where_they_should_be(kind: str):
     outline = shapes._OUTLINES[kind]
     torch.testing.assert_close(outline(u, v), torch.zeros(len(u)), atol=1e-6, rtol=0)
     angle = torch.arange(720) * (math.pi / 360)
-    far = shapes._REACH * 1.001
+    far = shapes._OUTER_RADIUS * 1.001
     assert (outline(far * angle.cos(), far * angle.sin()) > 0).all()  # or windows would cut shapes
     assert (outline(torch.tensor(0.0), torch.tensor(0.0)) < 0) == (kind != "ring")
 

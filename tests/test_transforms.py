@@ -7,6 +7,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from my_dataset import DUTSDataset
+from train_utils.errors import UserError
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from transforms import (
     SaliencyEval,
@@ -211,3 +212,10 @@ def test_an_image_decoded_at_a_reduced_size_is_placed_as_the_whole_one(fit):
     assert torch.equal(SegmentationEval(1000, fit)(half, mask)[0], whole)
     train = SegmentationTrain(1000, fit, (1, 1), 0, 0, (0, 0, 0))
     assert torch.equal(train(half, mask)[0], whole)
+
+
+def test_the_crop_must_fit():
+    with pytest.raises(UserError, match="crops of 33 pixels do not fit into images of 32"):
+        SaliencyTrain(32, 33)
+    with pytest.raises(UserError, match="crops of 0 pixels"):
+        SaliencyTrain(32, 0)

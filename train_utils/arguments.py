@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from train_utils.config import parse_value
+
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that shows its description as it is written, on any console.
@@ -39,7 +41,7 @@ def parse_args(
     add("--val-masks", dest="data.val_masks", metavar="DIR")
     for key, about in flags.items():
         name = key.rpartition(".")[2].replace("_", "-")
-        add(f"--{name}", dest=key, metavar="VALUE", help=about)
+        add(f"--{name}", dest=key, type=parse_value, metavar="VALUE", help=about)
     add(
         "--cache",
         dest="data.cache",

@@ -145,6 +145,11 @@ def _suggest_file(path: Path) -> str:
     return f"Name one of: {', '.join(files.values()) or 'no *.yaml file is near'}."
 
 
+def parse_value(text: str, source: str = "command line") -> Any:
+    """A YAML value of the command line. Raises UserError for text that is none."""
+    return _parse(text, _CommandLineLoader, source)
+
+
 def parse_assignments(items: list[str]) -> dict[str, Any]:
     """Turn ``["optim.lr=1e-3", "data.mean=[0, 0, 0]"]`` into a nested dict; later items win.
 
@@ -158,7 +163,7 @@ def parse_assignments(items: list[str]) -> dict[str, Any]:
             raise UserError(
                 f"--set {item}: not section.key=value. Write for example --set optim.lr=1e-3."
             )
-        value = _parse(text, _CommandLineLoader, f"--set {dotted}")
+        value = parse_value(text, f"--set {dotted}")
         for name in reversed(names):
             value = {name: value}
         values = merge(values, value)

@@ -1,6 +1,8 @@
 """Pairs of image files: found by name, checked, read, split, and told apart from other data."""
 
+import difflib
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +35,7 @@ Pair = tuple[Path, Path]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_MAX_HINTS = 3  # comparing names is slow in folders of many thousands
 _CHECK_THREADS = 8  # files are read from disks that may be far away
 
 
@@ -63,20 +66,31 @@ class TwoParts:
 
 
 class PathPairs(Sequence[Pair]):
-    """Pairs of paths in an array, made anew whenever one is asked for.
+    """Pairs of paths in two arrays, made anew whenever one is asked for.
 
     Looking at an object writes to it, its reference count, so that a list of paths is copied page
-    by page into every loader process: the more epochs, the more memory. An array stays shared.
+    by page into every loader process: the more epochs, the more memory. Arrays stay shared.
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
-        self._names = np.array([[str(path) for path in pair] for pair in pairs])
+        names = [os.fsencode(path) for pair in pairs for path in pair]
+        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self._bounds = np.cumsum([0, *map(len, names)])
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._bounds) // 2
 
     def __getitem__(self, index: Any) -> Any:
-        return tuple(map(Path, self._names[index].tolist()))
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        first, second, end = self._bounds[2 * range(len(self))[index] :][:3]
+        names = self._names[first:second], self._names[second:end]
+        return tuple(Path(os.fsdecode(name.tobytes())) for name in names)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class PairDataset(Dataset):
@@ -317,12 +331,27 @@ def require_masks(
     missing = [stem for stem in image_files if stem not in mask_files]
     if not missing:
         return
+    spare = [stem for stem in mask_files if stem not in image_files]
+    hints = [
+        f"{printable(stem)} ~ {printable(close)}"
+        for stem in missing[:_MAX_HINTS]
+        if (close := _closest(stem, spare))
+    ]
+    look_close = f"Names that look close: {'; '.join(hints)}. " if hints else ""
     names = shortened([printable(image_files[stem].name) for stem in missing])
     raise UserError(
         f"{printable(masks)}: no {kind} for {len(missing)} of the {len(image_files)} images in "
-        f"{printable(images)}: {names}. "
+        f"{printable(images)}: {names}. {look_close}"
         f"Name each {kind} like its image (photo.jpg, photo.png), or remove these images."
     )
+
+
+def _closest(stem: str, candidates: Sequence[str]) -> str | None:
+    """The shortest candidate that contains `stem` (cat in cat_mask), else the most similar one."""
+    containing = [candidate for candidate in candidates if stem in candidate]
+    if containing:
+        return min(containing, key=len)
+    return next(iter(difflib.get_close_matches(stem, candidates, n=1)), None)
 
 
 def found_in(root: Path) -> str:

@@ -87,8 +87,12 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # a file system without links
         with source.open("rb") as content, written_whole(target) as file:
             shutil.copyfileobj(content, file)
-    else:
+        return
+    try:
         temporary.replace(target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

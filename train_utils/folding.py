@@ -18,7 +18,7 @@ from train_utils.sync_batchnorm import SyncBatchNorm2d
 CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d)  # alike but in training
 # Blocks whose own forward() is known to run conv1, bn1, conv2, bn2 …; others of these names may
-# normalise first. Known by name, as importing them takes half a second.
+# normalise first. Known by name, for whatever version of torchvision.
 _RESNET_BLOCKS = ("torchvision.models.resnet.BasicBlock", "torchvision.models.resnet.Bottleneck")
 
 

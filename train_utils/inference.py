@@ -49,7 +49,7 @@ class InAutocast(nn.Module):
         super().__init__()
         self.network, self.device_type, self.dtype = network, device_type, dtype
         convs = [layer for layer in network.modules() if is_plain(layer, CONVS)]
-        replacements = {conv: CastConv(conv, device_type, dtype) for conv in convs}
+        replacements = {conv: _cast_once(conv, device_type, dtype) for conv in convs}
         for parent in list(self.modules()):
             for name, child in list(parent._modules.items()):
                 if child in replacements:
@@ -60,23 +60,39 @@ class InAutocast(nn.Module):
             return self.network(*args, **kwargs)
 
 
-class CastConv(nn.Module):
+class _CastOnce(nn.Module):
     """A convolution that keeps its weights in `dtype` too: autocast would cast them every time."""
 
-    def __init__(self, conv: Any, device_type: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.device_type, self.dtype = device_type, dtype
-        self.full, self.low = conv, copy.deepcopy(conv).to(dtype)
-
-    @property
-    def weight(self) -> Tensor:  # a network may ask for its type
-        return self.full.weight
+    device_type: str
+    dtype: torch.dtype
+    low: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         # Some layers leave autocast, where its results would have too few digits.
         cast = torch.is_autocast_enabled(self.device_type)
         cast = cast and torch.get_autocast_dtype(self.device_type) == self.dtype
-        return (self.low if cast else self.full)(*args, **kwargs)
+        return self.low(*args, **kwargs) if cast else super().forward(*args, **kwargs)
+
+
+class _CastOnceConv2d(_CastOnce, nn.Conv2d):
+    pass
+
+
+class _CastOnceConvTranspose2d(_CastOnce, nn.ConvTranspose2d):
+    pass
+
+
+def _cast_once(conv: nn.Module, device_type: str, dtype: torch.dtype) -> nn.Module:
+    """A convolution of the same type and attributes, which a network's forward may ask for."""
+    kinds: dict[type, Any] = {
+        nn.Conv2d: _CastOnceConv2d,
+        nn.ConvTranspose2d: _CastOnceConvTranspose2d,
+    }
+    kind = kinds[type(conv)]
+    cast = kind.__new__(kind)
+    cast.__dict__.update(copy.deepcopy(conv).__dict__)
+    cast.device_type, cast.dtype, cast.low = device_type, dtype, copy.deepcopy(conv).to(dtype)
+    return cast
 
 
 def chunk_size(device: torch.device, image: Tensor) -> int:

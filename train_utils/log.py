@@ -2,8 +2,8 @@
 
 import logging
 import sys
+from collections import deque
 from functools import cache
-from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from train_utils.collectives import is_main_process
@@ -32,8 +32,18 @@ def say_once(text: str) -> None:
     get_logger().info(text)
 
 
-# Keeps what is said before a run has a file to write it to.
-_early = MemoryHandler(capacity=100, flushLevel=logging.CRITICAL)
+class _Early(logging.Handler):
+    """Keeps what is said before a run has a file to write it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=100)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+_early = _Early()
 
 
 class _Console(logging.StreamHandler):
@@ -60,7 +70,8 @@ def log_to_file(path: Path) -> None:
     """Also append every line, with its time, to a file: those of before too."""
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for record in _early.records:
+        handler.handle(record)
+    _early.records.clear()
     get_logger().removeHandler(_early)
-    _early.setTarget(handler)
-    _early.close()
     get_logger().addHandler(handler)

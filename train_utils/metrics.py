@@ -21,6 +21,7 @@ from torch import Tensor
 
 from train_utils.activity import waiting
 from train_utils.collectives import collective_device, is_dist_avail_and_initialized
+from train_utils.errors import UserError
 from train_utils.losses import unit_values
 
 Images = Tensor | Sequence[Tensor]
@@ -156,8 +157,14 @@ def reduce_metrics(metrics: Iterable[ExactMetric], stop: bool = False) -> bool:
 
 
 def all_scores(metrics: Iterable[ExactMetric]) -> dict[str, float]:
-    """The scores of several metrics by name."""
-    return {name: score for metric in metrics for name, score in metric.scores().items()}
+    """The scores of several metrics by name. Raises UserError for a name that two of them give."""
+    scores: dict[str, float] = {}
+    for metric in metrics:
+        own = metric.scores()
+        if twice := own.keys() & scores.keys():
+            raise UserError(f"two metrics are called {min(twice)!r}. Give one another name.")
+        scores |= own
+    return scores
 
 
 def all_remarks(metrics: Iterable[ExactMetric]) -> list[str]:

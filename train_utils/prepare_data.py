@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from train_utils import image_io
 from train_utils.collectives import call_on_main
-from train_utils.data import collate, unwrap_subset
+from train_utils.data import collate, generators_kept, unwrap_subset
 from train_utils.datasets import (
     IGNORE,
     PairDataset,
@@ -48,8 +48,22 @@ def prepare_datasets(
     data = task.cfg.data
     *first, val_set = [cached(data, dataset) for dataset in verify_files(data, *given)]
     train_set = first[0] if first else None
+    call_on_main(lambda: _check_alike(train_set, val_set))
     found = call_on_main(lambda: task.prepare_data(train_set, val_set))
     return task.with_values(found), train_set, val_set
+
+
+def _check_alike(train_set: Any, val_set: Any) -> None:
+    """UserError where images of one set are normalised on the device and those of the other not."""
+    if not train_set:
+        return
+    with generators_kept():
+        kinds = [next(iter(dataset[0])).dtype for dataset in (train_set, val_set)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"training images are {kinds[0]}, validation images {kinds[1]}: only uint8 is "
+            "normalised on the device. Have the transforms of both return uint8 (round first)."
+        )
 
 
 # --- datasets of a user's own -------------------------------------------------------------------
@@ -61,11 +75,13 @@ def wrap_dataset(dataset: Any, labels: bool, one_size: bool) -> Dataset:
         return dataset
     wrapped = AnyDataset(dataset, labels)
     wrapped.check(one_size)
-    get_logger().info(
+    note = (
         f"{type(dataset).__name__}: a dataset of your own. Its files are not checked, scanned or "
-        "cached; after a restart its samples are taken to be the same if their number is; and "
-        "--test-only and validation.py score the recipe's validation data, not these"
+        "cached; after a restart its samples are taken to be the same if their number is"
     )
+    if one_size:
+        note += "; --test-only and validation.py score what build_val_dataset gives"
+    get_logger().info(note)
     return wrapped
 
 
@@ -214,6 +230,8 @@ def without_files(dataset: Dataset, files: Collection[Path]) -> Dataset:
         return dataset
     gone = set(files)
     full, indices = unwrap_subset(dataset)
+    if not pairs_of(dataset):
+        return dataset
     kept = [index for index in indices if gone.isdisjoint(full.pairs[index])]
     backgrounds = [path for path in getattr(full, "backgrounds", []) if path not in gone]
     if not kept or (hasattr(full, "backgrounds") and not backgrounds):

@@ -65,6 +65,12 @@ class Run(EpochRun):
         self.loader, self.val_set = loader, val_loader.dataset
         self.device, self.steps = torch.device(args.device), state.sampler.steps_per_epoch
         self.metric, self.goal = deciding_metric(self.cfg, task.METRICS)
+        given = all_scores(task.make_metrics())
+        if self.metric not in given:
+            raise UserError(
+                f"{self.metric!r} decides the best checkpoint, but make_metrics gives "
+                f"{', '.join(given)}. Change METRICS of the task, or train.best."
+            )
         path = choose_run_folder(args.output_dir, resume, args.run_name)
         done = state.epoch * self.steps + state.step
         self.folder = RunFolder(path, state.config, state.epoch, done)
@@ -196,7 +202,7 @@ class Run(EpochRun):
         if isnan(scores[self.metric]):
             raise UserError(
                 f"epoch {epoch}: {self.metric} is nan: the validation data hold nothing to score, "
-                "or the network's output is not finite. Check both."
+                "or outputs or targets are not finite or leave the metric's range. Check all three."
             )
         best = self.state.note_scores(scores, self.metric, self.goal)
         if self.state.stale and self.state.stale % self.cfg.train.plateau_patience == 0:

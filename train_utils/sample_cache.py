@@ -273,6 +273,11 @@ def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
         else:
             file.truncate(total)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"data.cache={kind}: the samples need {total:,} bytes, more than a file in "
+                f"{printable(place)} may have. Raise the limit (ulimit -f), or go without."
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
             raise
         other = (

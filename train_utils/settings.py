@@ -187,5 +187,8 @@ def deciding_metric(cfg: BaseConfig, metrics: Mapping[str, str]) -> tuple[str, s
     """
     name = cfg.train.best or next(iter(metrics))
     if name not in metrics:
-        raise UserError(f"train.best: {name!r} is not tracked. Use one of {', '.join(metrics)}.")
+        raise UserError(
+            f"train.best: {name!r} is not tracked. Use one of {', '.join(metrics)}, or add it to "
+            "METRICS of the task."
+        )
     return name, metrics[name]

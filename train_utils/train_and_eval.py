@@ -236,6 +236,23 @@ def shares_of_step(
     return shares, int(images), stops > 0
 
 
+def means_on(device: torch.device, given: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+    """Losses and scalars by name as tensors; UserError for what is no single number."""
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.dim():
+            raise UserError(f"losses: {name!r} has the shape {list(value.shape)}. Give its mean().")
+        if not isinstance(value, (Tensor, float, int)):
+            raise UserError(
+                f"losses: {name!r} is a {type(value).__name__}. Give a tensor of no dimensions, or "
+                "a number to be logged."
+            )
+    trained = [n for n, value in given.items() if getattr(value, "requires_grad", False)]
+    for name in given:
+        if (name == "loss" and trained[1:]) or name in ("lr", "skipped") or name.startswith("lr_"):
+            raise UserError(f"losses: {name!r} is a column of the log already. Use another name.")
+    return {name: torch.as_tensor(value, device=device) for name, value in given.items()}
+
+
 def weighed(
     means: Mapping[str, Tensor],
     shares: Mapping[str, float],
@@ -393,9 +410,11 @@ class _Step:
             batch = to_device(batch, self.device)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
                 found = self.losses(self.models, batch)
+                if isinstance(found, Tensor):
+                    raise UserError("losses: a tensor. Return a dict of means by name.")
                 for network, given in [(first, found)] if isinstance(found, Mapping) else found:
                     made = outputs[network]
-                    means = {n: torch.as_tensor(m, device=self.device) for n, m in given.items()}
+                    means = means_on(self.device, given)
                     total, values = weighed(means, shares, images, made, network == first)
                     total = spoilt_if_nonfinite(total)
                     # Here data-parallel processes wait for each other's gradients.

@@ -7,6 +7,7 @@ not a device assert, a meaningless loss or a black output later.
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -19,13 +20,14 @@ from transforms import IGNORE
 
 _NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
 _MAX_NEAR = 0.05  # … at most on this share of its pixels
-_CACHE_FORMAT = 2  # to be raised when the meaning of a cached number changes
+_COUNT = np.uint32  # image_io.MAX_PIXELS fit
+_CACHE_FORMAT = 3  # to be raised when the meaning of a cached number changes
 
 
 class MaskScan:
     """What a set of masks holds, as read by `reader`; counts of pixels where nothing else is said.
 
-    histograms: of the 256 values behind the classes (see `LabelReader.values`), int64 [files, 256].
+    histograms: of the 256 values behind the classes (see `LabelReader.values`), [files, 256].
     class_extent: by class, the pixels that count in those files in which the class occurs.
     ignored: pixels that do not count; blank_files: files without any pixel that counts.
     """
@@ -154,7 +156,7 @@ def scan_masks(
 
 def _count(paths: Sequence[PathLike], reader: LabelReader) -> np.ndarray:
     def histogram(path: PathLike) -> np.ndarray:
-        return np.bincount(reader.values(path).ravel(), minlength=256)
+        return np.bincount(reader.values(path).ravel(), minlength=256).astype(_COUNT)
 
     found, problems = try_all(paths, histogram)
     if problems:
@@ -200,6 +202,8 @@ def _cache_file(
 def _cached(cache: Path | None, files: int) -> np.ndarray | None:
     try:
         histograms = np.load(cache) if cache else None
-    except (OSError, ValueError, EOFError):  # there is none, or nonsense
+    except (OSError, ValueError, EOFError, BadZipFile):  # there is none, or nonsense
         return None
-    return histograms if getattr(histograms, "shape", None) == (files, 256) else None
+    if not isinstance(histograms, np.ndarray) or histograms.dtype != _COUNT:
+        return None
+    return histograms if histograms.shape == (files, 256) and histograms.any(1).all() else None
