@@ -11,9 +11,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-# Tensors of any size come from the heap and go back to it, not to the system; one heap serves all
-# threads. Without caches of small chunks: they would keep the slivers beside aligned tensors, freed
-# tensors would leave gaps too small for the next ones, and peak memory would grow by a quarter.
+# Tensors of any size come from one heap for all threads and go back to it. Caches of small chunks
+# would keep the slivers beside aligned tensors, so that gaps grow, and peak memory by a quarter.
 _HEAP = {"mmap_max": 0, "trim_threshold": 2**62, "arena_max": 1, "tcache_count": 0, "mxfast": 0}
 TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in _HEAP.items())
 SPINS = "10000"  # some tenths of a millisecond; libgomp's default is 300,000
@@ -26,7 +25,8 @@ def keep_freed_memory() -> None:
     glibc reads its settings only then. Within another program (a notebook, a debugger, `python -m`)
     a script goes on as it is. Settings of the environment stay.
     """
-    is_main = (c := sys._getframe(1)).f_back is None and c.f_globals["__name__"] == "__main__"
+    caller = sys._getframe(1)
+    is_main = caller.f_back is None and caller.f_globals["__name__"] == "__main__"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     no_gpu = hidden or not any(Path(driver).exists() for driver in GPU_DRIVERS)
     on_cpu = no_gpu or "--device cpu" in " ".join(sys.argv).replace("=", " ")

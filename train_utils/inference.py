@@ -83,15 +83,11 @@ class _CastOnceConvTranspose2d(_CastOnce, nn.ConvTranspose2d):
 
 
 def _cast_once(conv: nn.Module, device_type: str, dtype: torch.dtype) -> nn.Module:
-    """A convolution of the same type and attributes, which a network's forward may ask for."""
-    kinds: dict[type, Any] = {
-        nn.Conv2d: _CastOnceConv2d,
-        nn.ConvTranspose2d: _CastOnceConvTranspose2d,
-    }
-    kind = kinds[type(conv)]
-    cast = kind.__new__(kind)
-    cast.__dict__.update(copy.deepcopy(conv).__dict__)
-    cast.device_type, cast.dtype, cast.low = device_type, dtype, copy.deepcopy(conv).to(dtype)
+    """What replaces `conv`: of its type and with its attributes, which a network may ask for."""
+    kind: Any = _CastOnceConv2d if isinstance(conv, nn.Conv2d) else _CastOnceConvTranspose2d
+    low, cast = copy.deepcopy(conv).to(dtype), kind.__new__(kind)
+    cast.__dict__.update(conv.__dict__)
+    cast.device_type, cast.dtype, cast.low = device_type, dtype, low
     return cast
 
 

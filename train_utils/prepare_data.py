@@ -48,9 +48,12 @@ def prepare_datasets(
     data = task.cfg.data
     *first, val_set = [cached(data, dataset) for dataset in verify_files(data, *given)]
     train_set = first[0] if first else None
-    call_on_main(lambda: _check_alike(train_set, val_set))
-    found = call_on_main(lambda: task.prepare_data(train_set, val_set))
-    return task.with_values(found), train_set, val_set
+
+    def values_of_data() -> dict[str, Any]:
+        _check_alike(train_set, val_set)
+        return task.prepare_data(train_set, val_set)
+
+    return task.with_values(call_on_main(values_of_data)), train_set, val_set
 
 
 def _check_alike(train_set: Any, val_set: Any) -> None:
