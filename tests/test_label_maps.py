@@ -328,11 +328,11 @@ def test_an_unwritable_cache_is_no_error(tmp_path):
 def test_the_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     scan_masks(three_masks(tmp_path), LabelReader(4))
-    assert len(list((tmp_path / "xdg" / "pixtrain" / "mask_scans").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "xdg" / "pixtrain" / "mask_scans").glob("*.scan"))) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     scan_masks(three_masks(tmp_path), LabelReader(4))
-    assert len(list((tmp_path / "home/.cache/pixtrain/mask_scans").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "home/.cache/pixtrain/mask_scans").glob("*.scan"))) == 1
 
 
 def test_a_single_class_is_refused_with_a_hint(tmp_path):

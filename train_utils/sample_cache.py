@@ -8,6 +8,9 @@ kill, crash, full disk or damage before that can give another sample than the fi
 The name of a pack holds a hash of what its items depend on: paths, sizes and times of change of the
 files, what the caller says, and the machine, since machines that share a file system do not see
 each other's writes in order. A file that changes while a run goes on is noticed by the next start.
+
+Packs are files of this user alone (`private_files.py`). A process of the same user that cuts one
+short kills those that read it (SIGBUS), which nothing in a mapped file can prevent.
 """
 
 import atexit
@@ -16,7 +19,10 @@ import hashlib
 import mmap
 import os
 import platform
+import re
+import shlex
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,9 +34,10 @@ import torch
 from torch import Tensor
 
 from train_utils.errors import UserError
-from train_utils.files import hash_of_files, remove_temporaries, user_cache, written_whole
+from train_utils.files import hash_of_files, user_cache
 from train_utils.image_io import PathLike, printable
 from train_utils.log import get_logger
+from train_utils.private_files import new_private_file, not_ours, open_private, private_folder
 
 try:
     import fcntl
@@ -39,16 +46,18 @@ except ImportError:  # Windows
 
 Shape = tuple[int, int, int]  # channels, height, width
 
-_FORMAT = 2  # to be raised when the meaning of a pack's bytes changes
-_SUFFIX = ".pack"
+_FORMAT = 3  # to be raised when the meaning of a pack's bytes changes
+_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.pack(\.[0-9a-f]{32}\.tmp)?")
 _ALIGNMENT = 64
 _VALID = 0x600DDA7A
-# The file: a header; of all slots, where they begin and what shapes their two parts have; of all
-# slots, whether they are filled; the parts.
-_HEADER = np.dtype([("layout_crc", "<u8"), ("bytes", "<u8")])
-_LAYOUT = np.dtype([("offset", "<u8"), ("shapes", "<u4", (2, 3))])
+# The file: a header; of all slots, what shapes their two parts have; of all slots, whether they are
+# filled; the slots. The header's checksum is that of the file's name and the shapes.
+_HEADER = np.dtype([("crc", "<u8"), ("bytes", "<u8")])
+_SHAPES = np.dtype(("<u4", (2, 3)))
 _STATE = np.dtype([("crc", "<u4"), ("valid", "<u4")])
 _SHARED_MEMORY = Path("/dev/shm")
+# Seconds of waiting for another process, which may have to read the headers of all files.
+_SILENCE, _PATIENCE = 5.0, 1800.0
 
 
 class SampleCache:
@@ -75,21 +84,25 @@ class SampleCache:
         return parts
 
     def _open(self) -> None:
-        """Map the pack, and keep others from removing it for as long as this process lives."""
-        self._file = self.path.open("r+b")
+        """Map the pack, and keep others from removing it for as long as this process lives.
+
+        Raises UserError for a file that is not ours, or no whole pack of so many items.
+        """
+        self._file = open_private(self.path, os.O_RDWR)
         _lock(self._file, shared=True)
+        self._shapes = _read_shapes(self._file, self.path, self._items)
+        self._starts, _ = _layout(self._shapes)
         self._map = mmap.mmap(self._file.fileno(), 0)
-        start = _HEADER.itemsize
-        self._layout = np.frombuffer(self._map, _LAYOUT, self._items, start)
-        self._state = np.frombuffer(self._map, _STATE, self._items, start + self._layout.nbytes)
+        after = _HEADER.itemsize + self._shapes.nbytes
+        self._state = np.frombuffer(self._map, _STATE, self._items, after)
         self._checked = np.zeros(self._items, dtype=bool)
 
     def _read(self, slot: int) -> tuple[Tensor, ...] | None:
         """A copy of the parts, since whoever gets them may work in place; None if not valid."""
-        state, layout = self._state[slot], self._layout[slot]
+        state = self._state[slot]
         if state["valid"] != _VALID:
             return None
-        start, shapes = int(layout["offset"]), layout["shapes"].tolist()
+        start, shapes = int(self._starts[slot]), self._shapes[slot].tolist()
         content = np.frombuffer(self._map, np.uint8, _volume(shapes), start).copy()
         if not self._checked[slot]:
             if zlib.crc32(content.data) != state["crc"]:
@@ -99,13 +112,11 @@ class SampleCache:
 
     def _write(self, slot: int, parts: Sequence[Tensor]) -> None:
         """Fill a slot, unless the parts are not as foreseen: then they are made anew each time."""
-        state, layout = self._state[slot], self._layout[slot]
-        shapes = layout["shapes"].tolist()
+        state, shapes = self._state[slot], self._shapes[slot].tolist()
         kept = all(part.dtype == torch.uint8 for part in parts)
         if not kept or [list(part.shape) for part in parts] != shapes:
             return
-        start = int(layout["offset"])
-        content = np.frombuffer(self._map, np.uint8, _volume(shapes), start)
+        content = np.frombuffer(self._map, np.uint8, _volume(shapes), int(self._starts[slot]))
         state["valid"] = 0
         for place, part in zip(_parts(content, shapes), parts, strict=True):
             for channel, plane in enumerate(part.as_subclass(Tensor).numpy()):
@@ -118,7 +129,7 @@ class SampleCache:
         """At the end of this process remove the pack, unless others still use it."""
 
         def remove() -> None:
-            with suppress(OSError), _alone(self.path.parent):
+            with suppress(OSError, UserError), _alone(self.path.parent, patience=1):
                 if fcntl:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
                 _remove_if_unused(self.path)
@@ -150,7 +161,7 @@ def open_cache(
     outdated and removed when a new one is made. shapes: those of each item's parts, asked for only
     to make a pack.
 
-    Raises UserError where there is no room for the pack or no place to put it.
+    Raises UserError where there is no room for the pack or no place to put it that is ours.
     """
     place = _memory_folder() if kind == "ram" else _disk_folder(folder)
     prefix = hashlib.blake2b(family.encode(errors="surrogateescape"), digest_size=8).hexdigest()
@@ -159,15 +170,17 @@ def open_cache(
     except OSError as error:
         problem = f"cannot be read ({error.strerror}). Check the path."
         raise UserError(f"{printable(error.filename)}: {problem}") from error
-    path = place / f"{prefix}-{identity}{_SUFFIX}"
+    path = place / f"{prefix}-{identity}.pack"
     try:
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _alone(place):  # one process makes the pack, the others find it
-            made = not _fits(path, len(numbers))
-            if made:
+        named = kind == "disk" and folder is not None
+        private_folder(place, _otherwise(place, kind, named), named)
+        with _alone(place, _PATIENCE):  # one process makes the pack, the others find it
+            cache = _found(path, numbers)
+            made = cache is None
+            if cache is None:
                 _remove_unused(place, "" if kind == "ram" else prefix)
                 _make(path, shapes(), kind)
-            cache = SampleCache(path, numbers)
+                cache = SampleCache(path, numbers)
     except OSError as error:
         raise UserError(
             f"{printable(place)}: no cache can be kept there ({error.strerror}). Name another "
@@ -175,10 +188,9 @@ def open_cache(
         ) from error
     if kind == "ram":
         cache.remove_after_use()
-    size = path.stat().st_size
     get_logger().info(
         f"{'new' if made else 'found'} cache of {len(numbers)} samples: {printable(path)}, "
-        f"{size / 1e6:,.0f} MB"
+        f"{len(cache._map) / 1e6:,.0f} MB"
     )
     return cache
 
@@ -192,7 +204,11 @@ def _memory_folder() -> Path:
             f"data.cache=ram: needs {_SHARED_MEMORY}, which this system does not have. Use disk: "
             "what is read often stays in memory there, too."
         )
-    return _SHARED_MEMORY / f"pixtrain-{os.getuid()}"
+    return _SHARED_MEMORY / _own_name()
+
+
+def _own_name() -> str:
+    return f"pixtrain-{os.getuid()}" if hasattr(os, "getuid") else "pixtrain"
 
 
 def _disk_folder(folder: PathLike | None) -> Path:
@@ -204,16 +220,23 @@ def _disk_folder(folder: PathLike | None) -> Path:
     return place
 
 
+def _otherwise(place: Path, kind: str, named: bool) -> str:
+    """What to do where the folder of packs is not ours."""
+    if kind == "ram":
+        return "use --cache disk"
+    own = printable(shlex.quote(str(place / _own_name()))) if named else "DIR"
+    return f"name a folder of your own: --set data.cache_dir={own}"
+
+
 def _remove_unused(place: Path, prefix: str) -> None:
-    for path in place.glob(f"{prefix}*{_SUFFIX}"):
-        if _remove_if_unused(path):
+    """Remove packs, and what was to become one, that no process has open."""
+    for path in place.iterdir():
+        if path.name.startswith(prefix) and _NAME.fullmatch(path.name) and _remove_if_unused(path):
             get_logger().info(f"removed an outdated cache: {printable(path)}")
-    remove_temporaries(place)
 
 
 def _remove_if_unused(path: Path) -> bool:
-    """Remove a pack, if no process has it open."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError, UserError), open_private(path, os.O_RDONLY) as file:
         if fcntl and _lock(file, shared=False):
             path.unlink()
             return True
@@ -221,20 +244,42 @@ def _remove_if_unused(path: Path) -> bool:
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """One process at a time."""
-    with (place / "lock").open("ab") as file:
-        _lock(file, shared=False, wait=True)
+def _alone(place: Path, patience: float) -> Iterator[None]:
+    """One process at a time; UserError if another one stays for more than `patience` seconds."""
+    path, start, said = place / "lock", time.monotonic(), False
+    with open_private(path, os.O_RDWR | os.O_CREAT) as file:
+        while not _lock(file, shared=False):
+            waited = time.monotonic() - start
+            if waited > patience:
+                raise UserError(
+                    f"{printable(path)}: held for {waited:.0f} s by {_holder(file)}. End that run "
+                    "if it hangs, or go without data.cache."
+                )
+            if waited > _SILENCE and not said:
+                get_logger().info(f"waiting for {printable(path)}, held by {_holder(file)}")
+                said = True
+            time.sleep(0.02)
         yield
 
 
-def _lock(file: BinaryIO, shared: bool, wait: bool = False) -> bool:
-    """Whether a file could be locked; where locks are unknown, it could."""
+def _holder(file: BinaryIO) -> str:
+    """Which process has locked a file, where the system says so."""
+    status = os.fstat(file.fileno())
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5] == f"{device}:{status.st_ino}":
+                return f"process {words[4]}"
+    return "another process"
+
+
+def _lock(file: BinaryIO, shared: bool) -> bool:
+    """Whether a file could be locked at once; where locks are unknown, it could."""
     if fcntl is None:
         return True
-    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
@@ -245,19 +290,51 @@ def _lock(file: BinaryIO, shared: bool, wait: bool = False) -> bool:
 
 def _make(path: Path, shapes: Sequence[Sequence[Shape]], kind: str) -> None:
     """An empty pack with a slot for parts of these shapes of each item."""
-    layout = np.zeros(len(shapes), _LAYOUT)
-    layout["shapes"] = shapes
-    sizes = layout["shapes"].astype(np.int64).prod(axis=2).sum(axis=1)
-    sizes += -sizes % _ALIGNMENT
-    begin = _HEADER.itemsize + len(shapes) * (_LAYOUT.itemsize + _STATE.itemsize)
-    begin += -begin % _ALIGNMENT
-    layout["offset"] = begin + np.cumsum(sizes) - sizes
-    total = begin + int(sizes.sum())
-    header = np.array([(zlib.crc32(layout.tobytes()), total)], _HEADER)
-
-    with written_whole(path, durable=False) as file:
+    table = np.array(shapes, _SHAPES.base)
+    _, total = _layout(table)
+    header = np.array([(_checksum(path, table), total)], _HEADER)
+    with new_private_file(path) as file:
         _reserve(file, total, path.parent, kind)
-        file.write(header.tobytes() + layout.tobytes())
+        file.write(header.tobytes() + table.tobytes())
+
+
+def _layout(shapes: np.ndarray) -> tuple[np.ndarray, int]:
+    """Where the slots of items of these shapes [N, 2, 3] begin, and how long the file is."""
+    sizes = shapes.astype(np.int64).prod(axis=2).sum(axis=1)
+    sizes += -sizes % _ALIGNMENT
+    begin = _HEADER.itemsize + len(shapes) * (_SHAPES.itemsize + _STATE.itemsize)
+    begin += -begin % _ALIGNMENT
+    return begin + np.cumsum(sizes) - sizes, begin + int(sizes.sum())
+
+
+def _checksum(path: Path, shapes: np.ndarray) -> int:
+    return zlib.crc32(shapes.tobytes(), zlib.crc32(path.name.encode()))
+
+
+def _found(path: Path, numbers: Sequence[int]) -> SampleCache | None:
+    """The pack if there is one; says so if what lies there is to be made again."""
+    try:
+        return SampleCache(path, numbers)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        get_logger().warning(f"warning: a cache is made again. {error}")
+        return None
+
+
+def _read_shapes(file: BinaryIO, path: Path, items: int) -> np.ndarray:
+    """The shapes [N, 2, 3] in a pack's head; UserError unless the whole file is as they ask."""
+    head = file.read(_HEADER.itemsize + items * _SHAPES.itemsize)
+    size = os.fstat(file.fileno()).st_size
+    if len(head) == _HEADER.itemsize + items * _SHAPES.itemsize:
+        header = np.frombuffer(head, _HEADER, 1)[0]
+        shapes = np.frombuffer(head, _SHAPES.base, offset=_HEADER.itemsize).reshape(-1, 2, 3)
+        # As floats, since what is no pack may hold shapes whose product no integer does.
+        room = shapes.prod(axis=2, dtype=np.float64).sum() <= size
+        whole = (header["crc"], header["bytes"]) == (_checksum(path, shapes), size)
+        if room and whole and _layout(shapes)[1] == size:
+            return shapes
+    raise not_ours(path, "no whole cache of these samples")
 
 
 def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
@@ -273,21 +350,16 @@ def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
         else:
             file.truncate(total)
     except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"data.cache={kind}: the samples need {total:,} bytes, more than a file in "
-                f"{printable(place)} may have. Raise the limit (ulimit -f), or go without."
-            ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
             raise
-        other = (
-            "Use --cache disk, or, in a container, enlarge it (docker --shm-size)."
-            if kind == "ram"
-            else "Make room, name a folder on another disk by data.cache_dir, or go without."
-        )
+        limit, fix = f"{free:,} are free", "Make room, name another disk by data.cache_dir"
+        if kind == "ram":
+            fix = "Use --cache disk, in a container enlarge it (docker --shm-size)"
+        if error.errno == errno.EFBIG:
+            limit, fix = "no file may have so many", "Raise the limit (ulimit -f)"
         raise UserError(
             f"data.cache={kind}: the samples need {total:,} bytes in {printable(place)}, where "
-            f"{free:,} are free. {other}"
+            f"{limit}. {fix}, or go without."
         ) from error
 
 
@@ -304,17 +376,6 @@ def _available_memory() -> int:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         available = min(available, limit - used)
     return available
-
-
-def _fits(path: Path, items: int) -> bool:
-    """Whether a whole pack of so many items lies there."""
-    try:
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(_HEADER.itemsize), _HEADER)[0]
-            layout = file.read(items * _LAYOUT.itemsize)
-        return (header["layout_crc"], header["bytes"]) == (zlib.crc32(layout), path.stat().st_size)
-    except (OSError, ValueError, IndexError):
-        return False
 
 
 def _volume(shapes: Sequence[Sequence[int]]) -> int:

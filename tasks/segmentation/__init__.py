@@ -27,7 +27,7 @@ from tasks.segmentation.losses import (
     one_hot_cross_entropy,
     pixel_cross_entropy,
 )
-from tasks.segmentation.mask_scan import MaskScan, scan_masks
+from tasks.segmentation.mask_scan import MaskScan, scan_masks, summary
 from train_utils import shapes
 from train_utils.data import unwrap_subset
 from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
@@ -253,7 +253,8 @@ def _scan_scenes(data: DataConfig) -> MaskScan:
     scenes = _training_scenes(data)
     masks = (scenes[index][1] for index in range(len(scenes)))
     histograms = [torch.bincount(mask.flatten(), minlength=256) for mask in masks]
-    return MaskScan(label_reader(data), torch.stack(histograms).numpy())
+    reader = label_reader(data)
+    return MaskScan(reader, summary(reader, torch.stack(histograms).numpy()))
 
 
 _PIXEL_LOSSES = {"ce": pixel_cross_entropy, "bce": one_hot_cross_entropy}

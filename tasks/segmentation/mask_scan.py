@@ -4,46 +4,44 @@ All masks are read through their mask map, so that a wrong one is a clear error 
 not a device assert, a meaningless loss or a black output later.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from tasks.segmentation.label_maps import MAX_VALUES, USE_BRIGHT, LabelReader
 from train_utils.datasets import try_all
 from train_utils.errors import UserError, shortened
-from train_utils.files import hash_of_files, user_cache, written_whole
+from train_utils.files import hash_of_files, user_cache
 from train_utils.image_io import PathLike, printable
+from train_utils.log import get_logger
+from train_utils.private_files import new_private_file, open_private, private_folder
 from transforms import IGNORE
 
 _NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
 _MAX_NEAR = 0.05  # … at most on this share of its pixels
-_COUNT = np.uint32  # image_io.MAX_PIXELS fit
-_CACHE_FORMAT = 3  # to be raised when the meaning of a cached number changes
+_CHECKSUM = 16  # bytes
+_CACHE_FORMAT = 4  # to be raised when the meaning of a cached number changes
 
 
 class MaskScan:
     """What a set of masks holds, as read by `reader`; counts of pixels where nothing else is said.
 
-    histograms: of the 256 values behind the classes (see `LabelReader.values`), [files, 256].
+    numbers: what `summary` makes of them.
+    raw_histogram: of the 256 values behind the classes (see `LabelReader.values`).
     class_extent: by class, the pixels that count in those files in which the class occurs.
     ignored: pixels that do not count; blank_files: files without any pixel that counts.
     """
 
-    def __init__(self, reader: LabelReader, histograms: np.ndarray) -> None:
-        self.reader, self.files = reader, len(histograms)
-        self.raw_histogram = histograms.sum(0).tolist()
-        table = reader.table()
-        classes = np.stack([histograms[:, table == c].sum(1) for c in range(reader.num_classes)], 1)
-        ignored = histograms[:, table == IGNORE].sum(1)
-        counting = classes.sum(1)
-        self.class_counts = classes.sum(0).tolist()
-        self.class_files = (classes > 0).sum(0).tolist()
-        self.class_extent = ((classes > 0) * counting[:, None]).sum(0).tolist()
-        self.ignored, self.ignored_files = int(ignored.sum()), int((ignored > 0).sum())
-        self.blank_files = int((counting == 0).sum())
+    def __init__(self, reader: LabelReader, numbers: np.ndarray) -> None:
+        self.reader = reader
+        self.files, self.ignored, self.ignored_files, self.blank_files = numbers[:4].tolist()
+        self.raw_histogram = numbers[4:260].tolist()
+        by_class = numbers[260:].reshape(3, reader.num_classes)
+        self.class_counts, self.class_files, self.class_extent = by_class.tolist()
 
     @property
     def absent(self) -> list[str]:
@@ -116,6 +114,21 @@ class MaskScan:
         return sum(near) / sum(self.raw_histogram)
 
 
+def summary(reader: LabelReader, histograms: np.ndarray) -> np.ndarray:
+    """The numbers of a `MaskScan`, int64 [4 + 256 + 3 · classes], of histograms [files, 256]."""
+    table = reader.table()
+    classes = np.stack([histograms[:, table == c].sum(1) for c in range(reader.num_classes)], 1)
+    ignored, counting = histograms[:, table == IGNORE].sum(1), classes.sum(1)
+    numbers = (
+        (len(histograms), ignored.sum(), (ignored > 0).sum(), (counting == 0).sum()),
+        histograms.sum(0),
+        classes.sum(0),
+        (classes > 0).sum(0),
+        ((classes > 0) * counting[:, None]).sum(0),
+    )
+    return np.concatenate(numbers).astype(np.int64)
+
+
 def scan_masks(
     paths: Sequence[PathLike],
     reader: LabelReader,
@@ -125,23 +138,21 @@ def scan_masks(
     """Read all masks and count what they hold.
 
     Counts are kept in `cache_dir` (by default in pixtrain/mask_scans below $XDG_CACHE_HOME or
-    ~/.cache) under a hash of the reader and of each file's path, size and time of change; a cache
-    that cannot be written, or holds nonsense, is none.
+    ~/.cache) under a hash of the reader and of each file's path, size and times of change; a cache
+    that cannot be written, is not ours or holds nonsense is none.
 
     Raises one UserError that names the masks which `reader` refuses; and UserErrors for masks to be
     cut at a threshold that do not have two levels, and, with `refuse_single_class`, for masks from
     which nothing can be learned.
     """
     cache = _cache_file(paths, reader, cache_dir)
-    histograms = _cached(cache, len(paths))
-    if histograms is None:
-        histograms = _count(paths, reader)
+    numbers = _cached(cache, reader) if cache else None
+    if numbers is None:
+        numbers = summary(reader, _count(paths, reader))
         if cache:
-            with suppress(OSError):
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                with written_whole(cache) as file:
-                    np.save(file, histograms)
-    scan = MaskScan(reader, histograms)
+            with suppress(OSError), new_private_file(cache) as file:
+                file.write(_checksum(cache, numbers.tobytes()) + numbers.tobytes())
+    scan = MaskScan(reader, numbers)
     place = printable(Path(paths[0]).parent)
     if refuse_single_class and sum(count > 0 for count in scan.class_counts) < 2:
         raise UserError(f"{place}: {_single_class(scan)}")
@@ -156,7 +167,7 @@ def scan_masks(
 
 def _count(paths: Sequence[PathLike], reader: LabelReader) -> np.ndarray:
     def histogram(path: PathLike) -> np.ndarray:
-        return np.bincount(reader.values(path).ravel(), minlength=256).astype(_COUNT)
+        return np.bincount(reader.values(path).ravel(), minlength=256)
 
     found, problems = try_all(paths, histogram)
     if problems:
@@ -189,21 +200,30 @@ def _cache_file(
     paths: Sequence[PathLike], reader: LabelReader, cache_dir: PathLike | None
 ) -> Path | None:
     """Where the counts of these files belong; None where there is no place for them."""
-    cache_dir = cache_dir or user_cache("mask_scans")
-    if cache_dir is None:
+    folder = Path(cache_dir) if cache_dir else user_cache("mask_scans")
+    if folder is None:
         return None
     try:
         name = hash_of_files(map(Path, paths), f"{_CACHE_FORMAT} {reader}")
+        private_folder(folder, "set XDG_CACHE_HOME to a folder of your own", named=bool(cache_dir))
     except OSError:
-        return None  # reading it will say why
-    return Path(cache_dir, f"{name}.npy")
+        return None  # of a mask: reading it will say why
+    except UserError as error:
+        get_logger().warning(f"warning: what the masks hold is counted at every start: {error}")
+        return None
+    return folder / f"{name}.scan"
 
 
-def _cached(cache: Path | None, files: int) -> np.ndarray | None:
+def _cached(cache: Path, reader: LabelReader) -> np.ndarray | None:
+    size = 8 * (260 + 3 * reader.num_classes)
     try:
-        histograms = np.load(cache) if cache else None
-    except (OSError, ValueError, EOFError, BadZipFile):  # there is none, or nonsense
+        with open_private(cache, os.O_RDONLY) as file:
+            checksum, content = file.read(_CHECKSUM), file.read(size + 1)
+    except (OSError, UserError):  # there is none, or it is not ours
         return None
-    if not isinstance(histograms, np.ndarray) or histograms.dtype != _COUNT:
-        return None
-    return histograms if histograms.shape == (files, 256) and histograms.any(1).all() else None
+    whole = len(content) == size and checksum == _checksum(cache, content)
+    return np.frombuffer(content, np.int64) if whole else None
+
+
+def _checksum(cache: Path, content: bytes) -> bytes:
+    return hashlib.blake2b(cache.name.encode() + content, digest_size=_CHECKSUM).digest()

@@ -1,0 +1,109 @@
+"""Folders and files of a cache that no other user of the machine can read, replace or cut short.
+
+Others may make what we expect before we do, where they may write beside us. So nothing is used that
+is not a folder or a regular file of ours; on Windows, where users' folders are closed to others,
+owners and modes are not looked at. What we make is open to nobody else, whatever the umask.
+"""
+
+import os
+import shlex
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from train_utils.errors import UserError
+from train_utils.image_io import printable
+
+
+def private_folder(path: Path, otherwise: str, named: bool = False) -> None:
+    """Make a folder that is ours alone, or see that it is, and close it to others.
+
+    named: the user has named it, so it may be reached by a link and stays as open as it is: others
+    may at most remove what they cannot read.
+    Raises UserError, with what to do `otherwise`, for a folder that is not ours, and OSError where
+    none can be made.
+    """
+    _make_folders(path)
+    if os.name != "posix":
+        return
+    status = path.stat() if named else path.lstat()
+    if problem := _problem(status, stat.S_ISDIR, "no folder"):
+        if not named:
+            raise not_ours(path, problem, f", or {otherwise}")
+        raise UserError(f"{printable(path)}: {problem}; {otherwise}.")
+    if not named and status.st_mode & 0o077:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(descriptor, 0o700)
+        finally:
+            os.close(descriptor)
+
+
+def open_private(path: Path, flags: int) -> BinaryIO:
+    """Open a regular file of ours, by flags of `os.open`; a new one is closed to others.
+
+    Raises UserError for anything else, without waiting for it, following or changing it; OSError
+    where there is none.
+    """
+    with suppress(FileNotFoundError):
+        _check_file(path, path.lstat())
+    # What was looked at may be another one by now: so again, by the file itself.
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        _check_file(path, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "rb")
+
+
+def not_ours(path: Path, problem: str, otherwise: str = "") -> UserError:
+    """The error for something in a cache that cannot be used."""
+    command = f"rm -r {printable(shlex.quote(str(path)))}"
+    return UserError(f"{printable(path)}: {problem}. Have it removed ({command}){otherwise}.")
+
+
+@contextmanager
+def new_private_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, closed to others, which replaces whatever `path` is at the end of the block.
+
+    What a kill leaves is named as the file is, followed by a dot, 32 hexadecimal digits and .tmp.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open_private(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _make_folders(path: Path) -> None:
+    if not path.parent.exists():
+        _make_folders(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+
+
+def _check_file(path: Path, status: os.stat_result) -> None:
+    if problem := _problem(status, stat.S_ISREG, "no regular file"):
+        raise not_ours(path, problem)
+
+
+def _problem(status: os.stat_result, is_right_kind: Callable[[int], bool], otherwise: str) -> str:
+    """Why something is no file or folder that only we could have changed; "" if it is one."""
+    if stat.S_ISLNK(status.st_mode):
+        return "a link"
+    if not is_right_kind(status.st_mode):
+        return otherwise
+    if os.name == "posix" and status.st_uid != os.geteuid():
+        return f"belongs to user {status.st_uid}"
+    if os.name == "posix" and status.st_mode & stat.S_IWOTH:
+        return "everyone may write to it"
+    return ""
