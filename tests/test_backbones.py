@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -269,6 +270,13 @@ def test_default_weights_are_downloaded_once(published, cache):
     assert [file.name for file in cache.iterdir()] == [published.name]
     published.unlink()
     assert backbone_state("DEFAULT", "vgg16").keys() == first.keys()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes as POSIX has them")
+def test_a_pipe_in_the_weights_place_is_replaced_not_waited_for(published, cache):
+    cache.mkdir(parents=True)
+    os.mkfifo(cache / published.name)
+    assert backbone_state("DEFAULT", "vgg16").keys() == {"features.0.bias"}
 
 
 def test_a_download_with_a_wrong_checksum_is_not_kept(published, cache):

@@ -212,6 +212,27 @@ def test_a_named_folder_that_is_not_ours_is_refused_with_one_that_works(files, t
     filled(files, Path(setting.removeprefix("data.cache_dir=").rstrip(".")))
 
 
+def test_a_file_named_as_the_folder_is_one_clear_error(files):
+    with pytest.raises(UserError, match=r"a\.png: no folder; name a folder .* data\.cache_dir=DIR"):
+        opened(files, files[0])
+
+
+@two_users
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_no_link_of_another_user_is_followed_to_a_folder(files, tmp_path, depth):
+    precious = tmp_path / "precious"
+    precious.mkdir(mode=0o700)
+    link = tmp_path / "link"
+    link.symlink_to(precious)
+    os.chown(link, OTHER, OTHER, follow_symlinks=False)
+    folder = Path(link, *"ab"[:depth])
+    with pytest.raises(UserError, match=f"{link}: a link of user {OTHER}.*rm -r {link}"):
+        opened(files, folder)
+    scan = scan_masks([save(tmp_path / "m.png", [[0, 1]])], LabelReader(2), folder)
+    assert scan.class_counts == [1, 1]
+    assert not list(precious.iterdir())
+
+
 def test_a_cache_folder_behind_links_of_the_users_own_works(files, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -29,7 +29,7 @@ def backbone_state(spec: str, arch: Arch) -> dict[str, Tensor]:
         return load_weights(spec)[0]
     weights = models.get_model_weights(arch).DEFAULT
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    if not path.exists():
+    if not path.is_file():  # what else lies there, such as a pipe, is replaced
         _download(weights.url, path)
     _check_hash(path, weights.url)
     return load_weights(path)[0]

@@ -21,14 +21,18 @@ from train_utils.image_io import printable
 def private_folder(path: Path, otherwise: str, named: bool = False) -> None:
     """Make a folder that is ours alone, or see that it is, and close it to others.
 
-    named: the user has named it, so it may be reached by a link and stays as open as it is: others
-    may at most remove what they cannot read.
+    named: the user has named it, so it may be a link of his and stays as open as it is: a group that
+    may write to it can remove files, not read or replace them.
     Raises UserError, with what to do `otherwise`, for a folder that is not ours, and OSError where
     none can be made.
     """
-    _make_folders(path)
     if os.name != "posix":
+        path.mkdir(parents=True, exist_ok=True)
         return
+    for part in (path, *path.absolute().parents):
+        if part.is_symlink() and (owner := part.lstat().st_uid) not in (0, os.geteuid()):
+            raise not_ours(part, f"a link of user {owner}", f", or {otherwise}")
+    _make_folders(path)
     status = path.stat() if named else path.lstat()
     if problem := _problem(status, stat.S_ISDIR, "no folder"):
         if not named:

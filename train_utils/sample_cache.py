@@ -172,7 +172,7 @@ def open_cache(
         raise UserError(f"{printable(error.filename)}: {problem}") from error
     path = place / f"{prefix}-{identity}.pack"
     try:
-        named = kind == "disk" and folder is not None
+        named = kind == "disk" and bool(folder)
         private_folder(place, _otherwise(place, kind, named), named)
         with _alone(place, _PATIENCE):  # one process makes the pack, the others find it
             cache = _found(path, numbers)
@@ -224,7 +224,8 @@ def _otherwise(place: Path, kind: str, named: bool) -> str:
     """What to do where the folder of packs is not ours."""
     if kind == "ram":
         return "use --cache disk"
-    own = printable(shlex.quote(str(place / _own_name()))) if named else "DIR"
+    known = named and place.is_dir()
+    own = printable(shlex.quote(str(place / _own_name()))) if known else "DIR"
     return f"name a folder of your own: --set data.cache_dir={own}"
 
 
@@ -300,11 +301,17 @@ def _make(path: Path, shapes: Sequence[Sequence[Shape]], kind: str) -> None:
 
 def _layout(shapes: np.ndarray) -> tuple[np.ndarray, int]:
     """Where the slots of items of these shapes [N, 2, 3] begin, and how long the file is."""
-    sizes = shapes.astype(np.int64).prod(axis=2).sum(axis=1)
+    sizes = _volumes(shapes).astype(np.int64)
     sizes += -sizes % _ALIGNMENT
     begin = _HEADER.itemsize + len(shapes) * (_SHAPES.itemsize + _STATE.itemsize)
     begin += -begin % _ALIGNMENT
     return begin + np.cumsum(sizes) - sizes, begin + int(sizes.sum())
+
+
+def _volumes(shapes: np.ndarray) -> np.ndarray:
+    """Bytes of each item, as floats: what is no pack may ask for more than an integer can hold."""
+    channels, height, width = np.moveaxis(shapes.astype(np.float64), 2, 0)
+    return (channels * height * width).sum(axis=1)
 
 
 def _checksum(path: Path, shapes: np.ndarray) -> int:
@@ -329,10 +336,8 @@ def _read_shapes(file: BinaryIO, path: Path, items: int) -> np.ndarray:
     if len(head) == _HEADER.itemsize + items * _SHAPES.itemsize:
         header = np.frombuffer(head, _HEADER, 1)[0]
         shapes = np.frombuffer(head, _SHAPES.base, offset=_HEADER.itemsize).reshape(-1, 2, 3)
-        # As floats, since what is no pack may hold shapes whose product no integer does.
-        room = shapes.prod(axis=2, dtype=np.float64).sum() <= size
         whole = (header["crc"], header["bytes"]) == (_checksum(path, shapes), size)
-        if room and whole and _layout(shapes)[1] == size:
+        if whole and _volumes(shapes).sum() <= size == _layout(shapes)[1]:
             return shapes
     raise not_ours(path, "no whole cache of these samples")
 
