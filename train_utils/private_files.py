@@ -21,8 +21,8 @@ from train_utils.image_io import printable
 def private_folder(path: Path, otherwise: str, named: bool = False) -> None:
     """Make a folder that is ours alone, or see that it is, and close it to others.
 
-    named: the user has named it, so it may be a link of his and stays as open as it is: a group that
-    may write to it can remove files, not read or replace them.
+    named: the user has named it, so it may be a link of his and stays as open as it is: a group
+    that may write to it can remove files, not read or replace them.
     Raises UserError, with what to do `otherwise`, for a folder that is not ours, and OSError where
     none can be made.
     """

@@ -23,6 +23,7 @@ from transforms import IGNORE
 
 _NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
 _MAX_NEAR = 0.05  # … at most on this share of its pixels
+_COUNT = np.uint32  # image_io.MAX_PIXELS fit
 _CHECKSUM = 16  # bytes
 _CACHE_FORMAT = 4  # to be raised when the meaning of a cached number changes
 
@@ -117,16 +118,20 @@ class MaskScan:
 def summary(reader: LabelReader, histograms: np.ndarray) -> np.ndarray:
     """The numbers of a `MaskScan`, int64 [4 + 256 + 3 · classes], of histograms [files, 256]."""
     table = reader.table()
-    classes = np.stack([histograms[:, table == c].sum(1) for c in range(reader.num_classes)], 1)
-    ignored, counting = histograms[:, table == IGNORE].sum(1), classes.sum(1)
+
+    def pixels(index: int) -> np.ndarray:
+        return histograms[:, table == index].sum(1, dtype=np.int64)
+
+    classes, ignored = np.stack([pixels(c) for c in range(reader.num_classes)], 1), pixels(IGNORE)
+    counting = classes.sum(1)
     numbers = (
         (len(histograms), ignored.sum(), (ignored > 0).sum(), (counting == 0).sum()),
-        histograms.sum(0),
+        histograms.sum(0, dtype=np.int64),
         classes.sum(0),
         (classes > 0).sum(0),
         ((classes > 0) * counting[:, None]).sum(0),
     )
-    return np.concatenate(numbers).astype(np.int64)
+    return np.concatenate(numbers)
 
 
 def scan_masks(
@@ -167,7 +172,7 @@ def scan_masks(
 
 def _count(paths: Sequence[PathLike], reader: LabelReader) -> np.ndarray:
     def histogram(path: PathLike) -> np.ndarray:
-        return np.bincount(reader.values(path).ravel(), minlength=256)
+        return np.bincount(reader.values(path).ravel(), minlength=256).astype(_COUNT)
 
     found, problems = try_all(paths, histogram)
     if problems:
