@@ -145,7 +145,8 @@ class Task(BaseTask):
         check_pairs(dataset)
 
     def build_models(self) -> dict[str, nn.Module]:
-        return {"model": getattr(src, self.cfg.model.name)(out_ch=1)}
+        name = self.cfg.model.name
+        return {"model": self.make_network(name, getattr(src, name), out_ch=1)}
 
     @classmethod
     def adopt_weights(cls, state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
@@ -166,15 +167,22 @@ class Task(BaseTask):
         nearest = max(fitting, key=fitting.__getitem__)
         return ({"model": {"name": nearest}}, converted) if fitting[nearest] else None
 
-    def check_models(self, models: Models, device: torch.device) -> None:
-        """Refuse a network that gives no map of probabilities in evaluation."""
-        map = self.trial_prediction(models, device, 3, self.cfg.data.image_size)
-        name, low, high = self.cfg.model.name, map.min().item(), map.max().item()
-        if map.dim() != 4 or map.shape[:2] != (1, 1) or not 0 <= low <= high <= 1:
+    @property
+    def outputs(self) -> str:
+        return (
+            "logits [B, 1, H, W], or a list of them, in training, and probabilities [B, 1, h, w], "
+            "such as torch.sigmoid(logits), in evaluation"
+        )
+
+    def check_models(self, models: Models, batch: Batch) -> None:
+        """Refuse a network with the same outputs in both modes: logits equal no probabilities."""
+        network, images = models["model"], self.normalize(batch[0])
+        outputs, _ = supervised(network(images), batch[1])
+        evaluated = network.eval()(images)
+        if any(x.shape == evaluated.shape and torch.allclose(x, evaluated) for x in outputs):
             raise UserError(
-                f"{name}: gives {list(map.shape)} with values from {low:.3g} to {high:.3g} in "
-                "evaluation. Return probabilities [B, 1, h, w] there, such as "
-                "torch.sigmoid(logits), and logits, or a list of them, in training."
+                f"model.name: {self.cfg.model.name} returns the same in training as in evaluation. "
+                f"Return {self.outputs}."
             )
 
     def check_batches(self, smallest: int) -> None:
@@ -262,7 +270,9 @@ class Task(BaseTask):
 
     def curves(self, metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:
         """TensorBoard's precision–recall curves by tag."""
-        f1 = next(metric for metric in metrics if isinstance(metric, F1Score))
+        f1 = next((metric for metric in metrics if isinstance(metric, F1Score)), None)
+        if f1 is None:
+            return {}
         averaged, pixels = f1.curves(), f1.pixel_counts()
         return {
             "val/precision_recall": {
