@@ -1,6 +1,7 @@
 """Mistakes in what a user edits are named before the first step, and no run folder is left."""
 
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import src
 import train
@@ -376,9 +377,29 @@ def test_targets_that_a_task_does_not_take_are_named(labels, target, message):
     assert "Own, sample 1: " in str(caught.value) and message in str(caught.value)
 
 
+def test_labels_of_16_bits_are_taken():
+    labels = np.eye(8, dtype=np.uint16)
+    wrapped = wrap_dataset(Own((zeros(3), labels)), task_of(True), training=True)
+    assert torch.equal(wrapped[0][1], torch.eye(8, dtype=torch.uint8)[None])
+
+
+def test_float_images_are_taken_as_they_are_and_a_line_says_so(logged):
+    wrap_dataset(Own((zeros(3) + 200.0, zeros(1) + 255)), task_of(False), training=True)
+    assert any("float images are taken as they are" in x and "200 to 200" in x for x in logged)
+
+
 def test_targets_of_validation_keep_their_own_size():
     wrapped = wrap_dataset(Own((zeros(3), zeros(1, side=16) + 255)), task_of(False), training=False)
     assert wrapped[0][1].shape == (1, 16, 16)
+
+
+def test_an_own_dataset_goes_to_workers_and_may_have_a_name_that_is_text():
+    own = Own((zeros(3), None), sound=1)
+    wrapped = pickle.loads(pickle.dumps(wrap_dataset(Subset(own, [0]), task_of(False), True)))
+    wrapped.dataset.dataset.name = "Own"
+    wrapped.dataset.indices = [1]
+    with pytest.raises(UserError, match="sample 1, part 2"):
+        wrapped[0]
 
 
 def test_a_notice_about_own_datasets_comes_once(network, monkeypatch, logged):

@@ -251,8 +251,8 @@ def sample_names(loader: Any, step: int) -> list[str]:
 def item_name(dataset: Dataset, index: int) -> str:
     """What a dataset calls an item, for messages."""
     full, indices = unwrap_subset(dataset)
-    name = getattr(full, "name", lambda index: f"sample {index}")
-    return name(indices[index])
+    name = getattr(full, "name", None)
+    return name(indices[index]) if callable(name) else f"sample {indices[index]}"
 
 
 def unwrap_subset(dataset: Dataset) -> tuple[Any, Sequence[int]]:

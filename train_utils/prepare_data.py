@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from train_utils import image_io
 from train_utils.collectives import call_on_main
-from train_utils.data import KeyedDataset, SampleKey, collate, unwrap_subset
+from train_utils.data import KeyedDataset, SampleKey, collate, item_name, unwrap_subset
 from train_utils.datasets import (
     IGNORE,
     PairDataset,
@@ -99,7 +99,6 @@ class AnyDataset(Dataset):
 
     def __init__(self, dataset: Any, labels: bool) -> None:
         self.dataset, self.labels = dataset, labels
-        self.name = getattr(dataset, "name", lambda index: f"sample {index}")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -117,6 +116,9 @@ class AnyDataset(Dataset):
                 what = f"{self._what(index)}, part {number + 1}"
                 raise UserError(f"{what} of the item: {error}") from error
         return tuple(parts)
+
+    def name(self, index: int) -> str:
+        return item_name(self.dataset, index)
 
     def _what(self, index: int) -> str:
         return f"{type(self.dataset).__name__}, {self.name(index)}"
@@ -141,6 +143,12 @@ class AnyDataset(Dataset):
                 f"{what}: images of several sizes, {sizes[0]} and {max(sizes, key=sizes.count)} "
                 "among them, do not fit into a batch. Resize or crop them in its transforms."
             )
+        if items[0][0].is_floating_point():
+            low, high = items[0][0].aminmax()
+            get_logger().info(
+                f"{what}: its float images are taken as they are, the first one with values from "
+                f"{low:.3g} to {high:.3g}; uint8 ones would be normalised"
+            )
         targets = [target for _, target, *_ in items]
         if not self.labels and all(t.dtype == torch.uint8 and t.max() <= 1 for t in targets):
             raise UserError(
@@ -157,6 +165,8 @@ def _planes(value: Any) -> Tensor:
         array = np.array(value)
         if array.dtype.kind not in "buif":
             raise TypeError(f"{described(value)} is no picture: give an image, array or tensor")
+        if array.dtype.kind == "u" and array.itemsize > 1:  # torch computes little with them
+            array = array.astype(np.int64)
         tensor, last = torch.from_numpy(array), True
     if tensor.dim() == 2:
         return tensor[None]
