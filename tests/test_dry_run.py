@@ -247,6 +247,19 @@ def test_functions_that_give_no_number_are_named(function, message, network, mon
     assert "Mine" in found and message in found
 
 
+@pytest.mark.parametrize("given", [MeanAbsoluteError(), [MeanAbsoluteError], None])
+def test_what_is_no_tuple_of_metrics_is_refused(given, network, monkeypatch):
+    monkeypatch.setattr(saliency.Task, "make_metrics", lambda task: given)
+    message = refused()
+    assert message.startswith("make_metrics: ") and "Return a tuple of metrics" in message
+
+
+def test_pictures_are_tried(network, monkeypatch):
+    row = lambda task, sample: [sample.image.expand(2, -1, -1, -1)]  # noqa: E731
+    monkeypatch.setattr(saliency.Task, "sheet_row", row)
+    refused(error=(RuntimeError, ValueError))
+
+
 def test_images_without_a_score_are_counted():
     metric = ImageMean("Mine", lambda p, t: t.sum() / t.sum())
     metric.update(torch.zeros(2, 4, 4), torch.stack([torch.zeros(4, 4), torch.ones(4, 4)]))

@@ -21,7 +21,8 @@ from train_utils.data import SampleKey, collate, generators_kept, item_name
 from train_utils.device import tf32
 from train_utils.errors import UserError, described, is_out_of_memory
 from train_utils.log import get_logger
-from train_utils.metrics import all_scores
+from train_utils.metrics import ExactMetric, all_scores
+from train_utils.run_folder import contact_sheet
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import (
     Batch,
@@ -134,7 +135,11 @@ def _try_evaluation(task: BaseTask, networks: Models, dataset: Any, device: torc
     amp_dtype = choose_amp_dtype(task.cfg.eval.amp, device, "eval.amp")
     with _explained(task, networks, "predict", name, collate([item])), tf32(task.cfg.eval.tf32):
         (sample,) = predict_samples(networks, [item], device, task.predict, amp_dtype)
-    metrics = task.make_metrics()
+    metrics: Any = task.make_metrics()
+    if not isinstance(metrics, (tuple, list)) or not all(
+        isinstance(metric, ExactMetric) for metric in metrics
+    ):
+        raise UserError(f"make_metrics: {described(metrics)}. Return a tuple of metrics.")
     given = (
         f"prediction {described(sample.prediction)}{_range(sample.prediction)}, target "
         f"{described(sample.target)}{_range(sample.target)}"
@@ -152,7 +157,7 @@ def _try_evaluation(task: BaseTask, networks: Models, dataset: Any, device: torc
                 raise UserError(f"{what}: {given}.{expected}")
         all_scores(metrics)
         task.curves(metrics)
-        task.sheet_row(sample)
+        contact_sheet([task.sheet_row(sample)])
 
 
 def _range(values: Tensor) -> str:
