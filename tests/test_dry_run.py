@@ -1,7 +1,9 @@
 """Mistakes in what a user edits are named before the first step, and no run folder is left."""
 
+import copy
 import logging
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,8 @@ import train
 from tasks import saliency, segmentation
 from train_utils import init_distributed_mode
 from train_utils.config import build
-from train_utils.data import KeyedDataset, SampleKey, collate
-from train_utils.dry_run import check_optimizers, copies_to_try
+from train_utils.data import KeyedDataset, SampleKey, collate, eval_loader
+from train_utils.dry_run import check_optimizers, copies_to_try, dry_run
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.metrics import ImageMean, MeanAbsoluteError, all_remarks
@@ -31,6 +33,7 @@ TINY = [
     *("--set", "model.name=tiny", "-j", "0", "-b", "2", "--device", "cpu"),
 ]
 UNET = ["--config", str(Path(train.__file__).parent / "configs" / "unet.yaml")]
+CPU = torch.device("cpu")
 CLASSES = {"name": "folders", "images": "i", "masks": "m", "class_names": ["a", "b"]}
 
 
@@ -99,6 +102,22 @@ def refused(*options, error=UserError):
         start(*options)
     assert not Path("runs").exists()
     return str(caught.value)
+
+
+def test_nothing_changes_by_it(network):
+    """Batch norm's statistics, modes, gradients, hooks and random generators are as before."""
+    task = build_task(saliency, {"data": {"image_size": 32, "train_size": 1, "val_size": 1}})
+    model = Tiny(ends=sound)
+    model.body.eval()
+    loaders = [eval_loader(data, 1, 0, CPU) for data in task.build_datasets()]
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    drawn = torch.get_rng_state(), random.getstate()
+    optimizers = {"model": torch.optim.AdamW(model.parameters())}
+    dry_run(task, {"model": model}, optimizers, *loaders, CPU)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes and not model._forward_hooks
+    assert all(p.grad is None for p in model.parameters()) and not optimizers["model"].state
+    assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
 
 
 # -- networks -------------------------------------------------------------------------------------
