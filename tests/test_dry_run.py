@@ -156,17 +156,28 @@ def test_untrained_networks_are_taken_whatever_their_logits(start_from):
         task.check_models(copies_to_try(models), batch)
 
 
+def test_outputs_of_another_form_are_taken_where_losses_and_predict_take_them(network, monkeypatch):
+    network(lambda net, logits: {"out": logits[..., ::2, ::2] if net.training else logits})
+    loss = lambda task, models, batch: {  # noqa: E731
+        "mine": models["model"](task.normalize(batch[0]))["out"].square().mean()
+    }
+    predict = lambda task, models, x: models["model"](task.normalize(x))["out"].sigmoid()  # noqa: E731
+    monkeypatch.setattr(saliency.Task, "losses", loss)
+    monkeypatch.setattr(saliency.Task, "predict", predict)
+    start("--epochs", "1", "--set", "data.train_size=2", "--set", "data.val_size=1")
+
+
 @pytest.mark.parametrize(
     ("output", "described"),
     [
-        (lambda logits: [logits, logits], "a list of 2 (float32 [1, 1, 29, 29], …)"),
-        (lambda logits: {"out": logits}, "a dict of 1 (out: float32 [1, 1, 29, 29])"),
+        (lambda logits: [logits, logits], "a list of 2 (float32 [1, 1, 32, 32], …) in evaluation"),
+        (lambda logits: {"out": logits}, "a dict of 1 (out: float32 [1, 1, 32, 32]) in evaluation"),
     ],
 )
 def test_what_is_no_tensor_in_evaluation_is_named(output, described, network):
     network(lambda network, logits: logits if network.training else output(logits.sigmoid()))
     message = refused()
-    assert f"model (Tiny) returns {described} in evaluation" in message
+    assert f"model (Tiny) returns {described}" in message
     assert "probabilities [B, 1, h, w]" in message
 
 

@@ -177,13 +177,15 @@ class Task(BaseTask):
     def check_models(self, models: Models, batch: Batch) -> None:
         """Refuse a network with the same outputs in both modes: logits equal no probabilities."""
         network, images = models["model"], self.normalize(batch[0])
-        outputs, _ = supervised(network(images), batch[1])
-        evaluated = network.eval()(images)
-        if any(x.shape == evaluated.shape and torch.allclose(x, evaluated) for x in outputs):
-            raise UserError(
-                f"model.name: {self.cfg.model.name} returns the same in training as in evaluation. "
-                f"Return {self.outputs}."
-            )
+        trained, evaluated = network(images), network.eval()(images)
+        for each in [trained] if isinstance(trained, Tensor) else trained:
+            both = isinstance(each, Tensor) and isinstance(evaluated, Tensor)
+            if both and each.shape == evaluated.shape and torch.allclose(each, evaluated):
+                raise UserError(
+                    f"model.name: {self.cfg.model.name} returns the same in training as in "
+                    f"evaluation. Return {self.outputs}. If losses of your own take what it "
+                    "returns, remove check_models from tasks/saliency."
+                )
 
     def check_batches(self, smallest: int) -> None:
         """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""

@@ -382,10 +382,15 @@ class Task(BaseTask):
     def check_models(self, models: Models, batch: Batch) -> None:
         """Refuse a network that ends in a softmax, which the losses take themselves."""
         logits = models["model"](self.normalize(batch[0]))
-        if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
+        if (
+            isinstance(logits, Tensor)
+            and logits.min() >= 0
+            and (logits.sum(1) - 1).abs().max() < 1e-3
+        ):
             raise UserError(
                 f"model.name: {self.cfg.model.name} returns probabilities that add up to 1 over "
-                f"the classes. Return {self.outputs}."
+                f"the classes. Return {self.outputs}. If losses of your own take probabilities, "
+                "remove check_models from tasks/segmentation."
             )
 
     def check_batches(self, smallest: int) -> None:
