@@ -93,15 +93,20 @@ class KeyedDataset(Dataset):
 
     def _keyed(self, key: SampleKey) -> Any:
         seed_generators(stable_seed(self.seed, key.epoch, key.index))
-        item = self.dataset[key.index]
+        item = self.item(key.index)
+        return item if key.real else _StandIn(item)
+
+    def item(self, index: int) -> Any:
+        """The dataset's item; UserError for one that cannot be batched or fed to a network."""
+        item = self.dataset[index]
         for number, part in enumerate(item):
             if not isinstance(part, Tensor) or not (number or _is_image(part)):
                 raise UserError(
-                    f"{item_name(self.dataset, key.index)}: part {number + 1} of the item is "
+                    f"{item_name(self.dataset, index)}: part {number + 1} of the item is "
                     f"{described(part)}. Have the transforms return tensors, images as uint8 or "
                     "normalised floats."
                 )
-        return item if key.real else _StandIn(item)
+        return item
 
 
 def _is_image(part: Tensor) -> bool:

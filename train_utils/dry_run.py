@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from train_utils.activity import set_activity
 from train_utils.amp import choose_amp_dtype
-from train_utils.data import SampleKey, collate, generators_kept, item_name
+from train_utils.data import collate, generators_kept, item_name
 from train_utils.device import tf32
 from train_utils.errors import UserError, described, is_out_of_memory
+from train_utils.inference import prepare
 from train_utils.log import get_logger
 from train_utils.metrics import ExactMetric, all_scores
 from train_utils.run_folder import contact_sheet
@@ -27,9 +28,9 @@ from train_utils.task import BaseTask
 from train_utils.train_and_eval import (
     Batch,
     Models,
+    Sample,
     losses_by_network,
     means_on,
-    predict_samples,
     to_device,
     weighed,
     weights_of,
@@ -98,7 +99,7 @@ def _try_training(
     task: BaseTask, networks: Models, first: str, dataset: Any, device: torch.device
 ) -> None:
     """Losses and networks on the first training sample, without a backward pass."""
-    batch = collate([dataset[SampleKey(0, 0)]])
+    batch = collate([dataset.item(0)])
     amp_dtype = choose_amp_dtype(task.cfg.train.amp, device)
     told: list[str] = []
     names: set[str] = set()
@@ -126,15 +127,20 @@ def _try_training(
 
 def _try_evaluation(task: BaseTask, networks: Models, dataset: Any, device: torch.device) -> None:
     """Prediction, metrics and pictures of the first validation sample, or of a corner of it."""
-    image, target, *_ = dataset[SampleKey(0, 0)]
+    image, target, *_ = (part.as_subclass(Tensor) for part in dataset.item(0))
     name = item_name(dataset.dataset, 0)
     if image.shape[-2:] == target.shape[-2:]:  # whole photographs take long
         side = task.cfg.data.image_size
         image, target = image[..., :side, :side], target[..., :side, :side]
-    item = image, target
     amp_dtype = choose_amp_dtype(task.cfg.eval.amp, device, "eval.amp")
-    with _explained(task, networks, "predict", name, collate([item])), tf32(task.cfg.eval.tf32):
-        (sample,) = predict_samples(networks, [item], device, task.predict, amp_dtype)
+    inputs = image[None].to(device)
+    with (
+        _explained(task, networks, "predict", name, (inputs,)),
+        tf32(task.cfg.eval.tf32),
+        torch.inference_mode(),
+    ):
+        prediction = task.predict(prepare(networks, device, amp_dtype), inputs)
+        sample = Sample(image, target, prediction[0].cpu())
     metrics: Any = task.make_metrics()
     if not isinstance(metrics, (tuple, list)) or not all(
         isinstance(metric, ExactMetric) for metric in metrics

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from train_utils import image_io
 from train_utils.collectives import call_on_main
-from train_utils.data import KeyedDataset, SampleKey, collate, item_name, unwrap_subset
+from train_utils.data import KeyedDataset, collate, generators_kept, item_name, unwrap_subset
 from train_utils.datasets import (
     IGNORE,
     PairDataset,
@@ -66,7 +66,8 @@ def _check_alike(train_set: Any, val_set: Any) -> None:
     """UserError where images of one set are normalised on the device and those of the other not."""
     if not train_set:
         return
-    kinds = [KeyedDataset(each, 0)[SampleKey(0, 0)][0].dtype for each in (train_set, val_set)]
+    with generators_kept():
+        kinds = [KeyedDataset(each, 0).item(0)[0].dtype for each in (train_set, val_set)]
     if kinds[0] != kinds[1]:
         raise UserError(
             f"training images are {kinds[0]}, validation images {kinds[1]}: only uint8 is "
