@@ -1,7 +1,7 @@
 """The datasets: DUTS, any two folders of images and masks, and the embedded shapes.
 
 A sample is an image, a `tv_tensors.Image`, uint8 [3, H, W], and its target, by default a mask, a
-`tv_tensors.Mask`, uint8 [1, H, W] in 0…255 (255 salient), after `transforms(image, target)`.
+`tv_tensors.Mask`, uint8 [1, H, W] in 0…255 (255: the object), after `transforms(image, target)`.
 Any other torch Dataset can be trained on as well: see `train_utils.prepare_data.AnyDataset`.
 
 What one task alone needs lies in `tasks/<name>/data.py`.

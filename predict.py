@@ -10,8 +10,8 @@
 
 The weights file says which network and preprocessing to use; both are exactly those that its scores
 were measured with. Without --weights the newest best checkpoint under runs/ is taken. What the map
-is depends on the network: a saliency map, an alpha matte, a label map (palette PNG of class
-indices) or the translated image. A trimap is 0 on the ground, 128 where unknown, 255 on the object.
+is depends on the task, whose `render` draws it: grey values, a label map (palette PNG of class
+indices), an image. A trimap is 0 on the background, 128 where unknown, 255 on the foreground.
 """
 
 from launch.heap import keep_freed_memory

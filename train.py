@@ -24,6 +24,7 @@ from train_utils.checkpoint import split_states
 from train_utils.config import to_dict
 from train_utils.datasets import fingerprint
 from train_utils.distributed_utils import refuse_launcher
+from train_utils.dry_run import dry_run
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.prepare_data import prepare_datasets
 from train_utils.run import Run, evaluate_task
@@ -59,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
     # Networks, and what trains them.
     sync_bn = cfg.train.sync_bn and args.world_size > 1
     networks = place_models(tasks.start_models(task, resume), device, sync_bn)
-    task.check_models(networks, device)
     optimizers = task.build_optimizers(networks)  # or any of torch.optim, or a library's
+    dry_run(task, networks, optimizers, loader, val_loader, device)
     schedulers = task.build_schedulers(optimizers, sampler.steps_per_epoch)
     amp_dtype, decay = choose_amp_dtype(cfg.train.amp, device), cfg.train.ema
     state = TrainingState(

@@ -211,12 +211,6 @@ def test_a_worker_collates_in_shared_memory(monkeypatch, dtype, shape):
     assert torch.equal(batch, alone)
 
 
-def test_a_worker_promotes_mixed_types_as_the_script_does(monkeypatch):
-    items = [(torch.tensor(1),), (torch.tensor(1.5),)]
-    monkeypatch.setattr(data, "get_worker_info", object)
-    assert collate(items)[0].tolist() == [1.0, 1.5]
-
-
 def test_a_batch_draws_as_its_samples_do_alone():
     dataset, keys = KeyedDataset(Noise(3), seed=1), [SampleKey(2, index) for index in (2, 0)]
     before = np.random.get_state()[1]

@@ -91,6 +91,19 @@ def test_imports_make_no_circle():
     assert not graph
 
 
+def test_no_import_hides_in_a_function():
+    """What a file needs stands at its top, also optional packages, which `try` may do without."""
+    hidden = [
+        f"{path.relative_to(REPO)}: {ast.unparse(node)}"
+        for path in PRODUCT
+        for function in ast.walk(tree(path))
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    assert not hidden
+
+
 @pytest.mark.parametrize("folder", ["src", "train_utils"])
 def test_networks_and_shared_code_import_nothing_above_them(folder):
     for name, path in MODULES.items():

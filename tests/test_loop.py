@@ -229,6 +229,22 @@ def test_losses_without_a_gradient_are_refused():
         train(Linear(), losses=losses)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_value_that_is_only_logged_is_no_reason_to_lower_the_rate(mode, scaled):
+    def losses(models, batch):
+        loss = models["model"](batch[0]).square().mean()
+        return {"loss": loss, "shown": loss.detach() / 0}
+
+    net, other = Linear(), Linear()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0) if scaled else None
+    with pytest.raises(UserError, match=r"shown became NaN.*only logged.*nan_to_num") as caught:
+        train(net, losses=losses, options={"on_nonfinite": mode}, scaler=scaler)
+    assert "--lr" not in str(caught.value)
+    with pytest.raises(AssertionError):  # no step is skipped for it
+        assert_same(net, other)
+
+
 def test_a_loss_that_is_infinite_by_itself_stops_though_its_gradients_are_not():
     def losses(models, batch):
         return {"loss": models["model"](batch[0]).mean() + float("inf")}

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_in
 
 from train_utils.device import pins_memory
 from train_utils.distributed_utils import end_with_parent
-from train_utils.errors import UserError
+from train_utils.errors import UserError, described
 
 _WORD = 2**64
 
@@ -93,8 +93,24 @@ class KeyedDataset(Dataset):
 
     def _keyed(self, key: SampleKey) -> Any:
         seed_generators(stable_seed(self.seed, key.epoch, key.index))
-        item = self.dataset[key.index]
+        item = self.item(key.index)
         return item if key.real else _StandIn(item)
+
+    def item(self, index: int) -> Any:
+        """The dataset's item; UserError for one that cannot be batched or fed to a network."""
+        item = self.dataset[index]
+        for number, part in enumerate(item):
+            if not isinstance(part, Tensor) or not (number or _is_image(part)):
+                raise UserError(
+                    f"{item_name(self.dataset, index)}: part {number + 1} of the item is "
+                    f"{described(part)}. Have the transforms return tensors, images as uint8 or "
+                    "normalised floats."
+                )
+        return item
+
+
+def _is_image(part: Tensor) -> bool:
+    return part.dtype == torch.uint8 or part.is_floating_point()
 
 
 def collate(items: Sequence[Any]) -> tuple:
@@ -112,6 +128,12 @@ def collate(items: Sequence[Any]) -> tuple:
 def _stack(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
     # as_subclass: a batch needs no tv_tensor wrapper, which would slow every later operation
     plain = [tensor.as_subclass(torch.Tensor) for tensor in tensors]
+    kinds = sorted({str(tensor.dtype) for tensor in plain})
+    if len(kinds) > 1:  # torch would make floats of all
+        raise UserError(
+            f"items of one batch are {' and '.join(kinds)}. Have the transforms return one type in "
+            "every case: only uint8 images are normalised on the device."
+        )
     if any(tensor.shape != plain[0].shape for tensor in plain):
         return plain
     if plain[0].dim() == 3 and plain[0].stride(0) == 1 < plain[0].shape[0]:
@@ -124,7 +146,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
 def _stack_to_send(tensors: list[Tensor]) -> Tensor:
     """`torch.stack`; in a loader's worker in memory that it shares with the script."""
     first = tensors[0]
-    if get_worker_info() is None or any(tensor.dtype != first.dtype for tensor in tensors):
+    if get_worker_info() is None:
         return torch.stack(tensors)
     # Where torch's own collating puts it, too. A batch in the worker's own memory would be copied
     # on its way, and the heap would grow by dozens of batches: glibc cuts slivers off such aligned
@@ -228,9 +250,14 @@ def sample_names(loader: Any, step: int) -> list[str]:
     sampler, keyed = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
     if not isinstance(sampler, GlobalBatchSampler) or not isinstance(keyed, KeyedDataset):
         return []
-    dataset, indices = unwrap_subset(keyed.dataset)
-    name = getattr(dataset, "name", lambda index: f"sample {index}")
-    return [name(indices[index]) for index in sampler.share(step)]
+    return [item_name(keyed.dataset, index) for index in sampler.share(step)]
+
+
+def item_name(dataset: Dataset, index: int) -> str:
+    """What a dataset calls an item, for messages."""
+    full, indices = unwrap_subset(dataset)
+    name = getattr(full, "name", None)
+    return name(indices[index]) if callable(name) else f"sample {indices[index]}"
 
 
 def unwrap_subset(dataset: Dataset) -> tuple[Any, Sequence[int]]:

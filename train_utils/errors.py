@@ -1,7 +1,8 @@
 """The one exception for what a user can put right."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -26,6 +27,24 @@ def shortened(items: Sequence[str], limit: int = 10, separator: str = ", ") -> s
     """The first items of a list, and how many more there are."""
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])
+
+
+def described(value: Any) -> str:
+    """A value in words: its type, or the dtype and shape of a tensor or array."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        kind = "" if str(value.dtype).startswith("torch.") else "a numpy array, "
+        return f"{kind}{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    text = f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+    if not isinstance(value, (Mapping, list, tuple)):
+        return text
+    if not value:
+        return f"an empty {name}"
+    parts = value.items() if isinstance(value, Mapping) else [("", part) for part in value]
+    first = [f"{key}: {described(part)}" if key else described(part) for key, part in parts][:1]
+    return f"{text} of {len(value)} ({', '.join(first + ['…'] * (len(value) > 1))})"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ Nothing in an update waits for the device.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from train_utils.activity import waiting
 from train_utils.collectives import collective_device, is_dist_avail_and_initialized
-from train_utils.errors import UserError
+from train_utils.errors import UserError, described
 from train_utils.losses import unit_values
 
 Images = Tensor | Sequence[Tensor]
@@ -40,13 +41,15 @@ class ExactMetric(ABC):
 
     state: [images, images with invalid values, the metric's own sums ...]. A metric whose values
     can exceed 1 per image chooses fewer `fraction_bits`, so that its sums still fit. `on_host`: it
-    computes on the CPU whatever it is given, and so on threads beside a device.
+    computes on the CPU whatever it is given, and so on threads beside a device. `invalid`: what
+    an invalid image has, for messages.
     """
 
     name: str
     num_sums: int
     fraction_bits = FRACTION_BITS
     on_host = False
+    invalid = "values not finite or outside [0, 1]"
 
     def __init__(self) -> None:
         self.state = torch.zeros(2 + self.num_sums, dtype=torch.int64)
@@ -116,10 +119,12 @@ class ExactMetric(ABC):
         result = self.compute()
         scores = result if isinstance(result, dict) else {self.name: result}
         text = ", ".join(f"{name}: {score:.4f}" for name, score in scores.items())
+        return text + "".join(f" ({remark})" for remark in self.invalid_images())
+
+    def invalid_images(self) -> list[str]:
+        """A remark on images whose values are invalid, if there are any."""
         count, invalid = self.state[:2].tolist()
-        if invalid:
-            text += f" ({invalid} of {count} images have values not finite or outside [0, 1])"
-        return text
+        return [f"{invalid} of {count} images have {self.invalid}"] if invalid else []
 
     def _averages(self) -> Tensor:
         """The fixed-point sums as fp64 averages over images, on the CPU."""
@@ -169,7 +174,11 @@ def all_scores(metrics: Iterable[ExactMetric]) -> dict[str, float]:
 
 def all_remarks(metrics: Iterable[ExactMetric]) -> list[str]:
     """The remarks of several metrics."""
-    return [remark for metric in metrics for remark in metric.remarks()]
+    return [
+        remark
+        for metric in metrics
+        for remark in (*(f"{metric.name}: {x}" for x in metric.invalid_images()), *metric.remarks())
+    ]
 
 
 class MeanAbsoluteError(ExactMetric):
@@ -200,9 +209,10 @@ class ImageMean(ExactMetric):
 
     function: (prediction, mask), fp64 [H, W] each, in [0, 1] and of the mask's size → a number
     (a 0-dim tensor, on the same device). Each image's is rounded by at most 3e-8. Not finite, or
-    beyond ±10⁶: the score is nan.
+    beyond ±10⁶: the score is nan. Raises UserError where the function returns no number.
     """
 
+    invalid = f"{ExactMetric.invalid}, or a function's number not finite or beyond ±10⁶"
     num_sums = 1
     fraction_bits = 24
     largest = 10**6
@@ -213,7 +223,13 @@ class ImageMean(ExactMetric):
 
     def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
         pred, gt, valid = scored_pair(pred, gt)
-        value = torch.as_tensor(self.function(pred, gt), device=pred.device).detach().double()
+        value = self.function(pred, gt)
+        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)):
+            raise UserError(
+                f"{self.name}: its function returned {described(value)}. Return one number of each "
+                "image, such as (prediction - mask).abs().mean()."
+            )
+        value = torch.as_tensor(value, device=pred.device).detach().double()
         sound = value.abs() <= self.largest  # not of nan
         fixed = to_fixed(torch.where(sound, value, 0), 2**self.fraction_bits)
         return pack_state(valid & sound, fixed)
@@ -242,7 +258,7 @@ class PixelCounts(NamedTuple):
 class F1Score(ExactMetric):
     """maxF1 (β² = 0.3): the best F over thresholds, of precision and recall averaged over images.
 
-    A pixel is salient where the mask is > 0.5, and counts as found where the prediction reaches the
+    A pixel is positive where the mask is > 0.5, and found where the prediction reaches the
     threshold. Bins are those of `torch.histc(prediction, 255, 0, 1)`.
     finish: as for MeanAbsoluteError.
     """
@@ -331,12 +347,12 @@ def mean_of_fixed(total: Tensor, pixels: int) -> Tensor:
     return to_fixed(total.double(), 2**FRACTION_BITS / (pixels * PIXEL_ONE))
 
 
-def count_by_bin(index: Tensor, salient: Tensor, bins: int) -> Tensor:
-    """Histograms [2, bins] of the pixels on and off the object; indices beyond go to the end bins.
+def count_by_bin(index: Tensor, positive: Tensor, bins: int) -> Tensor:
+    """Histograms [2, bins] of positive and other pixels; indices beyond go to the end bins.
 
     scatter_add_ of integers is exact, and unlike bincount does not make the host wait for a GPU.
     """
-    key = index.clamp_(0, bins - 1).add_(~salient, alpha=bins).flatten()
+    key = index.clamp_(0, bins - 1).add_(~positive, alpha=bins).flatten()
     histogram = torch.zeros(2 * bins, dtype=torch.int64, device=key.device)
     return histogram.scatter_add_(0, key, torch.ones_like(key)).view(2, bins)
 

@@ -5,7 +5,7 @@ same gradients, and all decide alike without a collective of their own.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,10 @@ from train_utils.log import get_logger
 HOW_TO_TAME = (
     "Lower --lr, try --amp off or gradient clipping (--set train.clip_norm=1), and check the "
     "images. The last checkpoint is from before."
+)
+HOW_TO_LOG = (
+    "Nothing was trained on it: it is only logged. Have the task's losses return a finite value, "
+    "e.g. by torch.nan_to_num, or leave it out."
 )
 _MAX_IN_A_ROW = 10  # skipped steps, after which the weights themselves must be the cause
 
@@ -76,10 +80,13 @@ class NonfiniteGuard:
     def _live_buffers(self) -> list[Tensor]:
         return [buffer for model in self.models.values() for buffer in model.buffers()]
 
-    def found(self, step: int, losses: dict[str, Tensor]) -> bool:
+    def found(
+        self, step: int, losses: dict[str, Tensor], only_logged: Collection[str] = ()
+    ) -> bool:
         """Whether the update must not happen, on all processes alike."""
         if self.scaled:
-            flag = torch.stack([loss.isfinite() for loss in losses.values()]).logical_not().any()
+            trained = [loss for name, loss in losses.items() if name not in only_logged]
+            flag = torch.stack([loss.isfinite() for loss in trained]).logical_not().any()
         else:
             flag = nonfinite_gradients(self.models.values())
         if not self.looks_at_once:

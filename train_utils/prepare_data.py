@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from train_utils import image_io
 from train_utils.collectives import call_on_main
-from train_utils.data import collate, generators_kept, unwrap_subset
+from train_utils.data import KeyedDataset, collate, generators_kept, item_name, unwrap_subset
 from train_utils.datasets import (
     IGNORE,
     PairDataset,
@@ -27,7 +27,7 @@ from train_utils.datasets import (
     pairs_of,
     try_all,
 )
-from train_utils.errors import UserError, shortened
+from train_utils.errors import UserError, described, shortened
 from train_utils.image_io import is_damaged, printable, read_image
 from train_utils.log import get_logger
 from train_utils.sample_cache import Shape, open_cache
@@ -41,10 +41,16 @@ def prepare_datasets(
 ) -> tuple[BaseTask, Any, Any]:
     """The data checked and cached as the recipe says, and the task with what they decide."""
     given = [
-        wrap_dataset(dataset, task.LABELS, one_size=dataset is train_set)
+        wrap_dataset(dataset, task, training=dataset is train_set)
         for dataset in (train_set, val_set)
         if dataset is not None
     ]
+    if own := [type(each.dataset).__name__ for each in given if isinstance(each, AnyDataset)]:
+        get_logger().info(
+            f"{', '.join(dict.fromkeys(own))}: a dataset of your own. Its files are not checked, "
+            "scanned or cached; after a restart its samples are taken to be the same if their "
+            "number is; --test-only and validation.py score what build_val_dataset gives"
+        )
     data = task.cfg.data
     *first, val_set = [cached(data, dataset) for dataset in verify_files(data, *given)]
     train_set = first[0] if first else None
@@ -61,7 +67,7 @@ def _check_alike(train_set: Any, val_set: Any) -> None:
     if not train_set:
         return
     with generators_kept():
-        kinds = [next(iter(dataset[0])).dtype for dataset in (train_set, val_set)]
+        kinds = [KeyedDataset(each, 0).item(0)[0].dtype for each in (train_set, val_set)]
     if kinds[0] != kinds[1]:
         raise UserError(
             f"training images are {kinds[0]}, validation images {kinds[1]}: only uint8 is "
@@ -72,19 +78,12 @@ def _check_alike(train_set: Any, val_set: Any) -> None:
 # --- datasets of a user's own -------------------------------------------------------------------
 
 
-def wrap_dataset(dataset: Any, labels: bool, one_size: bool) -> Dataset:
-    """A dataset of this project unchanged, and any other one in an `AnyDataset`."""
+def wrap_dataset(dataset: Any, task: BaseTask, training: bool) -> Dataset:
+    """A dataset of this project unchanged, and any other one, checked, in an `AnyDataset`."""
     if getattr(unwrap_subset(dataset)[0], "collate_fn", None) is collate:
         return dataset
-    wrapped = AnyDataset(dataset, labels)
-    wrapped.check(one_size)
-    note = (
-        f"{type(dataset).__name__}: a dataset of your own. Its files are not checked, scanned or "
-        "cached; after a restart its samples are taken to be the same if their number is"
-    )
-    if one_size:
-        note += "; --test-only and validation.py score what build_val_dataset gives"
-    get_logger().info(note)
+    wrapped = AnyDataset(dataset, task.LABELS)
+    wrapped.check(task, training)
     return wrapped
 
 
@@ -101,35 +100,55 @@ class AnyDataset(Dataset):
 
     def __init__(self, dataset: Any, labels: bool) -> None:
         self.dataset, self.labels = dataset, labels
-        self.name = getattr(dataset, "name", lambda index: f"sample {index}")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        image, target, *more = self.dataset[index]
-        try:
-            first = _as_image(image)
-            second = _as_labels(target) if self.labels else _as_map(target)
-        except (TypeError, ValueError) as error:
-            what = type(self.dataset).__name__
-            raise UserError(f"{what}, {self.name(index)}: {error}") from error
-        return first, second, *map(_planes, more)
+        item = self.dataset[index]
+        if not isinstance(item, (tuple, list)) or len(item) < 2:
+            raise UserError(f"{self._what(index)} is {described(item)}. Return (image, target).")
+        convert = [_as_image, _as_labels if self.labels else _as_map, *[_planes] * (len(item) - 2)]
+        parts = []
+        for number, value in enumerate(item):
+            try:
+                parts.append(convert[number](value))
+            except (TypeError, ValueError) as error:
+                what = f"{self._what(index)}, part {number + 1}"
+                raise UserError(f"{what} of the item: {error}") from error
+        return tuple(parts)
 
-    def check(self, one_size: bool) -> None:
+    def name(self, index: int) -> str:
+        return item_name(self.dataset, index)
+
+    def _what(self, index: int) -> str:
+        return f"{type(self.dataset).__name__}, {self.name(index)}"
+
+    def check(self, task: BaseTask, training: bool) -> None:
         """Look at the first items; raise UserError for such as could not be trained on or scored.
 
-        one_size: all images must have the size of the first one.
+        training: all images must have the size of the first one, since they share batches.
         """
         items = [self[index] for index in range(min(_LOOKED_AT, len(self)))]
         what = type(self.dataset).__name__
         if not items:
             raise UserError(f"{what}: is empty.")
+        for index, (image, target, *_) in enumerate(items):
+            try:
+                task.check_item(image, target, training)
+            except ValueError as error:
+                raise UserError(f"{self._what(index)}: {error}") from error
         sizes = [tuple(image.shape) for image, *_ in items]
-        if one_size and len(set(sizes)) > 1:
+        if training and len(set(sizes)) > 1:
             raise UserError(
                 f"{what}: images of several sizes, {sizes[0]} and {max(sizes, key=sizes.count)} "
                 "among them, do not fit into a batch. Resize or crop them in its transforms."
+            )
+        if items[0][0].is_floating_point():
+            low, high = items[0][0].aminmax()
+            get_logger().info(
+                f"{what}: its float images are taken as they are, the first one with values from "
+                f"{low:.3g} to {high:.3g}; uint8 ones would be normalised"
             )
         targets = [target for _, target, *_ in items]
         if not self.labels and all(t.dtype == torch.uint8 and t.max() <= 1 for t in targets):
@@ -144,7 +163,12 @@ def _planes(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         tensor, last = value.as_subclass(Tensor), False
     else:
-        tensor, last = torch.from_numpy(np.array(value)), True
+        array = np.array(value)
+        if array.dtype.kind not in "buif":
+            raise TypeError(f"{described(value)} is no picture: give an image, array or tensor")
+        if array.dtype.kind == "u" and array.itemsize > 1:  # torch computes little with them
+            array = array.astype(np.int64)
+        tensor, last = torch.from_numpy(array), True
     if tensor.dim() == 2:
         return tensor[None]
     if tensor.dim() != 3:

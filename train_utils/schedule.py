@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from train_utils.errors import UserError, described
+
 
 def create_lr_scheduler(
     optimizer: Optimizer,
@@ -124,10 +126,16 @@ def scale_learning_rate(optimizer: Optimizer, schedule: LambdaLR, factor: float)
 def describe_schedules(schedules: Mapping[str, LambdaLR], steps: int) -> str:
     """Each network's highest learning rate and the last one of a run of so many steps.
 
-    Too few halvings are a common mistake that shows only here.
+    Too few halvings are a common mistake that shows only here. Raises UserError for a schedule that
+    is no LambdaLR: a checkpoint could not restore it.
     """
     texts = []
     for name, schedule in schedules.items():
+        if not isinstance(schedule, LambdaLR):
+            raise UserError(
+                f"schedulers: {name!r} is {described(schedule)}. Give a LambdaLR of "
+                "torch.optim.lr_scheduler for each optimizer, stepped after every step."
+            )
         base, factor = schedule.base_lrs[0], schedule.lr_lambdas[0]
         last = base * factor(max(0, steps - 1))
         texts.append(f"{name} {base:.3g} → {last:.3g} (×{last / base:.3g})")

@@ -185,6 +185,8 @@ def deciding_metric(cfg: BaseConfig, metrics: Mapping[str, str]) -> tuple[str, s
 
     metrics: a task's METRICS, the first of which decides by default.
     """
+    if not metrics:
+        raise UserError(f"tasks/{cfg.task}: Task defines no METRICS, score → 'max' or 'min'.")
     name = cfg.train.best or next(iter(metrics))
     if name not in metrics:
         raise UserError(

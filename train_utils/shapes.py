@@ -2,9 +2,9 @@
 
     scene = render_scene(seed=0, index=7, size=128)
 
-One scene holds the truth of every task: a saliency mask, a class map, a soft alpha with the
-foreground and background that it blends, and a flat label map paired with the image. Salient are
-the one to three large closed shapes with a texture of their own; strokes, small shapes, specks and
+One scene holds the truth of every task: a mask of the objects, a class map, a soft alpha with the
+foreground and background that it blends, and a flat label map paired with the image. The objects
+are one to three large closed shapes with a texture of their own; strokes, small shapes, specks and
 low-contrast patches distract. Shapes and grounds draw colours and textures from the same sources,
 so neither brightness nor colour gives a shape away. In a `familiar` scene, shapes of a class come
 in colours near that of their class, as things of one kind often look alike: telling the classes
@@ -62,7 +62,7 @@ class Scene:
     image: Tensor  # [3, S, S] RGB
     mask: Tensor  # [1, S, S], 255 where alpha >= 128, else 0
     classes: Tensor  # [1, S, S], index into CLASS_NAMES of the shape on top; 0 off the mask
-    alpha: Tensor  # [1, S, S], coverage by the salient shapes
+    alpha: Tensor  # [1, S, S], coverage by the objects
     foreground: Tensor  # [3, S, S] RGB, defined everywhere, also where alpha is 0
     background: Tensor  # [3, S, S] RGB, with all distractors
     labels: Tensor  # [3, S, S] RGB, flat: class_palette() on the mask, ground and clutter off it
@@ -91,16 +91,16 @@ def render_scene(seed: int, index: int, size: int, familiar: bool = False) -> Sc
     foreground = _to_bytes(foreground * light + grain)
     background = _to_bytes(background * light + grain)
     alpha = _to_bytes(cover)
-    salient = alpha >= 128
-    classes = classes.masked_fill(~salient, 0)
+    on_object = alpha >= 128
+    classes = classes.masked_fill(~on_object, 0)
     return Scene(
         image=_composite(foreground, background, alpha),
-        mask=salient[None].to(torch.uint8) * 255,
+        mask=on_object[None].to(torch.uint8) * 255,
         classes=classes[None],
         alpha=alpha[None],
         foreground=foreground,
         background=background,
-        labels=_label_map(torch.where(salient, classes, codes)),
+        labels=_label_map(torch.where(on_object, classes, codes)),
     )
 
 
@@ -153,7 +153,7 @@ def _paint_strokes(draw: _Draw, canvas: _Canvas, picture: Tensor, codes: Tensor)
 
 
 def _paint_small_shapes(draw: _Draw, canvas: _Canvas, picture: Tensor, codes: Tensor) -> None:
-    """Paint shapes too small to be salient, as _paint_strokes does."""
+    """Paint shapes too small to be objects, as _paint_strokes does."""
     for _ in range(draw.integer(4, 9)):
         shape = _random_shape(draw, draw.uniform(0.03, 0.1))
         rows, columns = canvas.window(shape)
@@ -167,15 +167,15 @@ def _paint_small_shapes(draw: _Draw, canvas: _Canvas, picture: Tensor, codes: Te
 def _draw_shapes(
     draw: _Draw, canvas: _Canvas, ground_colours: Tensor, familiar: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The salient shapes, back to front: RGB [3, S, S], coverage [S, S], classes uint8 [S, S].
+    """The objects, back to front: RGB [3, S, S], coverage [S, S], classes uint8 [S, S].
 
     Operator "over" on premultiplied colours (Porter & Duff, SIGGRAPH 1984); their sum over the
     coverage is the foreground. Where shapes overlap, the class is that of the one that shows most.
     """
     premultiplied, total, strongest = canvas.zeros(3), canvas.zeros(), canvas.zeros()
     classes = total.to(torch.uint8)
-    for shape in _salient_shapes(draw):
-        distance, cover = _salient_cover(draw, canvas, shape)
+    for shape in _draw_objects(draw):
+        distance, cover = _object_cover(draw, canvas, shape)
         cover = cover.clamp(min=_COVER_FLOOR)
         depth = (1 + distance * (2 / shape.radius)).clamp(0, 1)
         colours = _visible_pair(draw, ground_colours)
@@ -193,7 +193,7 @@ def _draw_shapes(
     return premultiplied / total, total, classes
 
 
-def _salient_cover(draw: _Draw, canvas: _Canvas, shape: _Shape) -> tuple[Tensor, Tensor]:
+def _object_cover(draw: _Draw, canvas: _Canvas, shape: _Shape) -> tuple[Tensor, Tensor]:
     """Signed distance and coverage [S, S] of a shape with a crisp, soft, hairy or glassy finish."""
     x, y = canvas.bent(draw, 0.12 * shape.radius)
     distance = _distance(shape, x, y)
@@ -249,7 +249,7 @@ def _random_shape(draw: _Draw, radius: float) -> _Shape:
     )
 
 
-def _salient_shapes(draw: _Draw) -> list[_Shape]:
+def _draw_objects(draw: _Draw) -> list[_Shape]:
     """One to three shapes, the smaller the more there are; each takes the freest of four places."""
     shapes: list[_Shape] = []
     count = draw.integer(1, 3)

@@ -1,10 +1,10 @@
 """What the scripts ask of a system that they train, with a default for what most have in common."""
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
 from train_utils.config import build, merge, to_dict
-from train_utils.errors import UserError
+from train_utils.errors import UserError, described
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.schedule import make_optimizer, make_schedule
@@ -44,7 +44,7 @@ class BaseTask:
     TRAIN_FLAGS: keys of the config for which train.py has a flag of the same name, likewise.
     """
 
-    METRICS: ClassVar[Mapping[str, str]]
+    METRICS: ClassVar[Mapping[str, str]] = {}
     LABELS: ClassVar[bool] = False
     EXTRA_INPUTS: ClassVar[Mapping[str, Callable[[Path], Tensor]]] = {}
     PREDICT_FLAGS: ClassVar[Mapping[str, bool]] = {}
@@ -61,6 +61,17 @@ class BaseTask:
         """The folder's name, as `task:` of a recipe gives it."""
         return type(self).__module__.split(".")[1]
 
+    @property
+    def outputs(self) -> str:
+        """What networks must return, for messages."""
+        return ""
+
+    def _undefined(self, method: str) -> UserError:
+        return UserError(
+            f'tasks/{self.name}: Task defines no {method}(). Add it as the table under "How to add '
+            'a task" in docs/architecture.md says.'
+        )
+
     def with_values(self: Self, values: dict[str, Any]) -> Self:
         """The task with some settings replaced, e.g. by what `prepare_data` found."""
         if not values:
@@ -71,11 +82,11 @@ class BaseTask:
 
     def build_datasets(self) -> tuple[Dataset, Dataset]:
         """Training and validation data; an item is (image, target), maybe with more behind."""
-        raise NotImplementedError
+        raise self._undefined("build_datasets")
 
     def build_val_dataset(self, all_pairs: bool = False) -> Dataset:
         """Validation data; `all_pairs`: of folders that would be split take all pairs."""
-        raise NotImplementedError
+        raise self._undefined("build_val_dataset")
 
     def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
         """Check the data; returns settings that they decide, by section."""
@@ -87,6 +98,24 @@ class BaseTask:
     def check_data(self, dataset: Dataset) -> None:
         """Refuse a dataset whose files cannot be used, before the first step."""
 
+    def check_item(self, image: Tensor, target: Tensor, training: bool) -> None:
+        """Raise ValueError for an item, of a dataset of one's own, that the task cannot take.
+
+        By default targets have their image's size in training, and floats lie in [0, 1].
+        """
+        size, own = ("×".join(map(str, x.shape[-2:])) for x in (image, target))
+        if training and size != own:
+            raise ValueError(
+                f"its target has {own} pixels, and its image {size}. Resize the target in the "
+                "dataset, class indices by nearest neighbour."
+            )
+        low, high = target.aminmax()
+        if target.is_floating_point() and not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"its target has values from {low:g} to {high:g}. Give floats in [0, 1], uint8 "
+                "codes or bool."
+            )
+
     def check_batches(self, smallest: int) -> None:
         """Refuse a smallest batch (of a step, on a process) on which the networks cannot train."""
 
@@ -94,7 +123,7 @@ class BaseTask:
 
     def build_models(self) -> dict[str, nn.Module]:
         """The networks by name; `model` where there is one."""
-        raise NotImplementedError
+        raise self._undefined("build_models")
 
     def initialise(self, models: dict[str, nn.Module]) -> None:
         """Give networks the weights that a new training starts from, if not torch's own."""
@@ -117,23 +146,11 @@ class BaseTask:
             for name, optim in self.optim_sections().items()
         }
 
-    def check_models(self, models: Models, device: torch.device) -> None:
-        """Refuse networks whose output cannot be trained on or scored, before the first step."""
+    def check_models(self, models: Models, batch: Batch) -> None:
+        """Refuse networks that would train without an error, but on outputs of the wrong kind.
 
-    def trial_prediction(
-        self, models: Models, device: torch.device, channels: int, side: int
-    ) -> Tensor:
-        """What `predict` makes of one image of noise; networks are left in training mode."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (1, channels, side, side)
-        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        for model in models.values():
-            model.eval()
-        with torch.inference_mode():
-            prediction = self.predict(models, noise.to(device))
-        for model in models.values():
-            model.train()
-        return prediction
+        models: copies in training mode, but for their normalisation and dropout. batch: one sample.
+        """
 
     @classmethod
     def adopt_weights(cls, state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
@@ -150,7 +167,7 @@ class BaseTask:
         network's backward pass. A mean is over images unless `weight` says otherwise: how a step is
         cut into batches, and shared out over processes, then changes nothing.
         """
-        raise NotImplementedError
+        raise self._undefined("losses")
 
     def weight(self, batch: Batch) -> float | Mapping[str, float]:
         """What the means of `losses` are over, of a batch on the host: its number of images.
@@ -163,11 +180,11 @@ class BaseTask:
 
     def predict(self, models: Models, inputs: Tensor) -> Tensor:
         """What is scored and written, [B, C, h, w] in fp32, for inputs as the data give them."""
-        raise NotImplementedError
+        raise self._undefined("predict")
 
     def make_metrics(self) -> tuple[ExactMetric, ...]:
         """Metrics at zero."""
-        raise NotImplementedError
+        raise self._undefined("make_metrics")
 
     def metrics_with(self, flags: Collection[str]) -> tuple[ExactMetric, ...]:
         """Metrics at zero, as validation.py has them under these of SCORE_FLAGS."""
@@ -197,15 +214,30 @@ class BaseTask:
 
         sides: (H, W) of the file, if `data.draft` had the image read at a reduced size.
         """
-        raise NotImplementedError
+        raise self._undefined("network_input")
 
     def render(
         self, image: Tensor, prediction: Tensor, kinds: Sequence[str], threshold: float | None
     ) -> dict[str, Image.Image]:
         """Pictures to write, at the image's own size: `map`, and other `kinds`."""
-        raise NotImplementedError
+        raise self._undefined("render")
 
     # -- for tasks to use ---------------------------------------------------------------------
+
+    def make_network(self, name: str, make: Any, *args: Any, **options: Any) -> nn.Module:
+        """make(…), what `src` exports by that name; UserError for what cannot be called so."""
+        given = ", ".join([*map(repr, args), *(f"{key}={x!r}" for key, x in options.items())])
+        try:
+            inspect.signature(make).bind(*args, **options)
+        except TypeError as error:
+            raise UserError(
+                f"src.{name}() cannot be called with ({given}), as {self.name} does: {error}. Have "
+                "it take these arguments."
+            ) from error
+        network = make(*args, **options)
+        if not isinstance(network, nn.Module):
+            raise UserError(f"src.{name}() returns {described(network)}. Return an nn.Module.")
+        return network
 
     def normalize(self, images: Tensor) -> Tensor:
         """Network input made of uint8 images; floats are taken as they are."""

@@ -24,7 +24,7 @@ from train_utils.data import sample_names, stable_seed
 from train_utils.device import fp64_device
 from train_utils.distributed_utils import no_sync, unwrap
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError, memory_errors, shortened
+from train_utils.errors import UserError, described, memory_errors, shortened
 from train_utils.inference import (
     GPU_CHUNK,
     SPARE_MEMORY,
@@ -37,6 +37,7 @@ from train_utils.losses import criterion
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, reduce_metrics
 from train_utils.nonfinite import (
+    HOW_TO_LOG,
     HOW_TO_TAME,
     NonfiniteGuard,
     OnNonfinite,
@@ -236,6 +237,27 @@ def shares_of_step(
     return shares, int(images), stops > 0
 
 
+def losses_by_network(
+    losses: LossFunction, models: Models, batch: Batch, first: str
+) -> Iterator[tuple[str, Losses]]:
+    """(network, means), one after the other; a dict alone is of the `first` network.
+
+    Raises UserError for what is neither.
+    """
+    found: Any = losses(models, batch)
+    form = "Return a dict of means by name, or yield (network, such a dict)."
+    if isinstance(found, Mapping):
+        found = [(first, found)]
+    elif not isinstance(found, Iterable) or isinstance(found, Tensor):
+        raise UserError(f"losses: {described(found)}. {form}")
+    for pair in found:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2
+        if not is_pair or pair[0] not in models or not isinstance(pair[1], Mapping):
+            got = f"({pair[0]!r}, {described(pair[1])})" if is_pair else described(pair)
+            raise UserError(f"losses: yields {got}. {form} Networks: {', '.join(models)}.")
+        yield pair
+
+
 def means_on(device: torch.device, given: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
     """Losses and scalars by name as tensors; UserError for what is no single number."""
     for name, value in given.items():
@@ -337,6 +359,7 @@ class _Step:
         about = self.models, self.batches.where, self.batches.names
         self.guard = NonfiniteGuard(self.options.on_nonfinite, self.device, scaled, *about)
         self._checked = False
+        self.only_logged: set[str] = set()
         for network in self.models.values():
             network.train()
         for name in learning_rates(self.optimizers):
@@ -355,7 +378,7 @@ class _Step:
         losses = self._gradients()
         if not self._checked:
             self._refuse_unused_parameters()
-        if skipped := self.guard.found(number, losses):
+        if skipped := self.guard.found(number, losses, self.only_logged):
             self.guard.stop_or_skip(number, losses, self._own_bad_gradients())
         self._update(skipped)
         self.logger.images += images
@@ -370,9 +393,9 @@ class _Step:
         self.guard.review()
         meters = self.logger.read.items()
         if bad := [name for name, meter in meters if not math.isfinite(meter.total)]:
+            advice = HOW_TO_LOG if self.only_logged.issuperset(bad) else HOW_TO_TAME
             raise UserError(
-                f"epoch {self.batches.epoch}: {', '.join(bad)} became NaN or infinite. "
-                f"{HOW_TO_TAME}"
+                f"epoch {self.batches.epoch}: {', '.join(bad)} became NaN or infinite. {advice}"
             )
 
     def _gradients(self, synchronise: bool = True) -> dict[str, Tensor]:
@@ -409,12 +432,10 @@ class _Step:
         ):
             batch = to_device(batch, self.device)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=bool(self.amp_dtype)):
-                found = self.losses(self.models, batch)
-                if isinstance(found, Tensor):
-                    raise UserError("losses: a tensor. Return a dict of means by name.")
-                for network, given in [(first, found)] if isinstance(found, Mapping) else found:
+                for network, given in losses_by_network(self.losses, self.models, batch, first):
                     made = outputs[network]
                     means = means_on(self.device, given)
+                    self.only_logged |= {n for n, mean in means.items() if not mean.requires_grad}
                     total, values = weighed(means, shares, images, made, network == first)
                     total = spoilt_if_nonfinite(total)
                     # Here data-parallel processes wait for each other's gradients.

@@ -49,6 +49,7 @@ class MattingMetrics(ExactMetric):
     """
 
     name = "matting"
+    invalid = "an alpha not finite or outside [0, 1]"
     on_host = True
     num_sums = len(_BOUNDS) + 1  # the last one counts the images that are left out
 

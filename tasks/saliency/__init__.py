@@ -145,7 +145,8 @@ class Task(BaseTask):
         check_pairs(dataset)
 
     def build_models(self) -> dict[str, nn.Module]:
-        return {"model": getattr(src, self.cfg.model.name)(out_ch=1)}
+        name = self.cfg.model.name
+        return {"model": self.make_network(name, getattr(src, name), out_ch=1)}
 
     @classmethod
     def adopt_weights(cls, state_dict: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
@@ -166,16 +167,25 @@ class Task(BaseTask):
         nearest = max(fitting, key=fitting.__getitem__)
         return ({"model": {"name": nearest}}, converted) if fitting[nearest] else None
 
-    def check_models(self, models: Models, device: torch.device) -> None:
-        """Refuse a network that gives no map of probabilities in evaluation."""
-        map = self.trial_prediction(models, device, 3, self.cfg.data.image_size)
-        name, low, high = self.cfg.model.name, map.min().item(), map.max().item()
-        if map.dim() != 4 or map.shape[:2] != (1, 1) or not 0 <= low <= high <= 1:
-            raise UserError(
-                f"{name}: gives {list(map.shape)} with values from {low:.3g} to {high:.3g} in "
-                "evaluation. Return probabilities [B, 1, h, w] there, such as "
-                "torch.sigmoid(logits), and logits, or a list of them, in training."
-            )
+    @property
+    def outputs(self) -> str:
+        return (
+            "logits [B, 1, H, W], or a list of them, in training, and probabilities [B, 1, h, w], "
+            "such as torch.sigmoid(logits), in evaluation"
+        )
+
+    def check_models(self, models: Models, batch: Batch) -> None:
+        """Refuse a network with the same outputs in both modes: logits equal no probabilities."""
+        network, images = models["model"], self.normalize(batch[0])
+        trained, evaluated = network(images), network.eval()(images)
+        for each in [trained] if isinstance(trained, Tensor) else trained:
+            both = isinstance(each, Tensor) and isinstance(evaluated, Tensor)
+            if both and each.shape == evaluated.shape and torch.allclose(each, evaluated):
+                raise UserError(
+                    f"model.name: {self.cfg.model.name} returns the same in training as in "
+                    f"evaluation. Return {self.outputs}. If losses of your own take what it "
+                    "returns, remove check_models from tasks/saliency."
+                )
 
     def check_batches(self, smallest: int) -> None:
         """Refuse a smallest batch (of a step, on a process) on which batch norm could not train."""
@@ -262,7 +272,9 @@ class Task(BaseTask):
 
     def curves(self, metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:
         """TensorBoard's precision–recall curves by tag."""
-        f1 = next(metric for metric in metrics if isinstance(metric, F1Score))
+        f1 = next((metric for metric in metrics if isinstance(metric, F1Score)), None)
+        if f1 is None:
+            return {}
         averaged, pixels = f1.curves(), f1.pixel_counts()
         return {
             "val/precision_recall": {

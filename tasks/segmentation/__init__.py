@@ -339,14 +339,24 @@ class Task(BaseTask):
         weights = (scan or _scan_scenes(self.cfg.data)).class_weights()
         return {"loss": {"class_weights": weights}}
 
+    def check_item(self, image: Tensor, target: Tensor, training: bool) -> None:
+        """Refuse labels that are no class, too."""
+        super().check_item(image, target, training)
+        label_counts(target, self.cfg.data.num_classes)
+
     def build_models(self) -> dict[str, nn.Module]:
         model = self.cfg.model
         make = getattr(src, model.name)
         options = {"channels": model.channels, "batch_norm": model.batch_norm}
         taken = inspect.signature(make).parameters
         options = {name: value for name, value in options.items() if name in taken}
-        network = make(self.cfg.data.num_classes, **options)
+        network: Any = self.make_network(model.name, make, self.cfg.data.num_classes, **options)
         if model.freeze_backbone:
+            if not hasattr(network, "freeze_backbone"):
+                raise UserError(
+                    f"model.freeze_backbone: {model.name} has no freeze_backbone(). Define it in "
+                    "src, or leave the setting at false."
+                )
             network.freeze_backbone()
         return {"model": network}
 
@@ -365,14 +375,23 @@ class Task(BaseTask):
                 "DEFAULT."
             ) from error
 
-    def check_models(self, models: Models, device: torch.device) -> None:
-        """Refuse a network that does not give logits of all classes."""
-        prediction = self.trial_prediction(models, device, 3, self.cfg.data.image_size)
-        classes, name = self.cfg.data.num_classes, self.cfg.model.name
-        if prediction.dim() != 4 or prediction.shape[1] != classes:
+    @property
+    def outputs(self) -> str:
+        classes = self.cfg.data.num_classes
+        return f"logits [B, {classes}, h, w], a channel per class, in training and in evaluation"
+
+    def check_models(self, models: Models, batch: Batch) -> None:
+        """Refuse a network that ends in a softmax, which the losses take themselves."""
+        logits = models["model"](self.normalize(batch[0]))
+        if (
+            isinstance(logits, Tensor)
+            and logits.min() >= 0
+            and (logits.sum(1) - 1).abs().max() < 1e-3
+        ):
             raise UserError(
-                f"{name}: gives {list(prediction.shape)} in evaluation. Return logits [B, "
-                f"{classes}, h, w], a channel per class, there and in training."
+                f"model.name: {self.cfg.model.name} returns probabilities that add up to 1 over "
+                f"the classes. Return {self.outputs}. If losses of your own take probabilities, "
+                "remove check_models from tasks/segmentation."
             )
 
     def check_batches(self, smallest: int) -> None:

@@ -31,6 +31,7 @@ class ConfusionMatrix(ExactMetric):
 
     name = "confusion"
     fraction_bits = 30
+    invalid = "logits not finite, or labels that are no class"
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class TranslationMetrics(ExactMetric):
     """
 
     name = "translation"
+    invalid = "generated values not finite or outside [-1, 1]"
     num_sums = 5  # L1, PSNR / PSNR_CAP, SSIM in fixed point; images at the cap, small images
 
     def sample_state(self, pred: Tensor, gt: Tensor) -> Tensor:
