@@ -28,7 +28,6 @@ from train_utils.datasets import (
     split_pairs,
 )
 from train_utils.errors import UserError
-from train_utils.image_io import printable
 
 _SHAPES_CACHE_BYTES = 512 * 2**20
 
@@ -76,7 +75,7 @@ class DUTSDataset(PairFolderDataset):
         images, masks = (Path(root, part, f"{part}-{kind}") for kind in ("Image", "Mask"))
         if not (images.is_dir() and masks.is_dir()):
             raise UserError(
-                f"{printable(root)}: looked for {part}/{part}-Image and {part}/{part}-Mask, "
+                f"{root}: looked for {part}/{part}-Image and {part}/{part}-Mask, "
                 f"{found_in(Path(root))}. Give the folder that holds {part}, or your own pairs by "
                 "--images DIR --masks DIR."
             )

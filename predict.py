@@ -29,8 +29,7 @@ from train_utils.amp import choose_amp_dtype
 from train_utils.arguments import new_parser
 from train_utils.config import parse_assignments
 from train_utils.device import allow_tf32, resolve_device, take_device
-from train_utils.errors import UserError
-from train_utils.image_io import printable
+from train_utils.errors import UserError, printable, tell
 from train_utils.inference import prepare
 from train_utils.prediction import Picture, Predictor
 from train_utils.prediction_files import plan
@@ -78,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     cfg = task.cfg
     allow_tf32(cfg.eval.tf32)
     models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
-    print(f"{weights} → {len(jobs)} file(s)", flush=True)
+    print(printable(f"{weights} → {len(jobs)} file(s)"), flush=True)
 
     done = failed = 0
     predictor = Predictor(task, models, device, args.threshold)
@@ -116,14 +115,14 @@ def check_flags(args: argparse.Namespace, flags: Mapping[str, bool], weights: st
 
 def report(picture: Picture) -> None:
     """Print what has become of an input."""
-    source = printable(picture.job.source)
+    source = picture.job.source
     if picture.warning:
-        print(f"warning: {source}: {picture.warning}", file=sys.stderr, flush=True)
+        tell(f"warning: {source}: {picture.warning}")
     if picture.error:
-        print(f"error: {picture.error}", file=sys.stderr, flush=True)
+        tell(f"error: {picture.error}")
     else:
-        outputs = ", ".join(printable(path) for path in picture.job.outputs.values())
-        print(f"{source} → {outputs}", flush=True)
+        outputs = ", ".join(map(str, picture.job.outputs.values()))
+        print(printable(f"{source} → {outputs}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import tasks
 from train_utils import train_one_epoch
 from train_utils.amp import choose_amp_dtype, make_scaler
 from train_utils.arguments import parse_args
-from train_utils.checkpoint import split_states
 from train_utils.config import to_dict
 from train_utils.datasets import fingerprint
 from train_utils.distributed_utils import refuse_launcher
@@ -59,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Networks, and what trains them.
     sync_bn = cfg.train.sync_bn and args.world_size > 1
-    networks = place_models(tasks.start_models(task, resume), device, sync_bn)
+    networks = place_models(tasks.start_models(task, resume, saved), device, sync_bn)
     optimizers = task.build_optimizers(networks)  # or any of torch.optim, or a library's
     dry_run(task, networks, optimizers, loader, val_loader, device)
     schedulers = task.build_schedulers(optimizers, sampler.steps_per_epoch)
@@ -104,8 +103,8 @@ def main(args: argparse.Namespace) -> None:
 
 def evaluate_only(args: argparse.Namespace, task: BaseTask, weights: str) -> None:
     """Evaluate weights on the recipe's validation data."""
-    device, networks = torch.device(args.device), task.build_models()
-    split_states(networks, tasks.read_weights(task, weights), weights)
+    device = torch.device(args.device)
+    networks = tasks.networks_with(task, tasks.read_weights(task, weights), weights)
     task.cfg.data.cache = "none"  # nothing is read twice
     task, _, val_set = prepare_datasets(task, None, task.build_val_dataset())
     networks = place_models(networks, device, sync_bn=False)

@@ -29,7 +29,7 @@ from train_utils.arguments import parse_validation_args
 from train_utils.collectives import is_main_process
 from train_utils.config import load_yaml, merge, parse_assignments
 from train_utils.device import allow_tf32
-from train_utils.errors import UserError
+from train_utils.errors import UserError, typed
 from train_utils.log import get_logger
 from train_utils.prepare_data import prepare_datasets
 from train_utils.run_folder import newest_best_checkpoint
@@ -50,7 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Score and report, as rank `args.rank` of `args.world_size` processes."""
     if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
-        raise UserError(f"--json {args.json}: not a file in a folder that exists. Make it first.")
+        raise UserError(
+            f"--json {typed(args.json)}: not a file in a folder that exists. Make it first."
+        )
     scores = score_files(args) if args.predictions else score_weights(args)
     if is_main_process():
         report(scores)

@@ -39,5 +39,6 @@ def require_network(name: str) -> None:
     nearest = difflib.get_close_matches(name, __all__, n=1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     raise ValueError(
-        f"name: {name!r} is not exported by src/__init__.py, which has {', '.join(__all__)}.{hint}"
+        f"name: {name[:80]!r} is not exported by src/__init__.py, which has "
+        f"{', '.join(__all__)}.{hint}"
     )

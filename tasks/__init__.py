@@ -4,6 +4,7 @@ A folder's module defines `Config`, the typed sections of its YAML, and `Task`, 
 `train_utils.task.BaseTask`.
 """
 
+import os
 from argparse import Namespace
 from collections.abc import Iterable
 from importlib import import_module
@@ -11,12 +12,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from train_utils.checkpoint import load_training_state, load_weights, split_states
+from train_utils.checkpoint import (
+    as_one_module,
+    check_fits,
+    load_training_state,
+    load_weights,
+    split_states,
+)
 from train_utils.collectives import broadcast_tensors, call_on_main
 from train_utils.config import build, load_yaml, merge, parse_assignments, to_dict
-from train_utils.errors import UserError
+from train_utils.data import generators_kept
+from train_utils.errors import UserError, brief, shortened, typed
 from train_utils.log import get_logger
 from train_utils.run_folder import LAST, find_resume, restarted_run
 from train_utils.settings import deciding_metric
@@ -35,7 +44,7 @@ def task_names() -> list[str]:
 def load_task(name: str, source: str = "config") -> ModuleType:
     """Import tasks/<name>; UserError lists the tasks there are."""
     if name not in task_names():
-        raise UserError(f"{source}: task: {name!r} is not one of {', '.join(task_names())}.")
+        raise UserError(f"{source}: task: {brief(name)} is not one of {', '.join(task_names())}.")
     return import_module(f"tasks.{name}")
 
 
@@ -148,8 +157,8 @@ def load_models(
     state_dict, values = load_weights(weights)
     if values is not None and recipe:
         raise UserError(
-            f"--config {recipe}: {weights} brings its own settings. Leave --config out, or change "
-            "single settings with --set."
+            f"--config {typed(recipe)}: {weights} brings its own settings. Leave --config out, or "
+            "change single settings with --set."
         )
     if recipe:
         task = read_config(load_yaml(recipe), recipe, overrides)
@@ -158,11 +167,44 @@ def load_models(
         if values is None:
             values, state_dict = _recognise(state_dict, weights)
         task = read_config(values, str(weights), overrides)
-    models = task.build_models()
-    split_states(models, state_dict, str(weights))
+    models = networks_with(task, state_dict, str(weights))
     for model in models.values():
         model.eval()
     return task, models
+
+
+def networks_with(
+    task: BaseTask, state_dict: dict[str, Tensor], source: str
+) -> dict[str, nn.Module]:
+    """A task's networks with the weights of a file.
+
+    Raises UserError for weights that do not fit, before networks are made that are larger.
+    """
+    if plan := _plan(task):
+        check_fits(plan, state_dict, source)
+    networks = task.build_models()
+    split_states(networks, state_dict, source)
+    return networks
+
+
+def _plan(task: BaseTask) -> nn.Module | None:
+    """A task's networks as shapes that take no memory.
+
+    None for one of your own that computes with its weights while it is built. Raises UserError for
+    networks that this machine has not enough memory for.
+    """
+    try:
+        with generators_kept(), torch.device("meta"):
+            plan = as_one_module(task.build_models())
+    except (NotImplementedError, RuntimeError):
+        return None
+    needed = sum(tensor.nbytes for tensor in plan.state_dict().values())
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise UserError(
+            f"model: its weights take {needed / 2**30:,.0f} GiB, and this machine has less memory. "
+            "Use a smaller network, e.g. by --set model.channels=64."
+        )
+    return plan
 
 
 def read_weights(task: BaseTask, weights: str) -> dict[str, Tensor]:
@@ -173,8 +215,8 @@ def read_weights(task: BaseTask, weights: str) -> dict[str, Tensor]:
     state_dict, values = load_weights(weights)
     if values is not None and values.get("task", task.name) != task.name:
         raise UserError(
-            f"{weights}: holds weights of {values['task']}, and this recipe is for {task.name}. "
-            "Choose other weights, or a recipe of their task with --config."
+            f"{weights}: holds weights of {str(values['task'])[:80]}, and this recipe is for "
+            f"{task.name}. Choose other weights, or a recipe of their task with --config."
         )
     return _in_own_names(task, state_dict)
 
@@ -193,19 +235,30 @@ def _recognise(
             return {"task": name, **adopted[0]}, adopted[1]
     raise UserError(
         f"{weights}: says nothing of its network and is none that is recognised; it has "
-        f"{len(state_dict)} tensors, such as {', '.join(list(state_dict)[:3])}. Name the recipe "
+        f"{len(state_dict)} tensors, {shortened(list(state_dict), 3)}. Name the recipe "
         "that it was trained with by --config, or use another file."
     )
 
 
-def start_models(task: BaseTask, resume: Path | None) -> dict[str, nn.Module]:
-    """A task's networks: at the start of a training, with the weights that it is to begin with."""
-    networks, weights = task.build_models(), task.cfg.train.weights
+def start_models(
+    task: BaseTask, resume: Path | None, saved: dict[str, Any] | None = None
+) -> dict[str, nn.Module]:
+    """A task's networks: at the start of a training, with the weights that it is to begin with.
+
+    saved: the content of the checkpoint that it continues from, whose weights must fit.
+    """
+    weights = task.cfg.train.weights
+    if weights and not resume:
+        return networks_with(task, read_weights(task, weights), weights)
+    plan = _plan(task)
+    if plan and saved:
+        check_fits(plan, saved["model"], str(resume))
+    networks = task.build_models()
     if resume:
         if weights:
-            get_logger().info(f"--weights {weights}: not used, the run continues from {resume}")
-    elif weights:
-        split_states(networks, read_weights(task, weights), weights)
+            get_logger().info(
+                f"--weights {typed(weights)}: not used, the run continues from {resume}"
+            )
     else:
         call_on_main(lambda: task.initialise(networks))  # one download for all processes
         for network in networks.values():

@@ -60,7 +60,7 @@ MUTATIONS = [
     M(LOOP_FILE, "network.train()", "pass", LOOP),
     M(LOOP_FILE, "> _MAX_WAITING", "> 10**9", "test_evaluate.py"),
     # the state
-    M("train_utils/training_state.py", "            module.load_state_dict(state[key])", "            pass", STATE),
+    M("train_utils/training_state.py", "            module.load_state_dict(dict(state[key]))", "            pass", STATE),
     M("train_utils/training_state.py", "trainer.load_state_dict(content)", "pass", STATE),
     M("train_utils/training_state.py", "ema.steps = state[\"ema_steps\"].get(name, 0)", "ema.steps = 0", STATE),
     M("train_utils/training_state.py", "apply_schedule(self.optimizers[name], schedule)", "pass", STATE),

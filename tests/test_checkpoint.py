@@ -145,6 +145,12 @@ def test_refusing_a_checkpoint_names_the_newest_good_one(tmp_path):
         ({"ema": {"weight": "x"}}, "1 of a wrong type: ema"),
         ({"optimizer": None, "next_step": "3"}, "2 of a wrong type: optimizer, next_step"),
         ({"stale": None}, "1 of a wrong type: stale"),
+        ({"world_size": 10**9, "global_batch": 0}, "2 out of range: global_batch, world_size"),
+        ({"next_step": -1, "next_epoch": 10**99}, "2 out of range: next_epoch, next_step"),
+        ({"best_scores": {"a": "x"}}, "1 of a wrong type: best_scores"),
+        ({"ema_steps": {"model": -10}}, "1 of a wrong type: ema_steps"),
+        ({"meters": {"loss": [1.0, float("inf")]}}, "1 of a wrong type: meters"),
+        ({"meters": {"loss": 1.0}}, "1 of a wrong type: meters"),
         ({"format": 2}, "newer version of this project (format 2"),
     ],
 )

@@ -252,7 +252,7 @@ def test_scan_counts(tmp_path):
     assert scan.class_extent == [14, 6, 8, 0]
     assert {v: n for v, n in enumerate(scan.raw_histogram) if n} == {0: 8, 1: 4, 2: 2, 255: 6}
     assert scan.absent == ["ring"]
-    assert scan.text().splitlines() == [
+    assert scan.lines() == [
         "masks: 3 files, 20 pixels",
         "  0 ground        8 pixels   40.00%  in 2 files",
         "  1 disc          4 pixels   20.00%  in 1 files",
@@ -303,7 +303,7 @@ def test_the_scan_is_cached_until_something_changes(tmp_path, monkeypatch):
     scans: list[MaskScan] = []
     assert reads_of_scan(LabelReader(4)) == 3
     assert reads_of_scan(LabelReader(4)) == 0
-    assert scans[0].text() == scans[1].text()
+    assert scans[0].lines() == scans[1].lines()
     assert reads_of_scan(LabelReader(3)) == 3
     save(paths[0], [[0] * 5, [1] * 5])
     assert reads_of_scan(LabelReader(4)) == 3
@@ -316,7 +316,7 @@ def test_a_damaged_cache_is_ignored(tmp_path, content):
     scan = scan_masks(paths, LabelReader(4), cache)
     (file,) = cache.iterdir()
     file.write_text(content, errors="surrogateescape")
-    assert scan_masks(paths, LabelReader(4), cache).text() == scan.text()
+    assert scan_masks(paths, LabelReader(4), cache).lines() == scan.lines()
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path):
@@ -377,9 +377,9 @@ def test_an_object_that_covers_most_is_warned_of(tmp_path):
         scan_masks([path], LabelReader(2, mode="threshold", object=side), tmp_path / "cache")
         for side in ("dark", "bright")
     )
-    assert "more than half" in dark.text()
-    assert "data.mask_object=bright" in dark.text()
-    assert "more than half" not in bright.text()
+    assert "more than half" in "\n".join(dark.lines())
+    assert "data.mask_object=bright" in "\n".join(dark.lines())
+    assert "more than half" not in "\n".join(bright.lines())
 
 
 # --- real files ---------------------------------------------------------------------------------
@@ -392,8 +392,8 @@ def test_bag(shared_data, tmp_path):
     assert scan.files == scan.class_files[1] == 40
     assert scan.ignored == 0
     assert scan.class_counts[1] / sum(scan.class_counts) == pytest.approx(0.348, abs=0.001)
-    assert "0.00% of the pixels are within 32 grey levels" in scan.text()
-    assert "warning" not in scan.text()
+    assert "0.00% of the pixels are within 32 grey levels" in "\n".join(scan.lines())
+    assert "warning" not in "\n".join(scan.lines())
     with pytest.raises(UserError, match=r"40 of 40 masks cannot be used.*JPEG blurs labels"):
         scan_masks(paths, LabelReader(2), tmp_path)
 
@@ -422,7 +422,7 @@ def test_camvid(shared_data, tmp_path):
     paths = sorted((shared_data / "camvid" / "trainannot").glob("*.png"))
     scan = scan_masks(paths, LabelReader(11, ignore_index=11), tmp_path)
     assert sum(scan.class_counts) + scan.ignored == 20 * 360 * 480
-    assert "ignored (11)" in scan.text()
+    assert "ignored (11)" in "\n".join(scan.lines())
     # Sky, building and road are common and found in nearly all frames; poles are thin.
     weights = scan.class_weights()
     assert min(weights) > 0

@@ -185,7 +185,7 @@ def test_images_without_masks_and_wrong_layout():
     [
         (["--set", "train.epoch=3"], ["train.epoch", "train.epochs"]),
         (["--set", "train.epochs=many"], ["train.epochs", "many"]),
-        (["--epochs", "0"], ["epochs", "at least 1"]),
+        (["--epochs", "0"], ["epochs", "must be 1 to"]),
         (["--set", "data.crop_size=400"], ["crop_size", "image_size"]),
         (["--set", "train.best=accuracy"], ["accuracy", "maxF1, MAE"]),
         (["--set", "task=nothing"], ["nothing", "saliency"]),
@@ -194,7 +194,7 @@ def test_images_without_masks_and_wrong_layout():
         (["--resume", "nowhere"], ["nowhere", "--resume auto"]),
         (["--weights", "none.pth"], ["none.pth", "no such file"]),
         (["--set", "train.seed=99999999999999999999"], ["train.seed", "2^63"]),
-        (["--set", "eval.batch_size=0"], ["batch_size", "at least 1"]),
+        (["--set", "eval.batch_size=0"], ["batch_size", "must be 1 to"]),
         (["--masks", "masks"], ["--images DIR --masks DIR"]),
         (["--val-images", "a", "--val-masks", "b"], ["--images DIR --masks DIR"]),
     ],

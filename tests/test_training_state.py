@@ -296,3 +296,120 @@ def test_two_networks_are_checked_by_name():
         named(make_state()).restore(saved, "last.pth")
     assert "optimizer of generator: bias: exp_avg (2,) ≠ (1,)" in str(caught.value)
     assert "optimizer of discriminator: is missing" in str(caught.value)
+
+
+# -- what a checkpoint brings from elsewhere ------------------------------------------------------
+
+
+def test_options_of_a_checkpoint_do_not_replace_the_code_s_unseen(capsys):
+    saved = trained_state().capture()
+    saved["optimizer"]["param_groups"][0].update(
+        maximize=True, weight_decay=-9.0, betas=(0.0, 0.5), lr=1e9, foreach=False
+    )
+    fresh = make_state()
+    fresh.restore(saved, "last.pth")
+    (group,) = fresh.optimizers["model"].param_groups
+    assert (group["maximize"], group["weight_decay"], group["betas"]) == (False, 0.01, (0.9, 0.999))
+    assert group["lr"] == 0.5  # the schedule's
+    said = capsys.readouterr().out
+    assert said == (
+        "last.pth: the optimizer goes on as these settings and this code make it, with betas "
+        "(0.9, 0.999), not (0.0, 0.5); foreach None, not False; maximize False, not True; "
+        "weight_decay 0.01, not -9.0\n"
+    )
+    make_state().restore(trained_state().capture(), "last.pth")
+    assert capsys.readouterr().out == ""  # nothing differs
+
+
+class Counting(torch.optim.AdamW):
+    """Keeps a count in its groups, as some libraries' optimizers do."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for group in self.param_groups:
+            group["k"] = 0
+
+
+def test_what_an_optimizer_keeps_in_its_groups_is_restored():
+    def counting(k):
+        state = make_state()
+        state.optimizers["model"] = Counting(state.models["model"].parameters(), lr=0.5)
+        state.schedulers["model"] = create_lr_scheduler(state.optimizers["model"], 10, 8)
+        state.optimizers["model"].param_groups[0]["k"] = k
+        return state
+
+    saved, fresh = counting(7).capture(), counting(0)
+    saved["optimizer"]["param_groups"][0]["maximize"] = True  # of the class below
+    fresh.restore(saved, "last.pth")
+    (group,) = fresh.optimizers["model"].param_groups
+    assert (group["k"], group["maximize"]) == (7, False)
+
+
+def _set(*keys_and_value):
+    *keys, last, value = keys_and_value
+
+    def change(saved):
+        for key in keys:
+            saved = saved[key]
+        saved[last] = value
+
+    return change
+
+
+GROUP, FIRST = ("optimizer", "param_groups", 0), ("optimizer", "state", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set(*GROUP, "lr", float("nan")), "optimizer of model: lr: nan ≠ 0.5"),
+        (_set(*GROUP, "betas", [0.9] * 100), "optimizer of model: betas: [0.9, 0.9, "),
+        (_set(*GROUP, "weight_decay", "x" * 999), "optimizer of model: weight_decay: 'xxx"),
+        (_set(*GROUP, "params", [0, 0]), "numbers its parameters in another way"),
+        (_set(*GROUP, "params", ["a", "b"]), "numbers its parameters in another way"),
+        (_set("optimizer", "state", 99, {}), "has 1 states of no parameter"),
+        (_set(*FIRST, "step", torch.tensor(-5.0)), "weight: step tensor(-5.) is of another kind"),
+        (_set(*FIRST, "step", torch.tensor(float("nan"))), "weight: step tensor(nan) is"),
+        (_set(*FIRST, "exp_avg", torch.zeros(1, 3, 1, 1).long()), "weight: exp_avg tensor"),
+        (_set("lr_scheduler", "last_epoch", -1), "last_epoch -1 ≠ 0"),
+        (_set("lr_scheduler", "last_epoch", 10**99), "last_epoch 1000"),
+        (_set("lr_scheduler", "base_lrs", [1e9]), "base_lrs [1000000000.0], more than [0.5]"),
+        (_set("lr_scheduler", "base_lrs", [-0.5]), "base_lrs [-0.5], more than [0.5]"),
+        (_set("lr_scheduler", "base_lrs", [float("nan")]), "base_lrs [nan] ≠ [0.5]"),
+        (_set("lr_scheduler", "lr_lambdas", [{"a": 1}]), "lr_lambdas [{'a': 1}] ≠ [None]"),
+        (_set("lr_scheduler", "step", [1]), "lr_scheduler of model: step [1] ≠ None"),
+        (_set("next_step", 4), "continues at step 4 of an epoch that has 3"),
+    ],
+)
+def test_state_that_would_spoil_the_training_is_refused(change, message):
+    assert message in misfits(change)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scale", float("nan")),
+        ("scale", -1.0),
+        ("growth_factor", 1e9),
+        ("growth_interval", -1),
+        ("_growth_tracker", -1),
+        ("_growth_tracker", "x"),
+    ],
+)
+def test_a_scaler_s_state_that_no_scaler_has_is_refused(key, value):
+    scaler = torch.amp.GradScaler("cpu")
+    assert f"scaler of model: {key} {value!r} ≠ " in misfits(
+        _set("scaler", key, value), scaler=scaler
+    )
+
+
+def test_a_rate_that_a_plateau_lowered_is_told(capsys):
+    state = trained_state()
+    state.scale_learning_rates(0.5)
+    capsys.readouterr()
+    make_state().restore(state.capture(), "last.pth")
+    assert capsys.readouterr().out == "last.pth: lr of model goes on from 0.25, not 0.5\n"
+    state = trained_state(schedulers={})
+    state.optimizers["model"].param_groups[0]["lr"] = 1e9
+    make_state(schedulers={}).restore(state.capture(), "last.pth")
+    assert capsys.readouterr().out == "last.pth: lr of model goes on from 1e+09, not 0.5\n"

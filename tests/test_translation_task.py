@@ -87,7 +87,7 @@ def test_a_recipe_without_its_data_says_what_to_give():
     ("sections", "message"),
     [
         ({"model": {"d_layers": 3}}, r"data\.image_size: must be at least 24 for 3"),
-        ({"model": {"levels": 0}}, r"model\.levels: must be at least 1"),
+        ({"model": {"levels": 0}}, r"model\.levels: must be 1 to 14"),
         ({"model": {"dropout": 1.0}}, r"model\.dropout"),
         ({"data": {"load_size": 15}}, r"data\.load_size: must not be smaller than image_size"),
         ({"data": {"direction": "BtoC"}}, r"data\.direction"),

@@ -109,7 +109,8 @@ def test_without_ffmpeg_the_error_tells_how_to_do_without(tmp_path, monkeypatch)
     with pytest.raises(UserError) as error:
         plan([str(video)], tmp_path / "out", ["map"])
     stem = tmp_path / "clip"
-    assert f'mkdir "{stem}" && ffmpeg -i "{video}" "{stem}/%06d.png"' in str(error.value)
+    command = f"mkdir {stem} && ffmpeg -i file:{video} file:{stem}/%06d.png"
+    assert command in str(error.value)
 
 
 def test_frames_become_numbered_files_beside_other_inputs(tmp_path, monkeypatch):

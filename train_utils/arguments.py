@@ -2,22 +2,48 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from train_utils.config import parse_value
+from train_utils.errors import UserError, print_trace, printable
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that shows its description as it is written, on any console.
 
-    One that cannot show "→" prints an escape from here on instead of ending the run.
+    From here on a console that cannot show "→" prints an escape instead of ending the run, and
+    warnings and traces of Python's, like all that we print, cannot steer it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=raw)
+    warnings.formatwarning = _one_line
+    sys.excepthook = print_trace
+    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    return printable(f"{filename}:{lineno}: {category.__name__}: {message}") + "\n"
+
+
+def _value(text: str) -> Any:
+    try:
+        return parse_value(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_args(
@@ -41,7 +67,7 @@ def parse_args(
     add("--val-masks", dest="data.val_masks", metavar="DIR")
     for key, about in flags.items():
         name = key.rpartition(".")[2].replace("_", "-")
-        add(f"--{name}", dest=key, type=parse_value, metavar="VALUE", help=about)
+        add(f"--{name}", dest=key, type=_value, metavar="VALUE", help=about)
     add(
         "--cache",
         dest="data.cache",

@@ -1,21 +1,24 @@
 """Checkpoints: written whole or not at all, read only when intact, and never executed."""
 
 import copy
+import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from train_utils.config import saved_settings
 from train_utils.device import pins_memory
-from train_utils.errors import UserError, shortened
-from train_utils.files import written_whole
+from train_utils.errors import UserError, shortened, typed
+from train_utils.files import open_regular, written_whole
+from train_utils.outline import read_outline
 
 FORMAT = 1
 # What training continues from, and what not every run or older version has saved.
@@ -26,7 +29,30 @@ _TRAINING_STATE: dict[str, type] = {
     **dict.fromkeys(("num_samples", "global_batch", "world_size"), int),
     "lr": float,
 }
-_OPTIONAL: dict[str, type] = {"ema": dict, "scaler": dict, "stale": int, "data": str}
+_OPTIONAL: dict[str, type] = {
+    **{"ema": dict, "scaler": dict, "stale": int, "data": str, "forward_batch": int}
+}
+# The least that a count can be, and the most.
+_RANGES = {
+    **{"epoch": (-1, 2**40), "next_epoch": (0, 2**40), "next_step": (0, 2**40)},
+    **{"num_samples": (0, 2**40), "stale": (0, 2**40)},
+    **dict.fromkeys(("global_batch", "forward_batch", "world_size"), (1, 2**20)),
+}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 2**53
+
+
+_NAMED: dict[str, Callable[[Any], bool]] = {  # what they hold by name
+    "best_scores": lambda score: type(score) in (int, float),
+    "ema_steps": _is_count,
+    "meters": lambda sums: (
+        isinstance(sums, list)
+        and [type(each) in (int, float) for each in sums] == [True, True]
+        and _is_count(sums[1])
+    ),
+}
 # Settings of earlier versions, which changed neither samples nor steps.
 _RETIRED = (("train", "bucket_mb"), ("train", "compress_gradients"))
 _PREFIXES = ("module.", "_orig_mod.")
@@ -126,17 +152,38 @@ def _file_error(error: BaseException) -> str:
     return _first_line(error)
 
 
-def load_file(path: str | Path) -> Any:
+def load_file(path: str | Path, check: Callable[[BinaryIO], None] | None = None) -> Any:
     """Read a file written by torch.save on the CPU, after its checksums, without executing it.
 
-    Raises UserError for a missing, damaged or truncated file and for a pickle with code in it.
+    It is opened once, so that what was checked is what is read. check: of the open file, first.
+    Raises UserError for a missing, damaged or truncated file, for one that is none, for a pickle
+    with code in it, and for one that would take more memory than it has bytes.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Give the path of a checkpoint (.pth).")
-    _check_intact(path)
+    with _opened(path) as file:
+        if check:
+            check(file)
+        _check_intact(path, file)
+        with _readable(path):
+            read_outline(file, os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _opened(path: Path) -> BinaryIO:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return open_regular(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Give the path of a checkpoint (.pth).") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a file makes of its reader within the block is a UserError."""
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds Python objects besides tensors and plain types, which could run code, "
@@ -149,11 +196,10 @@ def load_file(path: str | Path) -> Any:
         ) from error
 
 
-def _check_intact(path: Path) -> None:
+def _check_intact(path: Path, file: BinaryIO) -> None:
     # torch.load skips the CRCs of the zip archive: a flipped bit would load as wrong weights.
     try:
-        with path.open("rb") as file:
-            head = file.read(2)
+        head = file.read(2)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
     if not head:
@@ -163,7 +209,13 @@ def _check_intact(path: Path) -> None:
     if head != b"PK":
         raise UserError(f"{path}: not a checkpoint. Give a file written by torch.save (.pth).")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            # torch.save does not compress: a few bytes cannot stand for gigabytes, nor twice.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("compressed, which torch.save does not do")
+            if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its parts are larger than the whole")
             damaged = archive.testzip()
     except Exception as error:  # a flipped bit may ask for a password or another compression
         raise UserError(
@@ -171,7 +223,7 @@ def _check_intact(path: Path) -> None:
         ) from error
     if damaged:
         raise UserError(
-            f"{path}: damaged, the checksum of {damaged} is wrong. Use an earlier checkpoint."
+            f"{path}: damaged, the checksum of {damaged[:80]} is wrong. Use an earlier checkpoint."
         )
 
 
@@ -183,19 +235,25 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        state = load_file(path)
-        _check_training_state(state, path)
-        _drop_retired(state["args"])
+        return _training_state(path)
     except UserError as error:
         raise UserError(f"{error} {offer_another(path)}") from error
+
+
+def _training_state(path: Path) -> dict[str, Any]:
+    state = load_file(path)
+    _check_training_state(state, path)
+    state["args"] = _config(state["args"], path)
     return state
 
 
-def _drop_retired(config: dict[str, Any]) -> None:
-    """Forget the settings of a checkpoint's config that there are no more."""
+def _config(saved: Any, path: str | Path) -> dict[str, Any]:
+    """A checkpoint's config, without the settings that there are no more."""
+    config = saved_settings(saved, str(path))
     for section, key in _RETIRED:
         if isinstance(config.get(section), dict):
             config[section].pop(key, None)
+    return config
 
 
 def _check_training_state(state: Any, path: Path) -> None:
@@ -212,11 +270,22 @@ def _check_training_state(state: Any, path: Path) -> None:
         for key, kind in {**_TRAINING_STATE, **_OPTIONAL}.items()
         if key in state and not isinstance(state[key], kind)
     ]
+    odd: list[str] = []
     if not missing and not wrong:
         weights = [key for key in ("model", "ema") if key in state]
         wrong = [key for key in weights if not _is_state_dict(state[key])]
-    if missing or wrong:
-        problems = _counted({"missing": missing, "of a wrong type": wrong})
+        wrong += [
+            key
+            for key, fits in _NAMED.items()
+            if not all(type(name) is str and fits(item) for name, item in state[key].items())
+        ]
+        odd = [
+            key
+            for key, (least, most) in _RANGES.items()
+            if key in state and not least <= state[key] <= most
+        ]
+    if missing or wrong or odd:
+        problems = _counted({"missing": missing, "of a wrong type": wrong, "out of range": odd})
         raise UserError(
             f"{path}: holds no training state to continue from ({problems}). Start anew from its "
             "weights with --weights."
@@ -227,29 +296,31 @@ def offer_another(refused: Path) -> str:
     """Name the newest file beside a refused one that training can continue from."""
     found = []
     for path in refused.parent.glob("*.pth"):
-        with suppress(Exception):  # a damaged file, or one of another kind
-            # Mapped, so that the tensors of what may be many large files are not read.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            _check_training_state(state, path)
-            found.append((state["next_epoch"], state["next_step"], path))
+        with suppress(Exception), open_regular(path) as file:  # damaged, or of another kind
+            # Without the tensors of what may be many large files.
+            state = read_outline(file, os.fstat(file.fileno()).st_size)
+            found.append((int(state["next_epoch"]), int(state["next_step"]), path))
     for epoch, step, path in sorted(found, reverse=True):
         if path.name != refused.name:
             with suppress(UserError):
-                _check_intact(path)
+                _training_state(path)
                 return (
                     f"The newest good checkpoint in {refused.parent} continues at epoch {epoch}, "
-                    f"step {step}: --resume {path}"
+                    f"step {step}: --resume {typed(path)}"
                 )
     return f"There is no other good checkpoint in {refused.parent}."
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def load_weights(
+    path: str | Path, check: Callable[[BinaryIO], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a network's state_dict from any file that holds one, and the run's config if it is ours.
 
     Takes this project's checkpoints (their moving average, if one was kept), bare state_dicts, and
-    state_dicts under the usual keys; `module.` and `_orig_mod.` prefixes are removed.
+    state_dicts under the usual keys; `module.` and `_orig_mod.` prefixes are removed. check: as in
+    `load_file`.
     """
-    content = load_file(path)
+    content = load_file(path, check)
     ours = isinstance(content, dict) and "next_epoch" in content
     config = content.get("args") if ours else None
     found = content
@@ -263,8 +334,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
         )
     if not isinstance(config, dict):
         return strip_prefixes(found), None
-    _drop_retired(config)
-    return strip_prefixes(found), config
+    return strip_prefixes(found), _config(config, path)
 
 
 def _is_state_dict(value: Any) -> bool:

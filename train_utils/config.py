@@ -12,28 +12,32 @@ raising ``ValueError("key: cause. Fix.")``.
 import dataclasses
 import difflib
 import re
-import reprlib
 import sys
 import types
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from train_utils.errors import UserError
-from train_utils.files import write_text
+from train_utils.errors import UserError, brief, typed
+from train_utils.files import open_regular, write_text
 
 T = TypeVar("T")
 
 _TAG = "tag:yaml.org,2002:"
 # Groups: sign, whole, fraction, exponent sign, exponent. YAML 1.1 takes several such numbers for
 # text: 1e-3 (no point), 1.0e5 (no sign in the exponent), -.5 (a sign, but no whole part).
-_NUMBER = re.compile(r"([-+]?)(?=\.?\d)(\d*)\.?(\d*)(?:[eE]([-+]?)(\d+))?\Z", re.ASCII)
+_NUMBER = re.compile(r"([-+]?)(?=\.?\d)(\d*)(?:\.(\d*))?(?:[eE]([-+]?)(\d+))?\Z", re.ASCII)
 # What YAML 1.1 reads otherwise than people do: 010 is 8, 1:30 is 90, 2024-01-31 is no text.
 _TRAP = re.compile(r"[-+]?0([0-9_]|[bx]_*\Z)|.*:|\d{4}-")
 _MAX_DIGITS = 1000  # Python itself refuses to print numbers of some thousands
-_MAX_BYTES = 2**18  # a recipe has a few thousand; text of megabytes takes minutes to parse
+_MAX_BYTES = 2**16  # a recipe has a few thousand; text of megabytes takes minutes to parse
+_MAX_WRITTEN = 2**18  # characters of a recipe in which every alias is written out
+_MAX_MERGED = 20_000  # keys that are copied
+_MAX_DEPTH = 32
+_MAX_TEXT = 4096  # no path is longer
 # What no file system takes, and of which only escapes in quotes can make text: NUL, and halves of
 # UTF-16 pairs. (U+DC80 to U+DCFF stand for the bytes of names that are not UTF-8.)
 _UNUSABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
@@ -42,9 +46,6 @@ _SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true o
 # YAML reads these words as booleans; a Literal field that offers one of them means the word.
 _BOOLEAN_WORDS = {False: ("off", "no", "false"), True: ("on", "yes", "true")}
 
-_short = reprlib.Repr()  # a few nested aliases can make a value whose full repr fills the memory
-_short.maxstring = _short.maxother = 80
-
 
 # Reading
 
@@ -52,8 +53,11 @@ _short.maxstring = _short.maxother = 80
 class _Loader(yaml.SafeLoader):
     """SafeLoader that also refuses tags, duplicate keys, keys that are not text, and traps.
 
-    Aliases cannot blow it up: they share what they stand for, and so do merged (``<<``) sections.
+    Aliases share what they stand for, which `build` counts; of merged (``<<``) sections copies are
+    made, and counted here.
     """
+
+    merged = 0  # keys
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -65,14 +69,25 @@ class _Loader(yaml.SafeLoader):
             _check_keys(node)
         elif node.tag in _TRAP_TAGS and _TRAP.match(node.value):
             fix = "Put it in quotes if it is text, else write a plain decimal number."
-            raise ValueError(f"{line}: YAML 1.1 does not read {node.value} as it looks. {fix}")
+            raise ValueError(f"{line}: YAML 1.1 does not read {node.value[:80]} as it looks. {fix}")
         elif node.tag == _TAG + "int" and len(node.value) > _MAX_DIGITS:
             fix = "Put it in quotes if it is text."
             raise ValueError(f"{line}: a number of {len(node.value)} digits. {fix}")
+        elif isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_TEXT:
+            raise ValueError(f"{line}: text of {len(node.value)} characters. Shorten it.")
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge as YAML does, but keep each key once: ten merges of ten merges of … are no more."""
+        for key, value in node.value:
+            sections = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for section in sections if key.tag == _TAG + "merge" else []:
+                if isinstance(section, yaml.MappingNode):
+                    self.flatten_mapping(section)
+                    self.merged += len(section.value)
+                if self.merged > _MAX_MERGED:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: merges of too many keys. Write fewer.")
         super().flatten_mapping(node)
         node.value = list({key.value: (key, value) for key, value in node.value}.values())
 
@@ -92,8 +107,40 @@ def _check_keys(node: yaml.MappingNode) -> None:
             raise ValueError(f"line {line}: YAML does not read this key as text. Put it in quotes.")
         if key.value in lines:
             first = lines[key.value]
-            raise ValueError(f"line {line}: duplicate key {key.value}, see line {first}. Keep one.")
+            raise ValueError(
+                f"line {line}: duplicate key {key.value[:80]}, see line {first}. Keep one."
+            )
         lines[key.value] = line
+
+
+def check_size(value: Any, most: int = _MAX_WRITTEN, longest: int = _MAX_TEXT) -> None:
+    """Raise ValueError for a value that is too large or too deep once written out in full.
+
+    Parts may be shared: a few aliases of aliases stand for more than any memory holds. They are
+    counted as often as they are reached, without being gone through as often.
+    most: characters of text, and others items, in all. longest: characters of one text.
+    """
+    known: dict[int, tuple[int, int]] = {}  # containers → their size and height
+
+    def measured(item: Any, depth: int) -> tuple[int, int]:
+        if isinstance(item, str) and len(item) > longest:
+            raise ValueError(f"holds a text of {len(item):,} characters")
+        if not isinstance(item, (dict, list, tuple)):
+            return 1 + (len(item) if isinstance(item, (str, bytes)) else 0), 0
+        size, height = known.get(id(item), (0, 0))
+        if depth + height > _MAX_DEPTH:  # also what holds itself
+            raise ValueError("nested too deeply")
+        if not size:
+            size = 1
+            for part in chain(item, item.values()) if isinstance(item, dict) else item:
+                inner = measured(part, depth + 1)
+                size, height = size + inner[0], max(height, 1 + inner[1])
+                if size > most:
+                    raise ValueError(f"holds more than {most:,} values and characters")
+            known[id(item)] = size, height
+        return size, height
+
+    measured(value, 0)
 
 
 def _parse(content: str | bytes, loader: type[_Loader], source: str) -> Any:
@@ -101,7 +148,7 @@ def _parse(content: str | bytes, loader: type[_Loader], source: str) -> Any:
         return yaml.load(content, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        cause = f"line {mark.line + 1}: {error.problem}"
+        cause = f"line {mark.line + 1}: {str(error.problem)[:200]}"
     except yaml.YAMLError as error:  # bytes that are not text
         cause = str(error).splitlines()[0]
     except ValueError as error:  # refused by _Loader, with its own fix
@@ -121,7 +168,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. {_suggest_file(path)}") from None
@@ -131,7 +178,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: larger than {_MAX_BYTES:,} bytes. Name a recipe, a YAML file.")
     values = _parse(content, _Loader, str(path))
     if values is not None and not isinstance(values, dict):
-        got = _short.repr(values)
+        got = brief(values)
         raise UserError(f"{path}: not a mapping but {got}. Write lines such as `key: value`.")
     return values or {}
 
@@ -161,7 +208,8 @@ def parse_assignments(items: list[str]) -> dict[str, Any]:
         names = [name.strip() for name in dotted.split(".")]
         if not equals or not all(names):
             raise UserError(
-                f"--set {item}: not section.key=value. Write for example --set optim.lr=1e-3."
+                f"--set {typed(item)}: not section.key=value. Write for example --set "
+                "optim.lr=1e-3."
             )
         value = parse_value(text, f"--set {dotted}")
         for name in reversed(names):
@@ -178,8 +226,14 @@ def build(cls: type[T], values: dict[str, Any], source: str) -> T:
 
     Absent keys take the dataclass's defaults; an empty section is a section of defaults.
     Raises UserError, starting with `source` and the dotted key, for unknown and missing keys,
-    wrong types, numbers that are not finite, and what a ``__post_init__`` refuses.
+    wrong types, numbers that are not finite, what a ``__post_init__`` refuses, and values that are
+    too large or too deep for settings.
     """
+    try:
+        check_size(values)
+    except ValueError as error:
+        few = "Settings are a few sections of plain values: write those only."
+        raise UserError(f"{source}: {error}. {few}") from None
     try:
         return _section(cls, values, "", list(_dotted_keys(cls)))
     except ValueError as error:
@@ -207,8 +261,8 @@ def _section(cls: Any, values: Any, key: str, known: list[str]) -> Any:
     hints = _field_types(cls)
     for name in values:
         if name not in hints:
-            fix = _suggest_key(prefix, str(name), list(hints), known)
-            raise ValueError(f"{prefix}{name}: unknown key. {fix}")
+            fix = _suggest_key(prefix, name, list(hints), known)
+            raise ValueError(f"{prefix}{name[:80]}: unknown key. {fix}")
     for field in dataclasses.fields(cls):
         required = field.default is field.default_factory is dataclasses.MISSING
         if field.init and required and field.name not in values:
@@ -252,7 +306,8 @@ def _convert(hint: Any, value: Any, key: str, known: list[str]) -> Any:
         return value
     fix = "Write true or false." if hint is bool else ""
     if hint is str and isinstance(value, (bool, int, float)):
-        fix = f"""Put it in quotes ({key}: "{value}", or --set '{key}="{value}"')."""
+        quoted = f'"{value}"'
+        fix = f"Put it in quotes ({key}: {quoted}, or --set {typed(f'{key}={quoted}')})."
     raise _wrong(key, _SCALARS[hint], value, fix)
 
 
@@ -293,7 +348,8 @@ def _choice(choices: tuple[Any, ...], value: Any, key: str) -> Any:
             if type(accepted) is type(choice) and accepted == choice:
                 return choice
     names = [str(choice) for choice in choices]
-    names.sort(key=lambda n: difflib.SequenceMatcher(None, n, str(value)).ratio(), reverse=True)
+    shown = brief(value)
+    names.sort(key=lambda n: difflib.SequenceMatcher(None, n, shown).ratio(), reverse=True)
     raise _wrong(key, f"one of {', '.join(names)}", value)
 
 
@@ -304,7 +360,7 @@ def _number(kind: Any, value: Any, key: str) -> Any:
         if kind is float or isinstance(value, int):
             return kind(value)
     fix = ""
-    match = _NUMBER.match(value) if isinstance(value, str) else None
+    match = _NUMBER.match(value) if isinstance(value, str) and len(value) <= 40 else None
     if match and kind is float:
         sign, whole, fraction, exponent_sign, exponent = match.groups()
         fix = f"{sign}{whole.lstrip('0') or 0}.{fraction or 0}"
@@ -316,7 +372,7 @@ def _number(kind: Any, value: Any, key: str) -> Any:
 
 
 def _wrong(key: str, expected: str, value: Any, fix: str = "") -> ValueError:
-    got = "nothing (null)" if value is None else f"{_short.repr(value)} ({type(value).__name__})"
+    got = "nothing (null)" if value is None else f"{brief(value)} ({type(value).__name__})"
     return ValueError(f"{key}: expected {expected}, got {got}. {fix}".rstrip())
 
 
@@ -343,12 +399,26 @@ def to_dict(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         return {name: to_dict(getattr(config, name)) for name in _field_types(config)}
     if isinstance(config, dict):
+        if odd := next((key for key in config if not isinstance(key, str)), None):
+            raise TypeError(f"the key {brief(odd)} is not text")
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
         return [to_dict(value) for value in config]
     if config is not None and type(config) not in _SCALARS:
-        raise TypeError(f"{config!r} is not a plain value")
+        raise TypeError(f"{brief(config)} is not a plain value")
     return config
+
+
+def saved_settings(values: Any, source: str) -> dict[str, Any]:
+    """The plain values of a config that a file brings; UserError for what no recipe could say."""
+    try:
+        check_size(values)
+        settings = to_dict(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: its settings (args) are none of a recipe: {error}. Use another file."
+        ) from None
+    return settings
 
 
 def diff(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -202,10 +202,10 @@ def check_pairs(dataset: Dataset) -> None:
 
 def check_pair(pair: Pair) -> None:
     """Raise a UserError if one of two files cannot be read, or if their headers' sizes differ."""
-    image_wh, target_wh = map(image_size, pair)
+    image, target = pair
+    image_wh, target_wh = image_size(image), image_size(target)
     if image_wh == target_wh:
         return
-    image, target = map(printable, pair)
     turned = " (EXIF rotations applied)" if image_wh == target_wh[::-1] else ""
     raise UserError(
         f"{image}: {image_wh[0]}×{image_wh[1]} pixels{turned}, but {target} has "
@@ -308,12 +308,12 @@ def files_by_stem(folder: Path, leave_out: Path | None = None) -> dict[str, Path
         stem = relative.with_suffix("").as_posix()
         if stem in files:
             raise UserError(
-                f"{printable(path)}: only the suffix tells it from {printable(files[stem].name)}, "
+                f"{path}: only the suffix tells it from {files[stem].name}, "
                 "and pairs go by the name without it. Remove or rename one of the two."
             )
         files[stem] = path
     if not files:
-        raise UserError(f"{printable(folder)}: holds no images but the masks. Check the path.")
+        raise UserError(f"{folder}: holds no images but the masks. Check the path.")
     return files
 
 
@@ -333,15 +333,13 @@ def require_masks(
         return
     spare = [stem for stem in mask_files if stem not in image_files]
     hints = [
-        f"{printable(stem)} ~ {printable(close)}"
-        for stem in missing[:_MAX_HINTS]
-        if (close := _closest(stem, spare))
+        f"{stem} ~ {close}" for stem in missing[:_MAX_HINTS] if (close := _closest(stem, spare))
     ]
     look_close = f"Names that look close: {'; '.join(hints)}. " if hints else ""
-    names = shortened([printable(image_files[stem].name) for stem in missing])
+    names = shortened([image_files[stem].name for stem in missing])
     raise UserError(
-        f"{printable(masks)}: no {kind} for {len(missing)} of the {len(image_files)} images in "
-        f"{printable(images)}: {names}. {look_close}"
+        f"{masks}: no {kind} for {len(missing)} of the {len(image_files)} images in "
+        f"{images}: {names}. {look_close}"
         f"Name each {kind} like its image (photo.jpg, photo.png), or remove these images."
     )
 
@@ -358,5 +356,5 @@ def found_in(root: Path) -> str:
     """What a folder holds, for messages that said what was looked for."""
     if not root.is_dir():
         return "no such folder"
-    names = sorted(printable(path.name) for path in root.iterdir())
+    names = sorted(path.name for path in root.iterdir())
     return f"found {shortened(names) if names else 'an empty folder'}"

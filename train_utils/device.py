@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, typed
 from train_utils.log import say_once
 
 # What launchers restrict a process to single devices by.
@@ -178,8 +178,8 @@ def _parse(name: str) -> torch.device:
         device = None
     if device is None or (device.type == "cpu" and name != "cpu"):
         raise UserError(
-            f"--device {name}: no such device. Use auto, cpu, cuda, cuda:0, or another accelerator "
-            "of torch's (xpu, mps)."
+            f"--device {typed(name)}: no such device. Use auto, cpu, cuda, cuda:0, or another "
+            "accelerator of torch's (xpu, mps)."
         )
     return device
 

@@ -1,8 +1,23 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right, and what may be shown of foreign text.
 
+Names of files, keys and values may come from strangers: whatever is printed or logged goes through
+`printable`, whatever is proposed to be typed through `typed`.
+"""
+
+import os
+import reprlib
+import shlex
+import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+_LONGEST = 8000  # characters of a line; what a stranger's file says may be megabytes
+_SHOWN = 80  # characters of a value
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, _SHOWN, _SHOWN
 
 
 class UserError(Exception):
@@ -11,6 +26,51 @@ class UserError(Exception):
     The scripts print it as a single ``error: ...`` line, without a traceback, and exit non-zero.
     """
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """A text, or a path, as one line that any terminal or log can take.
+
+    Line breaks, control characters, those that turn the direction of writing, and bytes that are
+    not UTF-8 (surrogate escapes in a str) become backslash escapes. Of a text that fills screens
+    the middle is left out.
+    """
+    text = os.fspath(text)
+    if (more := len(text) - _LONGEST) > 0:
+        half = _LONGEST // 2
+        text = f"{text[:half]} … {more:,} characters more … {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def brief(value: Any) -> str:
+    """The start of a value's repr, of which no more is made than is shown."""
+    text = _short.repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def typed(word: str | os.PathLike[str]) -> str:
+    """A path, or a value, as a shell takes it: quoted where it must be, and never for a flag."""
+    text = os.fspath(word)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def print_trace(_kind: Any, error: BaseException | None, _trace: Any = None) -> None:
+    """Python's own report of an error that nobody caught, whose message may quote a file."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        tell(line)
+
 
 def require(condition: bool, key: str, problem: str) -> None:
     """Raise a ValueError about a setting, unless a condition holds; UserErrors are made of them."""
@@ -18,15 +78,23 @@ def require(condition: bool, key: str, problem: str) -> None:
         raise ValueError(f"{key}: {problem}")
 
 
+def require_between(settings: Any, low: float, high: float, *keys: str) -> None:
+    """Raise a ValueError about the first of some settings that is neither in a range nor null."""
+    for key in keys:
+        value = getattr(settings, key)
+        require(value is None or low <= value <= high, key, f"must be {low} to {high}")
+
+
 def plain_message(error: BaseException) -> str:
     """An error's own text; from a loader worker it arrives behind the worker's traceback."""
-    return str(error).strip().rpartition("train_utils.errors.UserError: ")[2]
+    text = str(error.args[0]) if isinstance(error, UserError) else str(error)
+    return printable(text.strip().rpartition("train_utils.errors.UserError: ")[2])
 
 
 def shortened(items: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
-    """The first items of a list, and how many more there are."""
+    """The first items of a list, none of them for long, and how many more there are."""
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return separator.join([*items[:limit], *more])
+    return separator.join([*(item[:1000] for item in items[:limit]), *more])
 
 
 def described(value: Any) -> str:

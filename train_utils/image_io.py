@@ -48,7 +48,7 @@ from PIL.TiffImagePlugin import (
 )
 from torchvision import tv_tensors
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, printable
 from train_utils.files import written_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -241,18 +241,6 @@ def saved_here(path: PathLike) -> bool:
             return image.info.get("Software") == _SOFTWARE
     except UserError:
         return False
-
-
-def printable(path: PathLike) -> str:
-    """A path as text that any terminal or log can take.
-
-    Bytes that are not UTF-8 (surrogate escapes in a str) and control characters become backslash
-    escapes; everything else stays as it is.
-    """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in os.fspath(path)
-    )
 
 
 def _raise_unreadable(error: OSError) -> None:

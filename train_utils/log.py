@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from train_utils.collectives import is_main_process
+from train_utils.errors import printable
 
 
 def get_logger() -> logging.Logger:
@@ -17,7 +18,7 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger("pixtrain")
     if not logger.handlers:
         handler = _Console()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_OneLine("%(message)s"))
         handler.addFilter(_main_process_or_warning)
         logger.addHandler(handler)
         logger.addHandler(_early)
@@ -30,6 +31,13 @@ def get_logger() -> logging.Logger:
 def say_once(text: str) -> None:
     """Log a line that would be true again and again."""
     get_logger().info(text)
+
+
+class _OneLine(logging.Formatter):
+    """A record is a line: what it quotes can neither begin another one nor steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Early(logging.Handler):
@@ -69,7 +77,7 @@ class _LogFile(logging.FileHandler):
 def log_to_file(path: Path) -> None:
     """Also append every line, with its time, to a file: those of before too."""
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for record in _early.records:
         handler.handle(record)
     _early.records.clear()

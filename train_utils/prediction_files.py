@@ -1,12 +1,11 @@
 """Which file becomes which files, decided before anything is read or written."""
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, tell
 from train_utils.image_io import list_images, printable, saved_here
 from train_utils.prediction import Job
 from train_utils.video import is_video, require_ffmpeg
@@ -148,7 +147,7 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:
             inside = output.resolve()
             if videos := sum(is_video(file) for file in path.rglob("*")):
                 left_out = f"{videos} video(s) in {printable(path)} are left out"
-                print(f"note: {left_out}: name each to have it done.", file=sys.stderr, flush=True)
+                tell(f"note: {left_out}: name each to have it done.")
             for file in list_images(path, recursive=True):
                 if inside == path.resolve() or inside not in file.resolve().parents:
                     yield file, file.relative_to(path)

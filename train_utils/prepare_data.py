@@ -235,7 +235,8 @@ def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
     lines = [f"decoded all {len(readers)} files of the data"]
     if damaged:
         lines[0] += f"; {len(damaged)} are damaged, and what they belong to is left out:"
-    get_logger().info("\n  ".join([*lines, *damaged.values()]))
+    for line in [*lines, *(f"  {text}" for text in damaged.values())]:
+        get_logger().info(line)
     return list(damaged)
 
 

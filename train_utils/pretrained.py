@@ -4,7 +4,7 @@ import hashlib
 import socket
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ def backbone_state(spec: str, arch: Arch) -> dict[str, Tensor]:
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if not path.is_file():  # what else lies there, such as a pipe, is replaced
         _download(weights.url, path)
-    _check_hash(path, weights.url)
-    return load_weights(path)[0]
+    return load_weights(path, lambda file: _check_hash(file, path, weights.url))[0]
 
 
 def _download(url: str, path: Path) -> None:
@@ -54,15 +53,12 @@ def _download(url: str, path: Path) -> None:
         socket.setdefaulttimeout(before)
 
 
-def _check_hash(path: Path, url: str) -> None:
+def _check_hash(file: BinaryIO, path: Path, url: str) -> None:
     # torch hub checks downloads only, not what lies in its cache.
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    file.seek(0)
     if not digest.hexdigest().startswith(_hash_prefix(path)):
         raise UserError(
             f"{path}: damaged or another file, its checksum is wrong. Delete it, so that {url} is "

@@ -19,7 +19,7 @@ from train_utils.amp import choose_amp_dtype
 from train_utils.collectives import all_gather, sum_over_ranks
 from train_utils.data import SampleKey, loader_errors
 from train_utils.device import describe_precision, tf32
-from train_utils.errors import UserError
+from train_utils.errors import UserError, typed
 from train_utils.log import get_logger
 from train_utils.metric_logger import MetricLogger
 from train_utils.metrics import ExactMetric, all_remarks, all_scores
@@ -231,7 +231,7 @@ class Run(EpochRun):
         sum_over_ranks([0])  # rank 0 has saved: one that left earlier would have it terminated
         get_logger().info(
             f"stopped by {reason} at epoch {state.epoch}, step {state.step}; saved in {path}. "
-            f"Continue with --resume {path}"
+            f"Continue with --resume {typed(path)}"
         )
         sys.exit(128 + getattr(signal, reason))
 
@@ -242,10 +242,11 @@ class Run(EpochRun):
         checkpoint = next(file for file in (path / BEST, path / LAST) if file.exists())
         needed = [flag for flag, required in self.task.PREDICT_FLAGS.items() if required]
         flags = "".join(f" --{flag} {flag.upper()}.png" for flag in needed)
+        best = "  ".join(f"{name}: {score:.5f}" for name, score in state.best_scores.items())
+        get_logger().info(f"best: {best}")
+        get_logger().info(f"checkpoint: {checkpoint}")
         get_logger().info(
-            f"best: {'  '.join(f'{k}: {v:.5f}' for k, v in state.best_scores.items())}\n"
-            f"checkpoint: {checkpoint}\n"
-            f"next: python predict.py YOUR_IMAGE.jpg{flags} --weights {checkpoint}"
+            f"next: python predict.py YOUR_IMAGE.jpg{flags} --weights {typed(checkpoint)}"
         )
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +26,7 @@ from train_utils.checkpoint import (
 from train_utils.collectives import call_on_main, get_rank, is_main_process, lost_peers
 from train_utils.config import dump_yaml
 from train_utils.distributed_utils import launcher_ids, mkdir
-from train_utils.errors import UserError, plain_message
+from train_utils.errors import UserError, plain_message, printable, tell, typed
 from train_utils.files import remove_temporaries, write_text, written_whole
 from train_utils.image_io import save_image
 from train_utils.log import get_logger, log_to_file
@@ -142,7 +141,9 @@ def find_resume(request: str | None, output_dir: str | None, config_name: str) -
     if request != "auto":
         path = Path(request, LAST) if Path(request).is_dir() else Path(request)
         if not path.is_file():
-            raise UserError(f"--resume {request}: no checkpoint at {path}. Try --resume auto.")
+            raise UserError(
+                f"--resume {typed(request)}: no checkpoint at {path}. Try --resume auto."
+            )
         return path
     newest = call_on_main(lambda: _newest_run(output_dir, config_name))
     return newest and Path(newest)
@@ -296,7 +297,7 @@ class RunFolder:
     def give_up(self, reason: str) -> NoReturn:
         """Write why and end this process at once, from any thread: its main one may hang."""
         self._fail(UserError(reason))
-        print(f"error (rank {get_rank()}): {reason}", file=sys.stderr, flush=True)
+        tell(f"error (rank {get_rank()}): {reason}")
         os._exit(1)
 
     def _forget_reasons(self) -> None:
@@ -412,7 +413,7 @@ def _result(record: Mapping[str, Any]) -> str:
         return ""
     figures = {name: value for name, value in record.items() if name.startswith(("train/", "val/"))}
     text = "  ".join(f"{name}: {value:.5f}" for name, value in figures.items())
-    return f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}\n"
+    return printable(f"epoch: {record['epoch']}  {text}  lr: {record['lr']:.6g}") + "\n"
 
 
 def contact_sheet(rows: list[list[Tensor]], size: int = 160) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, typed
 from train_utils.files import write_text
 from train_utils.log import get_logger
 from train_utils.metrics import ExactMetric, all_remarks, all_scores
@@ -49,5 +49,5 @@ def write_json(path: Path, scores: dict[str, Any]) -> None:
             write_text(path, text)
     except OSError as error:
         raise UserError(
-            f"--json {path}: cannot be written ({error.strerror}). Choose another file."
+            f"--json {typed(path)}: cannot be written ({error.strerror}). Choose another file."
         ) from error

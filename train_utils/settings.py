@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from train_utils.errors import UserError, require
+from train_utils.errors import UserError, require, require_between
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
+
+MAX_CHANNELS = 4096  # of a first stage; no network of this kind is as wide
+MAX_SIDE = 2**14  # pixels of what a network is given
+MAX_BATCH = 2**20  # images of a batch, forward passes of a step
+_MAX_EPOCHS = 1_000_000
+_MAX_WORKERS = 1024
 
 # Validation scenes of the embedded data are drawn from here on, training scenes from 0.
 FIRST_VAL_SCENE = 1_000_000
@@ -45,8 +51,8 @@ class FolderData:
     hflip: float = 0.5  # training: how often an image is mirrored
 
     def __post_init__(self) -> None:
-        for name in ("train_size", "val_size", "image_size"):
-            require(getattr(self, name) >= 1, name, "must be at least 1")
+        require_between(self, 1, MAX_SIDE, "image_size")
+        require_between(self, 1, FIRST_VAL_SCENE, "train_size", "val_size")
         require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
         require(0 <= self.hflip <= 1, "hflip", "must lie between 0 and 1")
@@ -102,11 +108,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr", "must be positive, e.g. 0.001")
         require(self.weight_decay >= 0, "weight_decay", "must not be negative")
-        require(self.warmup_epochs >= 0, "warmup_epochs", "must not be negative")
+        require_between(self, 0, _MAX_EPOCHS, "warmup_epochs")
+        require_between(self, 0, 1, "warmup_factor", "end_factor")
         require(0 <= self.momentum < 1, "momentum", "must lie between 0 and 1")
         for beta in self.betas:
             require(0 <= beta < 1, "betas", "must lie between 0 and 1")
-        require(self.halve_epochs >= 1, "halve_epochs", "must be at least 1")
+        require_between(self, 1, _MAX_EPOCHS, "halve_epochs")
 
 
 @dataclass
@@ -141,8 +148,10 @@ class TrainConfig:
     weights: str | None = None  # start from these weights
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "accumulate", "print_freq", "eval_interval")
-        for name in (*positive, "plateau_patience"):
+        require_between(self, 1, _MAX_EPOCHS, "epochs")
+        require_between(self, 1, MAX_BATCH, "batch_size", "accumulate")
+        require_between(self, 0, _MAX_WORKERS, "workers")
+        for name in ("print_freq", "eval_interval", "plateau_patience"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
         # Beyond that the processes that wait are ended by the timeout of their collective.
         require(0 <= self.hang_timeout <= 1800, "hang_timeout", "must lie between 0 and 1800")
@@ -150,7 +159,6 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         for name in ("keep", "keep_every", "save_steps", "sample_interval", "early_stop"):
             require(getattr(self, name) >= 0, name, "must not be negative")
-        require(self.workers is None or self.workers >= 0, "workers", "must not be negative")
         require(self.ema is None or 0 < self.ema < 1, "ema", "must lie between 0 and 1")
         for name in ("clip_norm", "clip_value"):
             clip = getattr(self, name)
@@ -166,7 +174,7 @@ class EvalConfig:
     tf32: bool = True  # as train.tf32
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size", "must be at least 1")
+        require_between(self, 1, MAX_BATCH, "batch_size")
 
 
 @dataclass

@@ -27,7 +27,13 @@ from train_utils.distributed_utils import (
     shutdown_distributed,
 )
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError, is_out_of_memory, plain_message
+from train_utils.errors import (
+    UserError,
+    is_out_of_memory,
+    plain_message,
+    print_trace,
+    tell,
+)
 from train_utils.settings import BaseConfig, TrainConfig
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.task import BaseTask
@@ -197,7 +203,7 @@ def _end_at_once(error: BaseException | None) -> NoReturn:
     """End this process as the error would, without the interpreter's own end."""
     code = error.code if isinstance(error, SystemExit) else int(error is not None)
     if error and not isinstance(error, SystemExit):
-        traceback.print_exception(error)
+        print_trace(type(error), error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
@@ -228,11 +234,11 @@ def clean_errors() -> Iterator[None]:
             "space, then continue with --resume auto."
         )
     except KeyboardInterrupt:
-        print("interrupted: stopped at once; checkpoints are as last saved", file=sys.stderr)
+        tell("interrupted: stopped at once; checkpoints are as last saved")
         sys.exit(130)
 
 
 def _exit_with(message: str) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
-    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    tell(f"error{f' (rank {rank})' if rank else ''}: {message}")
     sys.exit(1)

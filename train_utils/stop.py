@@ -3,12 +3,12 @@
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from types import FrameType
 
 from train_utils.collectives import get_rank, get_world_size, shared_store
+from train_utils.errors import tell
 from train_utils.log import get_logger
 from train_utils.run_folder import AT_ONCE, RunFolder
 from train_utils.watch import Watch
@@ -63,7 +63,7 @@ class StopSignals:
             if interrupts == 2:
                 time.sleep(_TIME_TO_UNWIND)
                 self.run.status("stopped", reason=AT_ONCE)
-                print("interrupted twice: stopped at once", file=sys.stderr, flush=True)
+                tell("interrupted twice: stopped at once")
                 os._exit(128 + signal.SIGINT)
 
     def requested_anywhere(self) -> bool:

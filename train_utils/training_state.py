@@ -1,6 +1,7 @@
 """Everything that exact continuation needs, gathered into a checkpoint and put back."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -14,7 +15,7 @@ from train_utils.checkpoint import FORMAT, as_one_module, check_fits
 from train_utils.config import diff
 from train_utils.data import GlobalBatchSampler
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError, shortened
+from train_utils.errors import UserError, brief, shortened
 from train_utils.log import get_logger
 from train_utils.nonfinite import HOW_TO_TAME
 from train_utils.schedule import apply_schedule, scale_learning_rate
@@ -141,20 +142,34 @@ class TrainingState:
         Raises UserError, with nothing changed, if its settings were others or a part does not fit.
         """
         self._check_same_run(state, source)
+        if state["next_step"] > self.sampler.steps_per_epoch:
+            raise UserError(
+                f"{source}: continues at step {state['next_step']} of an epoch that has "
+                f"{self.sampler.steps_per_epoch}. Resume from another checkpoint, or start a new "
+                "run from its weights with --weights."
+            )
         modules = {key: module for key, module in self._modules().items() if key in state}
         for key, module in modules.items():
             check_fits(module, state[key], source + (", moving average" if key == "ema" else ""))
         saved = self._check_trainers(state, source)
 
         for key, module in modules.items():
-            module.load_state_dict(state[key])
+            module.load_state_dict(dict(state[key]))  # no attributes of an OrderedDict's
         for name, ema in self.ema.items():
             ema.steps = state["ema_steps"].get(name, 0)
+        rates = {name: self._rate(name) for name in self.optimizers}
         for trainer, content in saved:
+            if isinstance(trainer, Optimizer):
+                content = _under_own_options(trainer, content, source)
             trainer.load_state_dict(content)
         for name, schedule in self.schedulers.items():
             # The checkpoint's rate is that of its own schedule; more epochs make it another one.
             apply_schedule(self.optimizers[name], schedule)
+        for name, rate in rates.items():
+            if (saved_rate := self._rate(name)) != rate:
+                get_logger().info(
+                    f"{source}: lr of {name} goes on from {saved_rate:.3g}, not {rate:.3g}"
+                )
         self.epoch, self.step = state["next_epoch"], state["next_step"]
         self.best_scores, self.meters, self.lr = state["best_scores"], state["meters"], state["lr"]
         self.stale = state.get("stale", 0)  # absent in files from before plateaus were counted
@@ -164,6 +179,11 @@ class TrainingState:
                 f"continuing with {now} process(es) instead of {before}: the global batch stays "
                 f"{self.sampler.global_batch}"
             )
+
+    def _rate(self, name: str) -> float:
+        """The learning rate that a network's schedule starts from; without one, the present one."""
+        schedule = self.schedulers.get(name)
+        return schedule.base_lrs[0] if schedule else self.optimizers[name].param_groups[0]["lr"]
 
     def _check_trainers(self, state: Mapping[str, Any], source: str) -> list[tuple[Any, dict]]:
         """Optimizers, schedulers and scalers with their saved states, once all of them fit."""
@@ -186,7 +206,7 @@ class TrainingState:
                 elif key == "lr_scheduler":
                     found = _schedule_misfits(trainer, content)
                 else:
-                    found = [f"lacks {k}" for k in trainer.state_dict() if k not in content]
+                    found = _scaler_misfits(trainer, content)
                 pairs.append((trainer, content))
                 misfits += [f"{key} of {name}: {text}" for text in found]
         if misfits:
@@ -201,7 +221,9 @@ class TrainingState:
         changes = diff(state["args"], self.config)
         free = *_FREE, *self.folders
         fixed = [change for change in changes if not change[0].startswith(free)]
-        text = ", ".join(f"{key}: {old} → {new}" for key, old, new in fixed or changes)
+        text = ", ".join(
+            f"{key}: {str(old)[:80]} → {str(new)[:80]}" for key, old, new in fixed or changes
+        )
         if fixed:
             raise UserError(
                 f"{source}: was trained with other settings ({text}). Continue with its own, or "
@@ -273,6 +295,14 @@ def _optimizer_misfits(optimizer: Optimizer, model: nn.Module, saved: dict) -> l
         return [f"is of another kind: {sorted(settings)} ≠ {sorted(own_settings)}"]
     names = {parameter: name for name, parameter in model.named_parameters()}
     numbers = [number for group in groups for number in group["params"]]
+    if not all(type(number) is int for number in numbers) or len(set(numbers)) < len(numbers):
+        return ["numbers its parameters in another way"]
+    if unknown := states.keys() - set(numbers):
+        return [f"has {len(unknown)} states of no parameter"]
+    for group, own_group in zip(groups, own_groups, strict=True):
+        for key, value in group.items():
+            if key != "params" and not _alike(value, own_group.get(key, value)):
+                return [f"{key}: {brief(value)} ≠ {brief(own_group.get(key))}"]
     parameters = [parameter for group in own_groups for parameter in group["params"]]
     made = _state_after_a_step(optimizer)
     return [
@@ -293,6 +323,46 @@ def _state_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [trial.state.get(parameter, {}) for parameter in parameters]
 
 
+def _under_own_options(optimizer: Optimizer, saved: dict, source: str) -> dict:
+    """A saved state, with the options that this run's optimizer was made with; says which differ.
+
+    What an optimizer keeps in its groups besides the arguments that it is made with is state.
+    """
+    kinds = [kind for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer)]
+    makers = [inspect.signature(kind).parameters for kind in kinds]
+    options = set().union(*makers) - {"lr", "params"}
+    groups, own_groups = saved["param_groups"], optimizer.param_groups
+    differ = {}
+    for group, own in zip(groups, own_groups, strict=True):
+        for key in options & group.keys() & own.keys():
+            if brief(group[key]) != brief(own[key]) and group[key] != own[key]:
+                differ[key] = f"{key} {brief(own[key])}, not {brief(group[key])}"
+    if differ:
+        get_logger().info(
+            f"{source}: the optimizer goes on as these settings and this code make it, with "
+            f"{'; '.join(differ[key] for key in sorted(differ))}"
+        )
+    groups = [
+        {**group, **{key: own[key] for key in options & own.keys()}}
+        for group, own in zip(groups, own_groups, strict=True)
+    ]
+    return {"state": saved["state"], "param_groups": groups}
+
+
+def _alike(value: Any, own: Any) -> bool:
+    """Whether a saved value can stand where a run has its own: of its kind, and no odd number."""
+    if isinstance(own, (list, tuple)) and isinstance(value, (list, tuple)):
+        return len(value) == len(own) and all(map(_alike, value, own))
+    if type(own) in (int, float) and type(value) in (int, float):
+        return abs(value) <= 2**53  # also not nan
+    if isinstance(own, Tensor) and isinstance(value, Tensor):
+        return value.shape == own.shape
+    # Of options, null and true or false are each other's default.
+    return all(type(each) in (bool, type(None)) for each in (value, own)) or (
+        type(value) is type(own) and isinstance(own, str)
+    )
+
+
 def _part_misfits(state: Any, expected: dict[str, Any]) -> list[str]:
     if not isinstance(state, dict) or state.keys() != expected.keys():
         return [f"lacks some of {', '.join(sorted(expected))}"]
@@ -300,7 +370,14 @@ def _part_misfits(state: Any, expected: dict[str, Any]) -> list[str]:
         {part: tuple(v.shape) for part, v in each.items() if isinstance(v, Tensor)}
         for each in (state, expected)
     )
-    return [f"{p} {shapes.get(p)} ≠ {own.get(p)}" for p in expected if shapes.get(p) != own.get(p)]
+    found = [f"{p} {shapes.get(p)} ≠ {own.get(p)}" for p in expected if shapes.get(p) != own.get(p)]
+    if found:
+        return found
+    found = [p for p in expected if p not in own and not _alike(state[p], expected[p])]
+    found += [p for p in own if state[p].dtype != expected[p].dtype]
+    if "step" in state and not 0 <= float(state["step"]) <= 2**53:
+        found.append("step")
+    return [f"{p} {brief(state[p])} is of another kind than {brief(expected[p])}" for p in found]
 
 
 def _are_groups(value: Any) -> TypeGuard[list[dict]]:
@@ -312,9 +389,37 @@ def _are_groups(value: Any) -> TypeGuard[list[dict]]:
 
 
 def _schedule_misfits(schedule: LambdaLR, saved: dict) -> list[str]:
-    groups = len(schedule.base_lrs)
+    groups, own = len(schedule.base_lrs), schedule.state_dict()
     if not isinstance(saved.get("last_epoch"), int):
         return ["lacks last_epoch"]
     lists = (saved.get(key) for key in ("base_lrs", "lr_lambdas"))
-    fits = all(isinstance(each, list) and len(each) == groups for each in lists)
-    return [] if fits else [f"lacks base_lrs and lr_lambdas of {groups} parameter groups"]
+    if not all(isinstance(each, list) and len(each) == groups for each in lists):
+        return [f"lacks base_lrs and lr_lambdas of {groups} parameter groups"]
+    # What LambdaLR takes over as it is.
+    odd = [key for key in saved if key not in own or not _alike(saved[key], own[key])]
+    if saved["last_epoch"] < 0:
+        odd.append("last_epoch")
+    found = [f"{key} {brief(saved[key])} ≠ {brief(own.get(key))}" for key in odd]
+    if found:
+        return found
+    # A plateau lowers the rates of the settings; nothing raises them.
+    within = (
+        0 < rate <= base for rate, base in zip(saved["base_lrs"], own["base_lrs"], strict=True)
+    )
+    if not all(within):
+        return [f"base_lrs {brief(saved['base_lrs'])}, more than {brief(own['base_lrs'])}"]
+    return []
+
+
+def _scaler_misfits(scaler: Any, saved: dict) -> list[str]:
+    own = scaler.state_dict()
+    if lacking := [f"lacks {key}" for key in own if key not in saved]:
+        return lacking
+    moving = ("scale", "_growth_tracker")
+    odd = [
+        key
+        for key in own
+        if not _alike(saved[key], own[key])
+        or (saved[key] != own[key] if key not in moving else saved[key] < 0)
+    ]
+    return [f"{key} {brief(saved[key])} ≠ {brief(own[key])}" for key in odd]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, typed
 from train_utils.image_io import MAX_PIXELS, PathLike, printable
 from train_utils.threads import in_threads
 
@@ -28,11 +28,13 @@ def is_video(path: PathLike) -> bool:
 def require_ffmpeg(path: PathLike) -> None:
     """Raise a UserError, which tells how to do without it, if there is no ffmpeg for a video."""
     if not shutil.which("ffmpeg"):
-        video, folder = printable(path), printable(Path(path).with_suffix(""))
+        folder = Path(path).with_suffix("")
+        frames = f"file:{os.fspath(folder).replace('%', '%%')}/%06d.png"
         raise UserError(
-            f"{video}: videos are decoded by the program ffmpeg, which is not installed (or not "
-            "on the PATH). Install it, or extract the frames where it is, by "
-            f'mkdir "{folder}" && ffmpeg -i "{video}" "{folder}/%06d.png", and name that folder.'
+            f"{path}: videos are decoded by the program ffmpeg, which is not installed (or not "
+            "on the PATH). Install it, or extract the frames where it is, by mkdir "
+            f"{typed(folder)} && ffmpeg -i {typed(f'file:{path}')} {typed(frames)}, and name that "
+            "folder."
         )
 
 

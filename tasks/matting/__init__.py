@@ -18,11 +18,19 @@ from tasks.matting.losses import alpha_prediction_loss, compositional_loss
 from tasks.matting.metrics import MattingMetrics, finish_alpha
 from tasks.matting.trimaps import read_trimap
 from train_utils import settings
-from train_utils.errors import UserError, require
+from train_utils.errors import UserError, require, require_between
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.pretrained import backbone_state
-from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig, PhotoData
+from train_utils.settings import (
+    FIRST_VAL_SCENE,
+    MAX_CHANNELS,
+    MAX_SIDE,
+    BaseConfig,
+    FolderData,
+    OptimConfig,
+    PhotoData,
+)
 from train_utils.task import BaseTask
 from train_utils.tiles import MIN_PIXELS, limited
 from train_utils.train_and_eval import Batch, Models, Sample
@@ -73,12 +81,12 @@ class DataConfig(PhotoData):
         super().__post_init__()
         require(not self.draft, "draft", "is not for mattes, which are as large as their image.")
         self._check_sources()
-        for name in ("per_foreground", "val_per_foreground", "max_radius"):
-            require(getattr(self, name) >= 1, name, "must be at least 1")
-        sizes, eval_size = self.crop_sizes, self.eval_size
-        require(min(sizes, default=0) >= 1, "crop_sizes", "one size or more, each at least 1")
-        require(self.eval_radius >= 0, "eval_radius", "must not be negative")
-        require(eval_size is None or eval_size >= 1, "eval_size", "must be at least 1, or null")
+        require_between(self, 1, MAX_SIDE, "per_foreground", "val_per_foreground", "max_radius")
+        sizes = self.crop_sizes
+        within = min(sizes, default=0) >= 1 and max(sizes, default=0) <= MAX_SIDE
+        require(within, "crop_sizes", f"one size or more, each 1 to {MAX_SIDE}")
+        require_between(self, 0, MAX_SIDE, "eval_radius")
+        require_between(self, 1, MAX_SIDE, "eval_size")
         *shares, hue = self.jitter
         within = min(self.jitter) >= 0 and max(shares) <= 1 and hue <= 0.5
         require(within, "jitter", "three values from 0 to 1, and a hue from 0 to 0.5")
@@ -133,7 +141,7 @@ class ModelConfig:
     weights: str | None = None  # the encoder's start: DEFAULT (ImageNet), a file of it, or null
 
     def __post_init__(self) -> None:
-        require(self.channels >= 1, "channels", "must be at least 1")
+        require_between(self, 1, MAX_CHANNELS, "channels")
 
 
 @dataclass

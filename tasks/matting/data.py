@@ -194,7 +194,7 @@ def _require_cover(path: Path, widest: int, highest: int) -> None:
     scale = max(widest / width, highest / height)
     if scale > 1 and scale * width * scale * height > MAX_PIXELS:
         raise UserError(
-            f"{printable(path)}: {width}×{height} pixels, which would be enlarged {scale:.0f} "
+            f"{path}: {width}×{height} pixels, which would be enlarged {scale:.0f} "
             f"times to cover the foregrounds (up to {widest}×{highest}): more than {MAX_PIXELS:,} "
             "pixels. Take it out of the backgrounds, or cut it to a less narrow shape."
         )

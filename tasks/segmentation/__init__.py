@@ -31,12 +31,12 @@ from tasks.segmentation.mask_scan import MaskScan, scan_masks, summary
 from train_utils import shapes
 from train_utils.data import unwrap_subset
 from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
-from train_utils.errors import UserError, require
+from train_utils.errors import UserError, require, require_between
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
 from train_utils.metrics import ExactMetric
 from train_utils.pretrained import Arch, backbone_state
-from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
+from train_utils.settings import FIRST_VAL_SCENE, MAX_CHANNELS, BaseConfig, PhotoData
 from train_utils.task import BaseTask
 from train_utils.tiles import by_rows
 from train_utils.train_and_eval import Batch, Models, Sample
@@ -106,7 +106,8 @@ class DataConfig(PhotoData):
         levels = [level for colour in self.palette for level in colour]
         low, high = self.scale
         require(min(levels) >= 0 and max(levels) <= 255, "palette", "levels must be 0 to 255")
-        require(0 < low <= high, "scale", "must be two positive numbers, the smaller one first")
+        order = "must be two positive numbers up to 100, the smaller one first"
+        require(0 < low <= high <= 100, "scale", order)
         require(0 <= self.aspect < 1, "aspect", "must be at least 0 and below 1")
         require(min(self.hsv) >= 0 and max(self.hsv) <= 1, "hsv", "must lie between 0 and 1")
         label_reader(self)  # raises for a mask map that makes no sense
@@ -148,8 +149,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         src.require_network(self.name)
-        if self.channels < 2 or self.channels % 2:
-            raise ValueError("channels: must be even and at least 2")
+        require_between(self, 2, MAX_CHANNELS, "channels")
+        require(self.channels % 2 == 0, "channels", "must be even")
         if self.name == "unet_resnet50" and self.channels != 64:
             raise ValueError("channels: unet_resnet50 has a fixed width. Leave it at 64.")
         if self.batch_norm and not self.backbone.startswith("vgg"):
@@ -318,7 +319,9 @@ class Task(BaseTask):
                     label_reader(self.cfg.data),
                     refuse_single_class=learn,
                 )
-                get_logger().info(f"{part} {found.text()}")
+                first, *others = found.lines()
+                for line in (f"{part} {first}", *others):
+                    get_logger().info(line)
                 if not sum(found.class_counts):
                     raise UserError(
                         f"{part} masks: every pixel is ignored, so there is nothing to score. "

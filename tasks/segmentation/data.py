@@ -14,7 +14,6 @@ from pathlib import Path
 from my_dataset import PairFolderDataset
 from train_utils.datasets import Pair, files_by_stem, found_in
 from train_utils.errors import UserError, shortened
-from train_utils.image_io import printable
 
 
 def segmentation_layout(root: str | PathLike[str]) -> str:
@@ -30,7 +29,7 @@ def segmentation_layout(root: str | PathLike[str]) -> str:
     if _bag_folders(root):
         return "bag"
     raise UserError(
-        f"{printable(root)}: looked for VOCdevkit/VOC2012 or VOC2007 (voc), train and trainannot "
+        f"{root}: looked for VOCdevkit/VOC2012 or VOC2007 (voc), train and trainannot "
         f"(camvid), image and mask (bag), {found_in(root)}. Give the folder that holds these, or "
         "your own pairs by --images DIR --masks DIR."
     )
@@ -49,7 +48,7 @@ def voc_pairs(root: str | PathLike[str], train: bool) -> tuple[Sequence[Pair], l
     years = _voc_years(Path(root))
     if not years:
         raise UserError(
-            f"{printable(root)}: looked for VOCdevkit/VOC2012 or VOC2007, {found_in(Path(root))}. "
+            f"{root}: looked for VOCdevkit/VOC2012 or VOC2007, {found_in(Path(root))}. "
             "Give the folder that holds VOCdevkit."
         )
     pairs: list[Pair] = []
@@ -95,7 +94,7 @@ def bag_pairs(root: str | PathLike[str]) -> tuple[Sequence[Pair], list[str]]:
     folders = _bag_folders(Path(root))
     if not folders:
         raise UserError(
-            f"{printable(root)}: looked for image and mask, {found_in(Path(root))}. Give the "
+            f"{root}: looked for image and mask, {found_in(Path(root))}. Give the "
             "folder that holds these, or your own pairs by --images DIR --masks DIR."
         )
     dataset = PairFolderDataset(*folders)
@@ -124,13 +123,13 @@ def _voc_names(year: Path, train: bool, missing_ok: bool = False) -> list[str]:
         if missing_ok:
             return []
         raise UserError(
-            f"{printable(path)}: no such list. Write the names of the images to "
+            f"{path}: no such list. Write the names of the images to "
             f"{'train on' if train else 'validate with'} there, one per line, without suffix."
         )
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     names = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
     if not names and not missing_ok:
-        raise UserError(f"{printable(path)}: the list is empty. Write names of images there.")
+        raise UserError(f"{path}: the list is empty. Write names of images there.")
     return names
 
 
@@ -142,14 +141,14 @@ def _voc_photo(year: Path, name: str) -> str:
 def _voc_files(year: Path, names: Sequence[str]) -> list[Pair]:
     images, masks = files_by_stem(year / "JPEGImages"), files_by_stem(year / "SegmentationClass")
     missing = [
-        f"{printable(name)} ({kind})"
+        f"{name} ({kind})"
         for name in names
         for kind, files in (("image", images), ("mask", masks))
         if name not in files
     ]
     if missing:
         raise UserError(
-            f"{printable(year)}: {len(missing)} files are listed in ImageSets/Segmentation, but "
+            f"{year}: {len(missing)} files are listed in ImageSets/Segmentation, but "
             f"missing in JPEGImages or SegmentationClass: {shortened(missing)}. Add them, "
             "or take their names off the list."
         )
@@ -159,7 +158,6 @@ def _voc_files(year: Path, names: Sequence[str]) -> list[Pair]:
 def _refuse_leak(place: Path, names: Sequence[str]) -> None:
     if names:
         raise UserError(
-            f"{printable(place)}: {len(names)} images are to train and to validate, which makes "
-            f"scores worthless: {shortened([printable(name) for name in names])}. Remove each from "
-            "one of the two."
+            f"{place}: {len(names)} images are to train and to validate, which makes "
+            f"scores worthless: {shortened(names)}. Remove each from one of the two."
         )

@@ -65,8 +65,8 @@ class MaskScan:
         weights[present] = np.median(frequency) / frequency
         return weights.tolist()
 
-    def text(self) -> str:
-        """The histogram as lines to print: class, pixels, share, files; then what stands out."""
+    def lines(self) -> list[str]:
+        """The histogram by line: class, pixels, share, files; then what stands out."""
         total = sum(self.raw_histogram)
         rows = [
             (f"{index} {name}", count, self.class_files[index])
@@ -82,7 +82,7 @@ class MaskScan:
             f"  in {files} files"
             for label, count, files in rows
         ]
-        return "\n".join([*lines, *(f"  {remark}" for remark in self._remarks())])
+        return [*lines, *(f"  {remark}" for remark in self._remarks())]
 
     def _ignored_values(self) -> str:
         if self.reader.mode != "index":

@@ -15,10 +15,17 @@ from tasks.translation.data import check_translation_pairs, translation_pairs
 from tasks.translation.losses import l1_term, least_squares_gan
 from tasks.translation.metrics import TranslationMetrics, codes_of, translated
 from train_utils.distributed_utils import unwrap
-from train_utils.errors import UserError
+from train_utils.errors import UserError, require_between
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
-from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, FolderData, OptimConfig
+from train_utils.settings import (
+    FIRST_VAL_SCENE,
+    MAX_CHANNELS,
+    MAX_SIDE,
+    BaseConfig,
+    FolderData,
+    OptimConfig,
+)
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import Batch, Models, Sample
 from transforms import TranslationEval, TranslationTrain, predict_input
@@ -41,6 +48,7 @@ class DataConfig(FolderData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_between(self, 1, 2 * MAX_SIDE, "load_size")
         if self.loaded < self.image_size:
             raise ValueError("load_size: must not be smaller than image_size")
 
@@ -63,9 +71,8 @@ class ModelConfig:
     dropout: float = 0.5  # in the three innermost decoder levels
 
     def __post_init__(self) -> None:
-        for name in ("channels", "levels", "d_channels", "d_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
+        require_between(self, 1, MAX_CHANNELS, "channels", "d_channels")
+        require_between(self, 1, 14, "levels", "d_layers")  # each halves a side, of 2^14 at most
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout: must be at least 0 and below 1")
 

@@ -26,7 +26,7 @@ from train_utils.datasets import (
     split_pairs,
 )
 from train_utils.errors import UserError
-from train_utils.image_io import image_size, list_images, printable, read_image
+from train_utils.image_io import image_size, list_images, read_image
 
 
 class SideBySideDataset(PairDataset):
@@ -108,7 +108,7 @@ def _check_pair(pair: Pair) -> None:
 def _require_even(path: str | PathLike[str], width: int) -> None:
     if width % 2:
         raise UserError(
-            f"{printable(path)}: {width} pixels wide, which cannot be halved into A|B. Crop it to "
+            f"{path}: {width} pixels wide, which cannot be halved into A|B. Crop it to "
             "an even width, or keep A and B in two folders: --images A --masks B."
         )
 
@@ -124,7 +124,7 @@ def _translation_dataset(
     if b is None:
         if at_least:
             raise UserError(
-                f"data.draft: {printable(a)} holds A|B side by side, and targets are read at their "
+                f"data.draft: {a} holds A|B side by side, and targets are read at their "
                 "own size. Set it to false, or keep A and B in two folders."
             )
         return SideBySideDataset(a, transforms)
@@ -152,7 +152,7 @@ def _translation_folders(data: Any, part: str) -> tuple[Path, Path | None] | Non
         if a.is_dir() and b.is_dir():
             return a, b
         if a.is_dir() or b.is_dir():
-            there, missing = map(printable, (a, b) if a.is_dir() else (b, a))
+            there, missing = (a, b) if a.is_dir() else (b, a)
             raise UserError(f"{missing}: no such folder, though {there} is there. Add its partner.")
     return (root / part, None) if (root / part).is_dir() else None
 
