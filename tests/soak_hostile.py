@@ -435,7 +435,7 @@ def tree(folder: Path) -> dict[str, tuple]:
     found = {}
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
-        content: Any = os.readlink(path) if stat.S_ISLNK(mode) else ""
+        content: Any = str(path.readlink()) if stat.S_ISLNK(mode) else ""
         if stat.S_ISREG(mode):
             content = hashlib.sha1(path.read_bytes()).hexdigest()
         found[str(path.relative_to(folder))] = (mode, content)
