@@ -73,7 +73,7 @@ MUTATIONS = [
     M("train_utils/training_state.py", "state.get(\"forward_batch\", saved_batch * state[\"world_size\"])", "train.batch_size * world_size", STATE),
     M("train_utils/ema.py", "decay = min(self.decay, (1 + self.steps) / (10 + self.steps))", "decay = self.decay", "test_parity.py"),
     M("train_utils/ema.py", "copy_all(list(self.module.buffers()), list(model.buffers()))", "pass", "test_parity.py"),
-    M("train_utils/files.py", "    temporary = _temporary(path.parent)\n    try:\n        with temporary.open(\"xb\")", "    temporary = path\n    try:\n        with temporary.open(\"wb\")", "test_files.py test_checkpoint.py"),
+    M("train_utils/files.py", "    temporary = _temporary(path.parent, purpose)\n    try:\n        with temporary.open(\"xb\")", "    temporary = path\n    try:\n        with temporary.open(\"wb\")", "test_files.py test_checkpoint.py"),
     # samples
     M("train_utils/data.py", "share = [SampleKey(epoch, index) for index in batch[self.rank :: self.world_size]]", "share = [SampleKey(epoch, index) for index in batch]", "test_data.py"),
     M("train_utils/data.py", "for step in range(self.start_step, self.steps_per_epoch):", "for step in range(self.steps_per_epoch):", "test_data.py"),

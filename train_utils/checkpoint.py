@@ -133,7 +133,8 @@ def load_file(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file. Give the path of a checkpoint (.pth).")
+        problem = "is no regular file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {problem}. Give the path of a checkpoint (.pth).")
     _check_intact(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -227,6 +228,8 @@ def offer_another(refused: Path) -> str:
     """Name the newest file beside a refused one that training can continue from."""
     found = []
     for path in refused.parent.glob("*.pth"):
+        if not path.is_file():
+            continue  # a pipe would be waited for
         with suppress(Exception):  # a damaged file, or one of another kind
             # Mapped, so that the tensors of what may be many large files are not read.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

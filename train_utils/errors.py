@@ -1,7 +1,10 @@
 """The one exception for what a user can put right."""
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):

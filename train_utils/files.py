@@ -1,13 +1,16 @@
-"""Files that are there whole or not at all, and where the user's cache is."""
+"""Files that are there whole or not at all, or are nobody else's; where the user's cache is."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 
 def user_cache(name: str) -> Path | None:
@@ -23,16 +26,17 @@ def user_cache(name: str) -> Path | None:
 
 @contextmanager
 def written_whole(
-    path: Path, links: Sequence[Path] = (), durable: bool = True
+    path: Path, links: Sequence[Path] = (), durable: bool = True, purpose: str = ""
 ) -> Iterator[BinaryIO]:
     """A file to write, which replaces `path` at the end of the block.
 
     A kill at any moment leaves the old file or the new one; an error leaves the old one, and
     nothing beside it. durable: the same holds for a power failure, at the price of waiting for the
     disk. links: other places of the same file, without a second copy where the file system can;
-    they are replaced before `path` is. Raises OSError if the file system refuses.
+    they are replaced before `path` is. purpose: whose `remove_temporaries` may remove what a kill
+    leaves. Raises OSError if the file system refuses.
     """
-    temporary = _temporary(path.parent)
+    temporary = _temporary(path.parent, purpose)
     try:
         with temporary.open("xb") as file:
             yield file
@@ -43,7 +47,7 @@ def written_whole(
             _link(temporary, link)
         temporary.replace(path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -68,16 +72,68 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder that nobody writes to now."""
-    for path in folder.glob(".pixtrain-*.tmp"):
+def open_regular(path: Path, mode: str = "rb") -> IO[Any]:
+    """Open a file that others may have put where it is; text is UTF-8, and never an error.
+
+    Raises OSError for a link, for whatever else is no regular file (a pipe would be waited for),
+    and, where it is to be written to, for a file that has a name elsewhere, too (a hard link).
+    """
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+    return open(path, mode, encoding=encoding, errors=errors, opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # not on Windows
+    try:
+        descriptor = os.open(path, flags | more, 0o666)
+    except OSError as error:
+        if os.path.islink(path):  # noqa: PTH114 - a str, as `open` gives it
+            raise OSError(error.errno, "is a link", path) from None
+        raise
+    about, problem = os.fstat(descriptor), ""
+    if not stat.S_ISREG(about.st_mode):
+        problem = "is no regular file"
+    elif about.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
+        problem = "is a hard link: the same file has another name"
+    if problem:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, problem, path)
+    return descriptor
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """A file's content, as `open_regular` opens it; OSError if it has more than `limit` bytes."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EINVAL, f"has more than {limit:,} bytes", os.fspath(path))
+    return content
+
+
+def files_named(folder: Path, pattern: str) -> list[Path]:
+    """The regular files in a folder, links not among them, whose whole names match."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return [
+            Path(entry.path)
+            for entry in entries
+            if re.fullmatch(pattern, entry.name) and entry.is_file(follow_symlinks=False)
+        ]
+    return []
+
+
+def remove_temporaries(folder: Path, purpose: str = "") -> None:
+    """Remove what killed processes left half written in a folder.
+
+    Nobody may write there for this `purpose` of `written_whole` now.
+    """
+    for path in files_named(folder, rf"\.pixtrain-{purpose}[0-9a-f]{{32}}\.tmp"):
         with suppress(OSError):
             path.unlink()
 
 
-def _temporary(folder: Path) -> Path:
+def _temporary(folder: Path, purpose: str = "") -> Path:
     # Not named after the file, whose name may be as long as the file system takes.
-    return folder / f".pixtrain-{uuid.uuid4().hex}.tmp"
+    return folder / f".pixtrain-{purpose}{uuid.uuid4().hex}.tmp"
 
 
 def _link(source: Path, target: Path) -> None:
@@ -85,7 +141,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:  # a file system without links
-        with source.open("rb") as content, written_whole(target) as file:
+        with open_regular(source) as content, written_whole(target) as file:
             shutil.copyfileobj(content, file)
         return
     try:
@@ -95,8 +151,9 @@ def _link(source: Path, target: Path) -> None:
             temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # makes the rename itself survive a power failure
+def sync_folder(folder: Path) -> None:
+    """Have what was renamed and removed in a folder survive a power failure."""
+    if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -208,7 +208,7 @@ def _remove_unused(place: Path, prefix: str) -> None:
     for path in place.glob(f"{prefix}*{_SUFFIX}"):
         if _remove_if_unused(path):
             get_logger().info(f"removed an outdated cache: {printable(path)}")
-    remove_temporaries(place)
+    remove_temporaries(place, "pack-")
 
 
 def _remove_if_unused(path: Path) -> bool:
@@ -255,7 +255,7 @@ def _make(path: Path, shapes: Sequence[Sequence[Shape]], kind: str) -> None:
     total = begin + int(sizes.sum())
     header = np.array([(zlib.crc32(layout.tobytes()), total)], _HEADER)
 
-    with written_whole(path, durable=False) as file:
+    with written_whole(path, durable=False, purpose="pack-") as file:
         _reserve(file, total, path.parent, kind)
         file.write(header.tobytes() + layout.tobytes())
 

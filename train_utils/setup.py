@@ -1,6 +1,5 @@
 """What a run sets up once, before its first step."""
 
-import errno
 import inspect
 import os
 import sys
@@ -27,7 +26,7 @@ from train_utils.distributed_utils import (
     shutdown_distributed,
 )
 from train_utils.ema import ExponentialMovingAverage
-from train_utils.errors import UserError, is_out_of_memory, plain_message
+from train_utils.errors import FULL_DISK, UserError, is_out_of_memory, plain_message
 from train_utils.settings import BaseConfig, TrainConfig
 from train_utils.sync_batchnorm import convert_sync_batchnorm
 from train_utils.task import BaseTask
@@ -220,8 +219,10 @@ def clean_errors() -> Iterator[None]:
         if not lost_peers(error):
             raise
         _exit_with(f"lost the other processes; their errors tell why ({str(error)[:200]})")
+    except PermissionError as error:
+        _exit_with(f"{error.filename}: {error.strerror}. Check the permissions.")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             raise
         _exit_with(
             f"{error.filename or 'disk'}: {error.strerror}. Files are as last saved: free disk "
