@@ -474,6 +474,15 @@ def test_predictions_replace_nothing_but_predictions(kind):
         assert tree() == before
 
 
+def test_a_link_to_nowhere_is_no_output_folder():
+    Image.new("RGB", (8, 8)).save("a.jpg")
+    for target in ("new", "out"):
+        Path("out").unlink(missing_ok=True)
+        Path("out").symlink_to(target)
+        with pytest.raises(UserError, match="out: not a folder"):
+            plan(["a.jpg"], Path("out/deep"), ["map"])
+
+
 def test_what_came_while_others_were_predicted_is_not_replaced(tmp_path):
     check_replaceable(Path("a.png"))
     Image.new("L", (8, 8)).save("a.png")

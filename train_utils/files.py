@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import stat
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -72,17 +74,19 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def open_regular(path: Path, mode: str = "rb") -> IO[Any]:
+def open_regular(path: Path, mode: str = "rb", limit: int = sys.maxsize) -> IO[Any]:
     """Open a file that others may have put where it is; text is UTF-8, and never an error.
 
     Raises OSError for a link, for whatever else is no regular file (a pipe would be waited for),
-    and, where it is to be written to, for a file that has a name elsewhere, too (a hard link).
+    for more than `limit` bytes and, where it is to be written to, for a file that has a name
+    elsewhere, too (a hard link).
     """
     encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
-    return open(path, mode, encoding=encoding, errors=errors, opener=_open_regular)
+    opener = partial(_open_regular, limit=limit)
+    return open(path, mode, encoding=encoding, errors=errors, opener=opener)
 
 
-def _open_regular(path: str, flags: int) -> int:
+def _open_regular(path: str, flags: int, limit: int) -> int:
     more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # not on Windows
     try:
         descriptor = os.open(path, flags | more, 0o666)
@@ -95,6 +99,8 @@ def _open_regular(path: str, flags: int) -> int:
         problem = "is no regular file"
     elif about.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
         problem = "is a hard link: the same file has another name"
+    elif about.st_size > limit:
+        problem = f"has more than {limit:,} bytes"
     if problem:
         os.close(descriptor)
         raise OSError(errno.EINVAL, problem, path)
@@ -102,12 +108,9 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """A file's content, as `open_regular` opens it; OSError if it has more than `limit` bytes."""
-    with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(errno.EINVAL, f"has more than {limit:,} bytes", os.fspath(path))
-    return content
+    """A file's content, `limit` bytes at most, as `open_regular` opens it."""
+    with open_regular(path, limit=limit) as file:
+        return file.read(limit)
 
 
 def files_named(folder: Path, pattern: str) -> list[Path]:

@@ -26,7 +26,7 @@ def plan(
     overwrite an input, another output or a file that predict.py has not written, and for a video
     if there is no ffmpeg, or where its frames would need extras.
     """
-    first = next(folder for folder in (output, *output.parents) if folder.exists())
+    first = next(folder for folder in (output, *output.parents) if os.path.lexists(folder))
     if not first.is_dir():
         raise UserError(f"{printable(first)}: not a folder. Choose another one with -o.")
     sources = list(_sources(inputs, output))

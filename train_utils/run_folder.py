@@ -86,9 +86,9 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
         with _file_errors(path):
             _claim(path, resumed)
             if resume and not resumed:  # its records and best checkpoint go on in the new folder
-                for name in (_METRICS, BEST):
+                for name, limit in ((_METRICS, _METRICS_SIZE), (BEST, sys.maxsize)):
                     if os.path.lexists(resume.parent / name):
-                        _copy(resume.parent / name, path / name)
+                        _copy(resume.parent / name, path / name, limit)
             if resume and (not resumed or resume.name != LAST):
                 _go_back(path, resume)
         return str(path)
@@ -135,7 +135,7 @@ def _refuse_foreign(path: Path, resumed: Path | None = None) -> None:
     resumed: the checkpoint there to continue from, which is none of them.
     """
     foreign = _taken(path).keys() - {resumed.name if resumed else ""}
-    if not foreign or _read_status(path):
+    if not foreign or read_status(path):
         return
     begun = resumed or path / LAST
     elsewhere = f" To continue {begun} there: --resume {shlex.quote(str(begun))}"
@@ -148,7 +148,7 @@ def _refuse_foreign(path: Path, resumed: Path | None = None) -> None:
 
 def _refuse_another(path: Path) -> None:
     """Raise UserError for a folder with what a run is continued from, or its record."""
-    if _read_status(path).get("starting"):
+    if read_status(path).get("starting"):
         return  # the copies of a start that was killed
     run = rf"last\.pth|model_best\.pth|{_NUMBERED}"
     kept = [
@@ -182,7 +182,7 @@ def _claim(path: Path, resumed: Path | None) -> None:
     if not resumed:  # copies, by a start that was killed
         for file in files_named(path, r"(last|model_best)\.pth|metrics\.jsonl"):
             file.unlink()
-    if not resumed or not _read_status(path):
+    if not resumed or not read_status(path):
         _write_status(path, "running", starting=not resumed)
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
@@ -216,8 +216,8 @@ def _warn_of_others(path: Path) -> None:
             return
 
 
-def _copy(source: Path, target: Path) -> None:
-    with open_regular(source) as content, written_whole(target) as file:
+def _copy(source: Path, target: Path, limit: int = sys.maxsize) -> None:
+    with open_regular(source, limit=limit) as content, written_whole(target) as file:
         shutil.copyfileobj(content, file)
 
 
@@ -339,11 +339,11 @@ def restarted_run(request: str | None, output_dir: str | None, config_name: str)
 
 
 def _launchers_of(path: Path) -> list[str]:
-    launchers = _read_status(path).get("launchers")
+    launchers = read_status(path).get("launchers")
     return [x for x in launchers if isinstance(x, str)] if isinstance(launchers, list) else []
 
 
-def _read_status(path: Path) -> dict[str, Any]:
+def read_status(path: Path) -> dict[str, Any]:
     """What a run has written in its folder's status.json; empty, and said, for anything else."""
     file = path / _STATUS
     try:
