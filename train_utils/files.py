@@ -69,9 +69,9 @@ def hash_of_files(paths: Iterable[Path], start: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as `written_whole` does."""
+    """Write a text file as `written_whole` does, in UTF-8; what that cannot hold is escaped."""
     with written_whole(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def open_regular(path: Path, mode: str = "rb", limit: int = sys.maxsize) -> IO[Any]:

@@ -196,10 +196,10 @@ def _refuse_link(path: Path) -> None:
 
 def _warn_of_others(path: Path) -> None:
     """Say who else may replace a run's files: users who may write to its folder or rename it."""
-    if not hasattr(os, "getuid"):
+    if not hasattr(os, "geteuid"):
         return
     path = Path(os.path.realpath(path))
-    if (owner := path.stat().st_uid) != os.getuid():
+    if (owner := path.stat().st_uid) != os.geteuid():
         get_logger().warning(
             f"{path}: belongs to another user ({owner}), who may replace the files of this run"
         )
