@@ -152,7 +152,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=list(gpu_correctness.SYSTEMS))
     parser.add_argument("--json", type=Path, help="also write everything here")
     parser.add_argument("--out", type=Path, help="keep the logs of all runs in this folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out and args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out}: is no empty folder. Name a new one")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

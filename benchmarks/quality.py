@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.common import make_parser, positive, report
 from train_utils.errors import UserError
-from train_utils.run_folder import BEST
+from train_utils.run_folder import BEST, read_status
 from train_utils.setup import clean_errors
 
 REPO = Path(__file__).resolve().parents[1]
@@ -96,8 +96,7 @@ def train_row(args: argparse.Namespace, row: str, seed: int) -> None:
 
 
 def _is_finished(folder: Path) -> bool:
-    status = folder / "status.json"
-    return status.exists() and json.loads(status.read_text())["state"] == "finished"
+    return read_status(folder).get("state") == "finished"
 
 
 def read_row(out: Path, row: str, seed: int) -> list[dict[str, float]]:

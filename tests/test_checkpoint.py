@@ -388,9 +388,10 @@ def test_old_numbered_files_go_once_the_new_one_is_there(tmp_path, run_folder, h
 
 
 def test_a_run_that_continues_removes_what_a_killed_one_left(tmp_path, run_folder):
-    for name in (".pixtrain-1.tmp", ".pixtrain-2.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    save_checkpoint({"n": 1}, tmp_path / "last.pth")
+    for number in range(2):
+        (tmp_path / f".pixtrain-{number:032x}.tmp").write_bytes(b"half")
+    with run_folder():
+        save_checkpoint({"n": 1}, tmp_path / "last.pth")
     with run_folder():
         assert not list(tmp_path.glob(".*.tmp"))
     assert load_file(tmp_path / "last.pth")["n"] == 1

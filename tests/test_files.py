@@ -37,6 +37,11 @@ def test_links_hold_the_same(tmp_path, monkeypatch, has_links):
     assert (tmp_path / "a").samefile(tmp_path / "b") == has_links
 
 
+def test_text_that_names_a_file_of_any_bytes_can_be_written(tmp_path):
+    write_text(tmp_path / "a", "é\udcff")
+    assert (tmp_path / "a").read_text() == "é\\udcff"
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     with written_whole(tmp_path / "a") as first:
         first.write(b"first")

@@ -62,7 +62,7 @@ def wait_for_step(folder, step, processes):
         if not (folder / "status.json").exists():
             return False
         status = json.loads((folder / "status.json").read_text())
-        return status["step"] >= step and status.get("epoch") == 0
+        return status.get("step", -1) >= step and status.get("epoch") == 0
 
     wait_until(reached, f"step {step}", lambda: all_run(processes))
 

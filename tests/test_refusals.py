@@ -212,10 +212,19 @@ def test_folders_on_the_command_line_replace_those_of_a_recipe():
     assert "x" in message and "no such folder" in message.lower()
 
 
+def make_run(folder):
+    """A run's folder, by its status."""
+    Path(folder).mkdir()
+    Path(folder, "status.json").write_text('{"state": "failed", "pid": 1, "time": 1.5}')
+
+
 def test_a_run_is_not_started_over_another():
-    Path("out").mkdir()
+    make_run("out")
     Path("out/last.pth").write_bytes(b"precious")
     assert "--resume auto" in refused(train, *TINY, "--output-dir", "out")
+    assert sorted(p.name for p in Path("out").iterdir()) == ["last.pth", "status.json"]
+    Path("out/status.json").unlink()
+    assert "--resume out/last.pth" in refused(train, *TINY, "--output-dir", "out")
     assert [p.name for p in Path("out").iterdir()] == ["last.pth"]
 
 
@@ -528,8 +537,9 @@ def test_a_run_continued_elsewhere_takes_its_records_along():
     for name in ("last.pth", "model_best.pth", "metrics.jsonl"):
         Path("a", name).write_text(name)
     new = choose_run_folder("b", Path("a/last.pth"), "name")
-    assert sorted(p.name for p in new.glob("[!.]*")) == ["metrics.jsonl", "model_best.pth"]
-    Path("c").mkdir()
+    copies = ["last.pth", "metrics.jsonl", "model_best.pth", "status.json"]
+    assert sorted(p.name for p in new.glob("[!.]*")) == copies
+    make_run("c")
     Path("c/last.pth").write_text("")
     with pytest.raises(UserError, match="holds a run already"):
         choose_run_folder("c", Path("a/last.pth"), "name")
@@ -537,7 +547,7 @@ def test_a_run_continued_elsewhere_takes_its_records_along():
 
 def test_a_run_without_its_last_checkpoint_is_not_started_over():
     """`--resume auto` is what templates start with: it must lose nothing."""
-    Path("out").mkdir()
+    make_run("out")
     torch.save(training_state(), "out/model_0003.pth")
     message = refused(train, *TINY, "--output-dir", "out", "--resume", "auto")
     assert "out/last.pth: is gone" in message and "--resume out/model_0003.pth" in message
@@ -546,7 +556,7 @@ def test_a_run_without_its_last_checkpoint_is_not_started_over():
 
 
 def test_going_back_forgets_the_best_checkpoint_of_later(tmp_path):
-    Path("out").mkdir()
+    make_run("out")
     for name, epoch in (("model_0003", 4), ("model_best", 6), ("last", 9)):
         torch.save(training_state(next_epoch=epoch), f"out/{name}.pth")
     choose_run_folder(None, Path("out/model_0003.pth"), "name")

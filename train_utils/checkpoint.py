@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def _file_error(error: BaseException) -> str:
     return _first_line(error)
 
 
-def load_file(path: str | Path, check: Callable[[BinaryIO], None] | None = None) -> Any:
+def load_file(path: str | Path, check: Callable[[IO[bytes]], None] | None = None) -> Any:
     """Read a file written by torch.save on the CPU, after its checksums, without executing it.
 
     It is opened once, so that what was checked is what is read. check: of the open file, first.
@@ -170,9 +170,9 @@ def load_file(path: str | Path, check: Callable[[BinaryIO], None] | None = None)
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> IO[Any]:
     try:
-        return open_regular(path)
+        return open_regular(path, links=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Give the path of a checkpoint (.pth).") from None
     except OSError as error:
@@ -196,7 +196,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_intact(path: Path, file: BinaryIO) -> None:
+def _check_intact(path: Path, file: IO[bytes]) -> None:
     # torch.load skips the CRCs of the zip archive: a flipped bit would load as wrong weights.
     try:
         head = file.read(2)
@@ -296,7 +296,10 @@ def offer_another(refused: Path) -> str:
     """Name the newest file beside a refused one that training can continue from."""
     found = []
     for path in refused.parent.glob("*.pth"):
-        with suppress(Exception), open_regular(path) as file:  # damaged, or of another kind
+        with (
+            suppress(Exception),
+            open_regular(path, links=True) as file,
+        ):  # damaged, or of another kind
             # Without the tensors of what may be many large files.
             state = read_outline(file, os.fstat(file.fileno()).st_size)
             found.append((int(state["next_epoch"]), int(state["next_step"]), path))
@@ -312,7 +315,7 @@ def offer_another(refused: Path) -> str:
 
 
 def load_weights(
-    path: str | Path, check: Callable[[BinaryIO], None] | None = None
+    path: str | Path, check: Callable[[IO[bytes]], None] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a network's state_dict from any file that holds one, and the run's config if it is ours.
 

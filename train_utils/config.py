@@ -168,7 +168,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with open_regular(path) as file:
+        with open_regular(path, links=True) as file:
             content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. {_suggest_file(path)}") from None

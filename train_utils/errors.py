@@ -4,6 +4,7 @@ Names of files, keys and values may come from strangers: whatever is printed or 
 `printable`, whatever is proposed to be typed through `typed`.
 """
 
+import errno
 import os
 import reprlib
 import shlex
@@ -18,6 +19,8 @@ _SHOWN = 80  # characters of a value
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, _SHOWN, _SHOWN
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):

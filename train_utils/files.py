@@ -1,15 +1,18 @@
-"""Files that are there whole or not at all, and where the user's cache is."""
+"""Files that are there whole or not at all, or are nobody else's; where the user's cache is."""
 
 import errno
 import hashlib
 import os
+import re
 import shutil
+import stat
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from stat import S_ISREG
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 
 def user_cache(name: str) -> Path | None:
@@ -45,7 +48,7 @@ def written_whole(
             _link(temporary, link)
         temporary.replace(path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -65,14 +68,67 @@ def hash_of_files(paths: Iterable[Path], start: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as `written_whole` does."""
+    """Write a text file as `written_whole` does, in UTF-8; what that cannot hold is escaped."""
     with written_whole(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
+
+
+def open_regular(
+    path: Path, mode: str = "rb", limit: int = sys.maxsize, links: bool = False
+) -> IO[Any]:
+    """Open a file that others may have put where it is; text is UTF-8, and never an error.
+
+    links: follow them, as for a file that the user has named. Raises OSError for a link otherwise,
+    for whatever else is no regular file (a pipe would be waited for), for more than `limit` bytes
+    and, where it is to be written to, for a file that has a name elsewhere, too (a hard link).
+    """
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+    opener = partial(_open_regular, limit=limit, links=links)
+    return open(path, mode, encoding=encoding, errors=errors, opener=opener)
+
+
+def _open_regular(path: str, flags: int, limit: int, links: bool) -> int:
+    flags |= getattr(os, "O_NONBLOCK", 0)  # neither is there on Windows
+    flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if not links and os.path.islink(path):  # noqa: PTH114 - a str, as `open` gives it
+            raise OSError(error.errno, "is a link", path) from None
+        raise
+    about, problem = os.fstat(descriptor), ""
+    if not stat.S_ISREG(about.st_mode):
+        problem = "is no regular file"
+    elif about.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
+        problem = "is a hard link: the same file has another name"
+    elif about.st_size > limit:
+        problem = f"has more than {limit:,} bytes"
+    if problem:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, problem, path)
+    return descriptor
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """A file's content, `limit` bytes at most, as `open_regular` opens it."""
+    with open_regular(path, limit=limit) as file:
+        return file.read(limit)
+
+
+def files_named(folder: Path, pattern: str) -> list[Path]:
+    """The regular files in a folder, links not among them, whose whole names match."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return [
+            Path(entry.path)
+            for entry in entries
+            if re.fullmatch(pattern, entry.name) and entry.is_file(follow_symlinks=False)
+        ]
+    return []
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes left half written in a folder that nobody writes to now."""
-    for path in folder.glob(".pixtrain-*.tmp"):
+    for path in files_named(folder, r"\.pixtrain-[0-9a-f]{32}\.tmp"):
         with suppress(OSError):
             path.unlink()
 
@@ -87,7 +143,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:  # a file system without links
-        with source.open("rb") as content, written_whole(target) as file:
+        with open_regular(source) as content, written_whole(target) as file:
             shutil.copyfileobj(content, file)
         return
     try:
@@ -97,26 +153,11 @@ def _link(source: Path, target: Path) -> None:
             temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # makes the rename itself survive a power failure
+def sync_folder(folder: Path) -> None:
+    """Have what was renamed and removed in a folder survive a power failure."""
+    if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read; a pipe or a device is refused at once, where `open` might wait for ever.
-
-    Raises OSError.
-    """
-
-    def without_waiting(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
-    if not S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file

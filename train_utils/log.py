@@ -5,9 +5,11 @@ import sys
 from collections import deque
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from train_utils.collectives import is_main_process
 from train_utils.errors import printable
+from train_utils.files import open_regular
 
 
 def get_logger() -> logging.Logger:
@@ -70,13 +72,19 @@ def _main_process_or_warning(record: logging.LogRecord) -> bool:
 
 
 class _LogFile(logging.FileHandler):
+    def _open(self) -> Any:
+        return open_regular(Path(self.baseFilename), self.mode)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Do without lines for which the disk has no room."""
 
 
 def log_to_file(path: Path) -> None:
-    """Also append every line, with its time, to a file: those of before too."""
-    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    """Also append every line, with its time, to a file: those of before too.
+
+    Raises OSError as `open_regular` does.
+    """
+    handler = _LogFile(path)
     handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for record in _early.records:
         handler.handle(record)

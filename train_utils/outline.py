@@ -10,7 +10,7 @@ import math
 import pickle
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 
@@ -120,7 +120,7 @@ class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pi
     dispatch[pickle.NEWOBJ[0]] = pickle._Unpickler.dispatch[pickle.REDUCE[0]]
 
 
-def read_outline(file: BinaryIO, size: int) -> Any:
+def read_outline(file: IO[bytes], size: int) -> Any:
     """What is pickled in a checkpoint of so many bytes, with `TensorOutline`s for its tensors.
 
     Raises pickle.UnpicklingError for other objects, ValueError for what is too large, deep or

@@ -1,7 +1,9 @@
 """From files to files: read, predict and write images, with threads beside the device."""
 
+import os
+import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -165,6 +167,7 @@ class Predictor:
                         **picture.images,
                     )
                 for kind, path in job.outputs.items():
+                    check_replaceable(path)  # hours may have passed since `plan` looked
                     save_image(rendered[kind], path)
             except (UserError, OSError, MemoryError, RuntimeError) as problem:
                 error = f"{printable(job.source)}: {problem}"
@@ -196,9 +199,28 @@ def remove_frames_after(number: int, job: Job) -> None:
     for pattern in job.outputs.values():
         for later in count(number + 1):
             path = pattern.with_name(pattern.name % later)
-            if not (path.exists() and saved_here(path)):
+            if not _is_own(path):
                 break
             path.unlink()
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError for what is at an output's place and was not written by predict.py.
+
+    A file without content may be replaced: a power failure can leave one.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        about = path.lstat()
+        if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not _is_own(path):
+            raise UserError(
+                f"{printable(path)}: exists and was not written by predict.py. Choose another "
+                "folder with -o, or move the file."
+            )
+
+
+def _is_own(path: Path) -> bool:
+    """Whether predict.py has written this file; a link to one is somebody's own."""
+    return os.path.lexists(path) and not path.is_symlink() and saved_here(path)
 
 
 Readers = Mapping[str, Callable[[Any], Tensor]]

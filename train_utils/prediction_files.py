@@ -6,8 +6,8 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from train_utils.errors import UserError, tell
-from train_utils.image_io import list_images, printable, saved_here
-from train_utils.prediction import Job
+from train_utils.image_io import list_images, printable
+from train_utils.prediction import Job, check_replaceable
 from train_utils.video import is_video, require_ffmpeg
 
 Source = tuple[Path, Path]  # a file, and its path below the output folder
@@ -25,7 +25,7 @@ def plan(
     overwrite an input, another output or a file that predict.py has not written, and for a video
     if there is no ffmpeg, or where its frames would need extras.
     """
-    first = next(folder for folder in (output, *output.parents) if folder.exists())
+    first = next(folder for folder in (output, *output.parents) if os.path.lexists(folder))
     if not first.is_dir():
         raise UserError(f"{printable(first)}: not a folder. Choose another one with -o.")
     sources = list(_sources(inputs, output))
@@ -124,17 +124,8 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
                     "folders with -o."
                 )
             for file in path.parent.glob("*.png") if target.parent in videos else [path]:
-                _check_replaceable(file)
+                check_replaceable(file)
             taken[target] = job.source
-
-
-def _check_replaceable(path: Path) -> None:
-    """Raise UserError for an existing file with content that predict.py has not written."""
-    if path.exists() and path.stat().st_size and not saved_here(path):
-        raise UserError(
-            f"{printable(path)}: exists and was not written by predict.py. Choose another folder "
-            "with -o, or move the file."
-        )
 
 
 def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:

@@ -3,11 +3,17 @@
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
+import stat
+import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -26,10 +32,26 @@ from train_utils.checkpoint import (
 from train_utils.collectives import call_on_main, get_rank, is_main_process, lost_peers
 from train_utils.config import dump_yaml
 from train_utils.distributed_utils import launcher_ids, mkdir
-from train_utils.errors import UserError, plain_message, printable, tell, typed
-from train_utils.files import remove_temporaries, write_text, written_whole
+from train_utils.errors import (
+    FULL_DISK,
+    UserError,
+    plain_message,
+    printable,
+    shortened,
+    tell,
+    typed,
+)
+from train_utils.files import (
+    files_named,
+    open_regular,
+    read_regular,
+    remove_temporaries,
+    sync_folder,
+    write_text,
+    written_whole,
+)
 from train_utils.image_io import save_image
-from train_utils.log import get_logger, log_to_file
+from train_utils.log import get_logger, log_to_file, say_once
 
 try:
     import fcntl
@@ -38,7 +60,20 @@ except ImportError:  # Windows
 
 LAST, BEST = "last.pth", "model_best.pth"
 AT_ONCE = "SIGINT, at once"
+STATES = ("running", "finished", "stopped", "failed")
 _WAIT_FOR_REASONS = 3.0  # seconds that a failing rank may take to say why, on a shared disk
+
+_LOG, _METRICS, _RESULTS, _STATUS = "log.txt", "metrics.jsonl", "results.txt", "status.json"
+_LOCK, _SAMPLES = ".lock", "samples"
+_NUMBERED = r"model_([0-9]{4}|[1-9][0-9]{4,})\.pth"
+_REASON = r"failed_rank[0-9]+\.txt"
+# Where a run begins there is nothing of these names, whatever its capitals, nor alike.
+_TAKEN = re.compile(
+    r"(last|model_(best|[0-9]+))\.pth|metrics\.jsonl|(results|log|failed_rank[0-9]+)\.txt"
+    r"|config\.yaml|status\.json|\.lock|samples|events\.out\.tfevents\..*",
+    re.IGNORECASE | re.DOTALL,
+)
+_STATUS_SIZE, _METRICS_SIZE = 1_000_000, 20_000_000  # bytes; more is nothing that a run writes
 
 
 def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: str) -> Path:
@@ -53,35 +88,157 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
             path = Path(output_dir)
         else:
             path = resume.parent if resume else _new_folder(Path("runs", config_name))
-        another = not resume or path.resolve() != resume.parent.resolve()
-        if another and any((path / name).exists() for name in (LAST, BEST)):
-            raise UserError(
-                f"{path}: holds a run already. Continue it with --resume auto, or choose another "
-                "--output-dir."
-            )
+        resumed = resume if resume and _is_same(path, resume.parent) else None
+        _refuse(path, resumed)
         mkdir(path)
-        _lock(path)
-        if resume and another:  # its records and best checkpoint go on in the new folder
-            for name in ("metrics.jsonl", BEST):
-                if (resume.parent / name).exists():
-                    shutil.copyfile(resume.parent / name, path / name)
-        if resume and resume.name != LAST:
-            _go_back(path, resume)
+        with _file_errors(path):
+            _claim(path, resumed)
+            if resume and not resumed:  # its records and best checkpoint go on in the new folder
+                for name, limit in ((_METRICS, _METRICS_SIZE), (BEST, sys.maxsize)):
+                    if os.path.lexists(resume.parent / name):
+                        _copy(resume.parent / name, path / name, limit)
+            if resume and (not resumed or resume.name != LAST):
+                _go_back(path, resume)
         return str(path)
 
     return Path(call_on_main(prepare))
 
 
+def _is_same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """UserError for what the file system refuses to do with a file, or with those of a folder."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(os.fsdecode(error.filename2 or error.filename or path))
+        place = path if place.name.startswith(".pixtrain-") else place
+        remedy = "Remove or mend it, or choose another --output-dir."
+        if error.errno in FULL_DISK:
+            remedy = "Files are as last saved: free disk space, then continue with --resume auto."
+        raise UserError(f"{place}: cannot be used ({error.strerror}). {remedy}") from error
+
+
+def _taken(path: Path) -> dict[str, int]:
+    """What a folder holds of the names that a run uses, with sizes in bytes."""
+    try:
+        with os.scandir(path) as entries:
+            sizes = {e.name: e.stat(follow_symlinks=False).st_size for e in entries}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be listed ({error.strerror}). Choose another --output-dir."
+        ) from error
+    # A start that was killed before it wrote its status leaves an empty lock.
+    return {n: size for n, size in sizes.items() if _TAKEN.fullmatch(n) and (n != _LOCK or size)}
+
+
+def _refuse_foreign(path: Path, resumed: Path | None = None) -> None:
+    """Raise UserError for a folder of others, by its status.json, with files of a run's names.
+
+    resumed: the checkpoint there to continue from, which is none of them.
+    """
+    foreign = _taken(path).keys() - {resumed.name if resumed else ""}
+    if not foreign or read_status(path):
+        return
+    begun = resumed or path / LAST
+    elsewhere = f" To continue {begun} there: --resume {shlex.quote(str(begun))}"
+    raise UserError(
+        f"{path}: holds {shortened(sorted(foreign))}, which a run would write over or remove, and "
+        f"no {_STATUS} of a run: it was left as it is. Choose another --output-dir."
+        f"{elsewhere if resumed or LAST in foreign else ''}"
+    )
+
+
+def _refuse_another(path: Path) -> None:
+    """Raise UserError for a folder with what a run is continued from, or its record."""
+    if read_status(path).get("starting"):
+        return  # the copies of a start that was killed
+    run = rf"last\.pth|model_best\.pth|{_NUMBERED}"
+    kept = [
+        n for n, size in _taken(path).items() if re.fullmatch(run, n) or (n == _METRICS and size)
+    ]
+    if kept:
+        raise UserError(
+            f"{path}: holds a run already ({shortened(sorted(kept))}). Continue it with --resume "
+            "auto, or choose another --output-dir."
+        )
+
+
+def _refuse(path: Path, resumed: Path | None) -> None:
+    _refuse_foreign(path, resumed)
+    if not resumed:
+        _refuse_another(path)
+
+
+def _claim(path: Path, resumed: Path | None) -> None:
+    """Lock a folder, make it known as a run's, and look whether its files can be used.
+
+    Raises UserError for a folder that another run has, and OSError.
+    """
+    lock = _lock(path)
+    _refuse(path, resumed)  # once more: what another run may have done until it was locked
+    for name in (_LOG, _METRICS, _RESULTS):
+        if os.path.lexists(path / name):
+            open_regular(path / name, "a").close()
+    _refuse_link(path / _SAMPLES)
+    _warn_of_others(path)
+    if not resumed:  # copies, by a start that was killed
+        for file in files_named(path, r"(last|model_best)\.pth|metrics\.jsonl"):
+            file.unlink()
+    if not resumed or not read_status(path):
+        _write_status(path, "running", starting=not resumed)
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link. Remove it, or choose another --output-dir.")
+
+
+def _warn_of_others(path: Path) -> None:
+    """Say who else may replace a run's files: users who may write to its folder or rename it."""
+    if not hasattr(os, "geteuid"):
+        return
+    path = Path(os.path.realpath(path))
+    if (owner := path.stat().st_uid) != os.geteuid():
+        get_logger().warning(
+            f"{path}: belongs to another user ({owner}), who may replace the files of this run"
+        )
+    for folder in (path, *path.parents):
+        about = folder.stat()
+        # A group of the owner's own number is his alone, as many systems make it.
+        alone = about.st_gid == about.st_uid != 0
+        writable = about.st_mode & (stat.S_IWOTH if alone else stat.S_IWOTH | stat.S_IWGRP)
+        if writable and (folder == path or not about.st_mode & stat.S_ISVTX):
+            get_logger().warning(
+                f"{folder}: others may write there, and so replace the files of this run. If they "
+                f"are not to: chmod go-w {shlex.quote(str(folder))}"
+            )
+            return
+
+
+def _copy(source: Path, target: Path, limit: int = sys.maxsize) -> None:
+    with open_regular(source, limit=limit) as content, written_whole(target) as file:
+        shutil.copyfileobj(content, file)
+
+
 def _go_back(path: Path, earlier: Path) -> None:
     """Make an earlier checkpoint the last one of a run folder, and forget a best one from later."""
-    with earlier.open("rb") as content, written_whole(path / LAST) as file:
-        shutil.copyfileobj(content, file)
+    _copy(earlier.resolve(), path / LAST)
     best = path / BEST
-    if best.exists() and earlier.resolve() != best.resolve():
+    if earlier.name != LAST and best.exists() and not _is_same(earlier, best):
         position = load_training_state(earlier)["next_epoch"]
         if load_training_state(best)["next_epoch"] > position:
             get_logger().info(f"removing {best}, from the epochs that are trained again")
             best.unlink()
+            sync_folder(path)
 
 
 def _new_folder(parent: Path) -> Path:
@@ -102,32 +259,27 @@ def _new_folder(parent: Path) -> Path:
 _locked_files: list[IO] = []  # kept open: closing a file gives its lock up
 
 
-def _lock(path: Path) -> None:
-    """Claim a run folder for the life of this process; UserError names who else runs in it."""
-    try:
-        file = (path / ".lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}). Choose another --output-dir."
-        ) from error
+def _lock(path: Path) -> IO[str]:
+    """Keep others from a run folder for the life of this process; UserError names who has it."""
+    file = open_regular(path / _LOCK, "a+")
     if fcntl is None:
-        return
+        return file
     try:
         # A record lock, unlike flock, dies with this process even while its loader workers live.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.close()
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system without locks
-        owner = (path / ".lock").read_text().strip()
+            return file  # a file system without locks
+        file.seek(0)
+        owner = file.read(300).strip()
+        file.close()
+        known = re.fullmatch(r"[0-9]+ on [A-Za-z0-9_.-]+", owner)
         raise UserError(
-            f"{path}: process {owner} is training in this folder. Wait for it, or choose another "
-            "--output-dir."
+            f"{path}: {f'process {owner}' if known else 'another process'} is training in this "
+            "folder. Wait for it, or choose another --output-dir."
         ) from error
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _locked_files.append(file)
+    return file
 
 
 def find_resume(request: str | None, output_dir: str | None, config_name: str) -> Path | None:
@@ -154,9 +306,9 @@ def _newest_run(output_dir: str | None, config_name: str) -> str | None:
     folder = Path(output_dir) if output_dir else Path("runs", config_name)
     runs = [folder] if output_dir else sorted(folder.glob("*/"), key=_last_change, reverse=True)
     for run in runs:
-        if (run / LAST).exists():
+        if os.path.lexists(run / LAST):
             return str(run / LAST)
-        if any(run.glob("model_*.pth")):
+        if files_named(run, rf"model_best\.pth|{_NUMBERED}"):
             raise UserError(
                 f"{run / LAST}: is gone, and a new start would lose the other checkpoints of this "
                 f"run. {offer_another(run / LAST)}"
@@ -168,7 +320,7 @@ def _newest_run(output_dir: str | None, config_name: str) -> str | None:
 
 
 def _last_change(run: Path) -> float:
-    files = (path for path in (run, run / LAST, run / "status.json") if path.exists())
+    files = (path for path in (run, run / LAST, run / _STATUS) if path.exists())
     return max(path.stat().st_mtime for path in files)
 
 
@@ -197,15 +349,43 @@ def restarted_run(request: str | None, output_dir: str | None, config_name: str)
 
 
 def _launchers_of(path: Path) -> list[str]:
+    launchers = read_status(path).get("launchers")
+    return [x for x in launchers if isinstance(x, str)] if isinstance(launchers, list) else []
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What a run has written in its folder's status.json; empty, and said, for anything else."""
+    file = path / _STATUS
     try:
-        return json.loads((path / "status.json").read_text(encoding="utf-8")).get("launchers", [])
-    except (OSError, ValueError):
-        return []
+        status = json.loads(read_regular(file, _STATUS_SIZE))
+        if _is_status(status):
+            return status
+        problem = "a run writes something else there"
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        problem = str(error.strerror)
+    except (ValueError, RecursionError):
+        problem = "it is no JSON"
+    say_once(f"{file}: is no run's status ({problem})")
+    return {}
+
+
+def _is_status(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("state") not in STATES:
+        return False
+    return type(value.get("pid")) is int and isinstance(value.get("time"), (int, float))
+
+
+def _write_status(path: Path, state: str, **details: Any) -> None:
+    record = {"state": state, "pid": os.getpid(), "time": time.time(), **details}
+    with _file_errors(path / _STATUS):
+        write_text(path / _STATUS, json.dumps(record) + "\n")
 
 
 def newest_best_checkpoint(root: Path = Path("runs")) -> Path:
     """The best checkpoint of the newest run; UserError tells how to get one if there is none."""
-    found = list(root.glob(f"**/{BEST}"))
+    found = [path for path in root.glob(f"**/{BEST}") if path.is_file()]
     if not found:
         raise UserError(
             f"{root.resolve()}: no run with a {BEST} yet. Train one with `python train.py` "
@@ -228,26 +408,40 @@ class RunFolder:
         self._checkpoints = CheckpointWriter()
         if not is_main_process():
             return
+        _refuse_foreign(path)
         self.status("running", step=step)
-        self._forget_reasons()  # of a run that was killed while it failed
-        remove_temporaries(path)
-        log_to_file(path / "log.txt")
-        dump_yaml(dict(config), path / "config.yaml")
-        self._keep_records_before(epoch)
-        self.writer = SummaryWriter(str(path), purge_step=step + 1, flush_secs=30)
+        with _file_errors(path):
+            self._forget_reasons()  # of a run that was killed while it failed
+            remove_temporaries(path)
+            log_to_file(path / _LOG)
+            dump_yaml(dict(config), path / "config.yaml")
+            self._keep_records_before(epoch)
+            # Nobody can tell the name beforehand, and have it be a link to another file.
+            suffix = f".{uuid.uuid4().hex}"
+            self.writer = SummaryWriter(
+                str(path), purge_step=step + 1, flush_secs=30, filename_suffix=suffix
+            )
 
     def _keep_records_before(self, epoch: int) -> None:
-        for file in self.path.glob("model_[0-9]*.pth"):
+        for file in files_named(self.path, _NUMBERED):
             if _epoch_of_file(file) >= epoch:
                 get_logger().info(f"removing {file}, from the epochs that are trained again")
                 file.unlink()
-        if not (file := self.path / "metrics.jsonl").exists():
+        file = self.path / _METRICS
+        if not os.path.lexists(file):
             return
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _epoch_of_record(line) < epoch]
-        results = [_result(json.loads(line)) for line in kept]
-        write_text(file, "".join(f"{line}\n" for line in kept))
-        write_text(self.path / "results.txt", "".join(results))
+        lines, results, unread = [], [], 0
+        for line in BytesIO(read_regular(file, _METRICS_SIZE)):
+            record = _parsed(line)
+            unread += record is None
+            if record and record["epoch"] < epoch:
+                lines.append(line.strip() + b"\n")
+                results.append(_result(record))
+        if unread:
+            get_logger().info(f"{file}: {unread} line(s) were no epoch's record, and are left out")
+        with written_whole(file) as whole:
+            whole.writelines(lines)
+        write_text(self.path / _RESULTS, "".join(results))
 
     @property
     def writes(self) -> bool:
@@ -259,7 +453,8 @@ class RunFolder:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self.status("stopped", reason=AT_ONCE)
+            with suppress(UserError):  # it stops all the same
+                self.status("stopped", reason=AT_ONCE)
         elif error is not None and not isinstance(error, SystemExit):
             self._fail(error)
         try:
@@ -284,14 +479,14 @@ class RunFolder:
             return
         deadline = time.monotonic() + _WAIT_FOR_REASONS
         while lost_peers(error) and time.monotonic() < deadline:
-            if files := sorted(self.path.glob("failed_rank*.txt")):
-                reasons = [f"{file.stem[7:]}: {file.read_text(encoding='utf-8')}" for file in files]
-                reason = "; ".join(reasons)
+            if files := sorted(files_named(self.path, _REASON)):
+                reason = "; ".join(f"{file.stem[7:]}: {_read_reason(file)}" for file in files)
                 break
             time.sleep(0.05)
-        self._forget_reasons()
+        with suppress(OSError):
+            self._forget_reasons()
         get_logger().error(f"failed: {reason}")
-        with suppress(OSError):  # a full disk, which the reason tells better
+        with suppress(UserError):  # a full disk, which the reason tells better
             self.status("failed", reason=reason)
 
     def give_up(self, reason: str) -> NoReturn:
@@ -301,7 +496,7 @@ class RunFolder:
         os._exit(1)
 
     def _forget_reasons(self) -> None:
-        for file in self.path.glob("failed_rank*.txt"):
+        for file in files_named(self.path, _REASON):
             file.unlink(missing_ok=True)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
@@ -318,9 +513,9 @@ class RunFolder:
         """
         if not self.writer:
             return
-        lines = {"metrics.jsonl": json.dumps(record) + "\n", "results.txt": _result(record)}
+        lines = {_METRICS: json.dumps(record) + "\n", _RESULTS: _result(record)}
         for name, line in lines.items():
-            with (self.path / name).open("a", encoding="utf-8") as file:
+            with _file_errors(self.path / name), open_regular(self.path / name, "a") as file:
                 file.write(line)
         for name, value in record.items():
             if "/" in name or name == "img_per_s":
@@ -347,7 +542,8 @@ class RunFolder:
         """A uint8 picture [3, H, W] as samples/step_<step>.png."""
         if self.writer:
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            save_image(image, self.path / "samples" / f"step_{step:07d}.png")
+            _refuse_link(self.path / _SAMPLES)
+            save_image(image, self.path / _SAMPLES / f"step_{step:07d}.png")
 
     def save(
         self,
@@ -376,10 +572,11 @@ class RunFolder:
         def prune() -> None:
             if numbered is None:
                 return
-            files = sorted(self.path.glob("model_[0-9]*.pth"), key=_epoch_of_file)
+            files = sorted(files_named(self.path, _NUMBERED), key=_epoch_of_file)
             passing = [file for file in files if not stays(_epoch_of_file(file))]
-            for old in passing[: -keep or None]:
-                old.unlink(missing_ok=True)
+            with _file_errors(self.path):
+                for old in passing[: -keep or None]:
+                    old.unlink(missing_ok=True)
 
         self.writer.flush()  # what the checkpoint will not do again must be on the disk
         self._checkpoints.submit(state, self.path / LAST, tuple(links), prune)
@@ -391,20 +588,29 @@ class RunFolder:
     def status(self, state: str, **details: Any) -> None:
         """Write status.json: running, finished, stopped or failed, and why."""
         if is_main_process():
-            record = {"state": state, "pid": os.getpid(), "time": time.time(), **details}
-            record |= {"launchers": self.launchers} if self.launchers else {}
-            write_text(self.path / "status.json", json.dumps(record) + "\n")
+            details |= {"launchers": self.launchers} if self.launchers else {}
+            _write_status(self.path, state, **details)
 
 
 def _epoch_of_file(path: Path) -> int:
     return int(path.stem.partition("_")[2])
 
 
-def _epoch_of_record(line: str) -> float:
+def _read_reason(file: Path) -> str:
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # half a line, from a kill while it was written
+        return read_regular(file, 10_000).decode(errors="replace")
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """An epoch's record; None for half a line, from a kill, and for what no run has written."""
+    try:
+        record = json.loads(line)
+        _result(record)
+        return record if type(record["epoch"]) is int else None
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return None
 
 
 def _result(record: Mapping[str, Any]) -> str:

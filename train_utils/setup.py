@@ -1,6 +1,5 @@
 """What a run sets up once, before its first step."""
 
-import errno
 import inspect
 import os
 import sys
@@ -28,6 +27,7 @@ from train_utils.distributed_utils import (
 )
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import (
+    FULL_DISK,
     UserError,
     is_out_of_memory,
     plain_message,
@@ -226,8 +226,10 @@ def clean_errors() -> Iterator[None]:
         if not lost_peers(error):
             raise
         _exit_with(f"lost the other processes; their errors tell why ({str(error)[:200]})")
+    except PermissionError as error:
+        _exit_with(f"{error.filename}: {error.strerror}. Check the permissions.")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             raise
         _exit_with(
             f"{error.filename or 'disk'}: {error.strerror}. Files are as last saved: free disk "

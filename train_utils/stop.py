@@ -5,10 +5,11 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 from train_utils.collectives import get_rank, get_world_size, shared_store
-from train_utils.errors import tell
+from train_utils.errors import UserError, tell
 from train_utils.log import get_logger
 from train_utils.run_folder import AT_ONCE, RunFolder
 from train_utils.watch import Watch
@@ -62,7 +63,8 @@ class StopSignals:
             interrupts += number[0] == signal.SIGINT
             if interrupts == 2:
                 time.sleep(_TIME_TO_UNWIND)
-                self.run.status("stopped", reason=AT_ONCE)
+                with suppress(UserError):  # it stops all the same
+                    self.run.status("stopped", reason=AT_ONCE)
                 tell("interrupted twice: stopped at once")
                 os._exit(128 + signal.SIGINT)
 
