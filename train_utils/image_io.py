@@ -264,14 +264,25 @@ def _raise_unreadable(error: OSError) -> None:
 # --- opening and decoding ------------------------------------------------------------------------
 
 
+def require_file(path: PathLike) -> os.stat_result:
+    """What the file system says of a file. Raises UserError if there is none, or no regular one."""
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise _explained(path, error) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{printable(path)}: cannot be read (it is a folder). Check the path.")
+    if not stat.S_ISREG(found.st_mode):
+        # A pipe, a socket or a device might keep its reader waiting for ever.
+        raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
+    return found
+
+
 @contextmanager
 def _opened(path: PathLike) -> Iterator[Image.Image]:
     """Open a file and check its header; whatever Pillow raises within the block is a UserError."""
     try:
-        # A pipe or a device might keep its reader waiting for ever.
-        mode = Path(path).stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
+        require_file(path)
         with Path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
             _check_header(path, image)
             yield image
