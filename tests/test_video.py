@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from io import BufferedReader, BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_ffmpeg_gets_bounds(option, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, 1, options=option)
     list(read_frames(tmp_path / "clip.mp4"))
     argv = (tmp_path / "bin" / "ffmpeg.argv").read_text().split("\n")
-    given = dict(zip(argv, argv[1:], strict=False))
+    given = dict(pairwise(argv))
     assert given[option] == "passthrough"  # frames as they are stored, not at a constant rate
     assert given["-protocol_whitelist"] == "file" and given["-map"] == "0:V:0"
     demuxers = given["-format_whitelist"].split(",")

@@ -28,7 +28,7 @@ class Job(NamedTuple):
     """An input file and its outputs by kind: "map", and others where asked for.
 
     The outputs of a video are patterns (000001.png is %06d.png); each of its frames becomes a job
-    of its own, and so does an error in the middle of it.
+    of its own, and so does an error in the middle of it. error: why it is not done at all.
     """
 
     source: Path
@@ -174,7 +174,7 @@ class Predictor:
 def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
     """All jobs in order, each video's replaced by those of its frames, and of its error if any."""
     for job in jobs:
-        if not is_video(job.source):
+        if job.error or not is_video(job.source):
             yield job
             continue
         try:

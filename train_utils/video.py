@@ -1,8 +1,8 @@
 """Frames of video files, decoded one after the other by the program `ffmpeg`.
 
 A video may come from anywhere, so ffmpeg gets bounds: a regular file of a kind that is named here,
-its first video stream only, no other file and no network, frames of MAX_PIXELS, as many of them as
-the file's size makes possible, and, on Linux, 4 GiB of memory. It is ended if it is silent for long.
+its first video stream only, no other file and no network, frames of MAX_PIXELS, as many as a file
+of its size can hold, and, on Linux, 4 GiB of memory. It is ended if it gives nothing for a minute.
 """
 
 import math
