@@ -430,6 +430,13 @@ def test_predict_plans_patterns_and_leaves_its_own_output_out():
     assert planned("in") == ["in/out/a.png", "in/out/deep/b.png"]
     assert planned("in/*/*.png", output="o") == ["o/deep/b.png", "o/out/old.png"]
     assert planned("in/**/b.png", output="o") == ["o/deep/b.png"]
+    Path("in/.hidden").mkdir()
+    for name in ("in/.hidden/c.png", "in/.c.png"):
+        Image.new("RGB", (8, 8)).save(name)
+    for link in ("in/l1", "in/deep/l2"):
+        Path(link).symlink_to(Path("in").absolute(), target_is_directory=True)
+    everything = ["o/a.png", "o/deep/b.png", "o/out/old.png"]
+    assert planned("in/**/*.png", output="o") == planned("in/**", output="o") == everything
     assert planned("in/a.png", "in/a.png", output="o") == ["o/a.png"]  # named twice, done once
     assert planned("in/a.png", "in/deep", output="o") == ["o/a.png", "o/b.png"]
 
@@ -465,6 +472,7 @@ def test_no_output_leaves_its_folder(monkeypatch):
     Path("out/deep").unlink()
     assert not any(planned("in").values())  # hidden files are left out
     assert "no image there" in refused(predict, "y" * 300)
+    assert len(plan(["in/a.png"], Path("z" * 300), ["map"])) == 1  # writing says what is wrong
     Path("out/clip").symlink_to(Path("elsewhere").absolute(), target_is_directory=True)
     Path("in/clip.mp4").touch()
     assert "by the link out/clip" in planned("in/clip.mp4", "in/a.png")["clip.mp4"]

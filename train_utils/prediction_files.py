@@ -1,6 +1,7 @@
 """Which file becomes which files, decided before anything is read or written."""
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
@@ -15,6 +16,7 @@ Source = tuple[Path, Path]  # a file, and its path below the output folder
 
 _MAX_NAME = 255  # bytes
 _CASE_IS_NOTHING = sys.platform in ("win32", "darwin")  # to most file systems there
+_HIDDEN = re.compile(r"/\.(?!\./)")
 _FRAME = "%06d"  # what the outputs of a video's frames are called
 
 
@@ -160,7 +162,7 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
 
 def _check_replaceable(path: Path) -> None:
     """Raise UserError for an existing file with content that predict.py has not written."""
-    holds_something = path.exists() and (path.stat().st_size or not path.is_file())
+    holds_something = _exists(path) and (path.stat().st_size or not path.is_file())
     if holds_something and not saved_here(path):
         raise UserError(
             f"{printable(path)}: exists and was not written by predict.py. Choose another folder "
@@ -184,13 +186,24 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:
                     yield file, file.relative_to(path)
         elif has_magic(text) and not _exists(path):
             root = Path(*_before_wildcard(path.parts))
-            matches = [Path(match) for match in glob(text, recursive=True)]  # noqa: PTH207
-            files = sorted(match for match in matches if match.is_file())
+            files = sorted(match for match in _matches(path, root) if match.is_file())
             if not files:
                 raise UserError(f"{text}: no file matches the pattern. Check the path.")
             yield from ((file, file.relative_to(root)) for file in files)
         else:
             yield path, Path(path.name)  # if it is missing, it fails as its turn comes
+
+
+def _matches(pattern: Path, root: Path) -> list[Path]:
+    """The paths that a pattern matches, none of them hidden.
+
+    `**` follows no links to folders: two of them that lead in circles have no end.
+    """
+    rest = pattern.relative_to(root).parts
+    if "**" not in rest:
+        return [Path(match) for match in glob(str(pattern))]  # noqa: PTH207
+    found = root.glob("/".join([*rest, "*"] if rest[-1] == "**" else rest))
+    return [path for path in found if not _HIDDEN.search(f"/{path.relative_to(root).as_posix()}")]
 
 
 def _exists(path: Path) -> bool:
