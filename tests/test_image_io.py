@@ -483,6 +483,147 @@ def test_thin_images(tmp_path, width, height):
     assert image_size(path) == (width, height)
 
 
+# --- bombs: small files that cost much ----------------------------------------------------------
+
+
+def jpeg_of_scans(scans: int, size: int, progressive: bool = True) -> bytes:
+    """A grey JPEG whose last scan comes again and again; or one of three colours, each in its own.
+
+    Other segments between the scans pretend to end the image.
+    """
+    plain = encode(Image.new("L", (size, size), 77), "JPEG", progressive=progressive)
+    end = b"\xff\xfe\0\6\xff\xd9\xff\xd9"  # a comment
+    start = plain.rindex(b"\xff\xda")
+    if progressive:
+        return plain[:start] + (plain[start:-2] + end) * scans + b"\xff\xd9"
+    colours = encode(Image.new("RGB", (size, size)), "JPEG", subsampling=0)
+    pixels = plain[start + 10 : -2] if scans < 10 else b""  # decoders make up what is missing
+    each = [b"\xff\xda\0\x08\1" + bytes([1 + n % 3, 0, 0, 63, 0]) + pixels for n in range(scans)]
+    return colours[: colours.index(b"\xff\xda")] + end.join(each) + b"\xff\xd9"
+
+
+def jpeg_with_segments(kind: int, body: bytes, count: int) -> bytes:
+    plain = encode(grey([[5]]), "JPEG")
+    segment = b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+    return plain[:2] + segment * count + plain[2:]
+
+
+def tiff(tags: dict[int, int | bytes], data: bytes, big: bool = False) -> bytes:
+    """A grey TIFF of 1×1 pixel with more tags: values, or arrays of 32 bits."""
+    tags = {256: 1, 257: 1, 258: 8, 259: 8, 262: 1, 277: 1} | tags
+    arrays, entries = data, []
+    for tag, value in sorted(tags.items()):
+        array = isinstance(value, bytes)
+        place = (16 if big else 8) + len(arrays) if array else value
+        count = len(value) // 4 if array else 1
+        entries.append(struct.pack("<HHQQ" if big else "<HHII", tag, 4, count, place))
+        arrays += value if array else b""
+    start = (16 if big else 8) + len(arrays)
+    head = (
+        b"II+\0\x08\0\0\0" + struct.pack("<Q", start)
+        if big
+        else b"II*\0" + struct.pack("<I", start)
+    )
+    directory = struct.pack("<Q" if big else "<H", len(entries)) + b"".join(entries) + bytes(8)
+    return head + arrays + directory
+
+
+def bmp_in_run_length_code(width: int, height: int, runs: bytes) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    start = 14 + len(header) + 1024
+    return b"BM" + struct.pack("<III", start + len(runs), 0, start) + header + bytes(1024) + runs
+
+
+def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
+    plain = encode(grey([[5]]), "PNG")
+    place = plain.index(b"IDAT") - 4
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return plain[:place] + b"".join(parts) + plain[place:]
+
+
+STRIPS = bytes(4 * (2**18 + 1))
+TILE = zlib.compress(bytes(16), 1)
+BOMBS = {
+    "scans": (lambda: jpeg_of_scans(2100, 1000), "more than 2000 scans of 1,000,000 pixels"),
+    "plain scans": (lambda: jpeg_of_scans(510, 2000, False), "more than 500 scans of 4,000,000"),
+    "exif": (lambda: jpeg_with_segments(0xE1, b"Exif\0\0II", 101), "thousands of parts"),
+    "hidden exif": (
+        lambda: jpeg_with_segments(0xF0, b"\xff\xe1\0\x10Exif\0\0" + bytes(8), 101),
+        "thousands of parts",
+    ),
+    "comments": (lambda: jpeg_with_segments(0xFE, b"", 10_001), "thousands of parts"),
+    "tile": (
+        lambda: tiff({322: 30_000, 323: 30_000, 324: 8, 325: 9}, TILE),
+        "tiles of 900,000,000",
+    ),
+    "long tile": (
+        lambda: tiff({322: 16, 323: 2**24, 324: 8, 325: 9}, TILE),
+        "tiles of 268,435,456",
+    ),
+    "strips": (lambda: tiff({273: STRIPS, 279: 9, 259: 1}, b""), "262,145 strips or tiles"),
+    "strips of a BigTIFF": (lambda: tiff({273: STRIPS, 279: 9}, b"", big=True), "262,145 strips"),
+    "tags": (lambda: tiff(dict.fromkeys(range(1000, 5100), 1), b""), "4,106 tags"),
+    "run-length code": (
+        lambda: bmp_in_run_length_code(5000, 5000, b"\1\0\0\0" * 5001),
+        "4,194,304 pixels in run-length code",
+    ),
+    "runs": (lambda: bmp_in_run_length_code(10, 10, b"\xff\1" * 3000), "500,000 small pieces"),
+    "chunks": (lambda: png_with(*[(b"abCd", b"")] * 1700), "500,000 small pieces"),
+    "text": (
+        lambda: png_with((b"zTXt", b"a\0\0" + zlib.compress(bytes(17 << 20)))),
+        "far too much text beside the pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_before_they_cost_much(tmp_path, monkeypatch, name):
+    make, problem = BOMBS[name]
+    path = tmp_path / "bomb.png"  # which no decoder asks for
+    path.write_bytes(make())
+    assert path.stat().st_size < 2_200_000
+    monkeypatch.setattr(image_io._InPieces, "left", 5000)  # of 500,000, which take a second
+    if name != "runs":
+        monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    for read in (read_image, read_mask):
+        with within(20), pytest.raises(UserError, match=rf"bomb\.png: .*{problem}.*\. \w+"):
+            read(path)
+
+
+def test_what_only_looks_like_a_bomb_is_read(tmp_path):
+    """The usual number of scans, long metadata, a tile that is a little larger than its image."""
+    rgb = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    progressive = encode(rgb, "JPEG", progressive=True)
+    long_text, tile = zlib.compress(bytes(3 << 20)), zlib.compress(bytes(2**20))
+    intact = {
+        "progressive": progressive,
+        "followed": progressive + jpeg_of_scans(30, 8),  # as phones append pictures and films
+        "three scans": jpeg_of_scans(3, 50, False),
+        "profile": jpeg_with_segments(0xE2, b"ICC_PROFILE\0\1\1" + bytes(3000), 255),
+        "a long segment": jpeg_with_segments(0xE1, b"Exif\0\0" + bytes(65_000), 3),
+        "text": png_with((b"zTXt", b"a\0\0" + long_text), (b"iCCP", b"a\0\0" + long_text)),
+        "tile": tiff({322: 1024, 323: 1024, 324: 8, 325: len(tile)}, tile),
+        "runs": bmp_in_run_length_code(4, 2, b"\4\1\0\0\4\2\0\1"),
+    }
+    for name, content in intact.items():
+        (tmp_path / name).write_bytes(content)
+        assert_image(read_image(tmp_path / name))
+    assert torch.equal(read_image(tmp_path / "followed"), read_image(tmp_path / "progressive"))
+    assert image_size(tmp_path / "progressive") == (50, 40)
+
+
+def test_a_file_of_gigabytes_is_not_read_whole(tmp_path):
+    path = tmp_path / "a.webp"
+    path.write_bytes(encode(grey([[5]]), "WEBP"))
+    with path.open("r+b") as file:
+        file.truncate(2**30 + 1)  # a hole, which takes no room
+    with pytest.raises(UserError, match=r"a\.webp: larger than 1,073,741,824 bytes\. Scale"):
+        read_image(path)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

@@ -129,6 +129,14 @@ def test_colours(tmp_path, palette):
     assert "(255, 0, 0) (2 px), (0, 0, 254) (1 px)" in message
 
 
+def test_a_photograph_is_refused_without_counting_its_colours(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    monkeypatch.setattr(np, "unique", None)
+    with pytest.raises(UserError, match=r"a\.png: a trimap is grey, .* has more than 1024 colours"):
+        read_trimap(tmp_path / "a.png")
+
+
 def test_transparency(tmp_path):
     opaque = saved(tmp_path, with_alpha([[0, 128, 255]], [[255, 255, 255]]))
     assert read_trimap(opaque)[0].tolist() == [[0, 128, 255]]

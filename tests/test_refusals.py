@@ -439,8 +439,64 @@ def test_predict_plans_patterns_and_leaves_its_own_output_out():
     assert planned("in") == ["in/out/a.png", "in/out/deep/b.png"]
     assert planned("in/*/*.png", output="o") == ["o/deep/b.png", "o/out/old.png"]
     assert planned("in/**/b.png", output="o") == ["o/deep/b.png"]
+    Path("in/.hidden").mkdir()
+    for name in ("in/.hidden/c.png", "in/.c.png"):
+        Image.new("RGB", (8, 8)).save(name)
+    for link in ("in/l1", "in/deep/l2"):
+        Path(link).symlink_to(Path("in").absolute(), target_is_directory=True)
+    everything = ["o/a.png", "o/deep/b.png", "o/out/old.png"]
+    assert planned("in/**/*.png", output="o") == planned("in/**", output="o") == everything
     assert planned("in/a.png", "in/a.png", output="o") == ["o/a.png"]  # named twice, done once
     assert planned("in/a.png", "in/deep", output="o") == ["o/a.png", "o/b.png"]
+
+
+def test_no_output_leaves_its_folder(monkeypatch):
+    """Whatever names and links say; the other files of the call are done."""
+    monkeypatch.setattr("train_utils.prediction_files.require_ffmpeg", lambda path: None)
+    for folder in ("in/deep", "out"):
+        Path(folder).mkdir(parents=True)
+    longest = "x" * 251 + ".png"
+    names = ["...mp4", "..mp4", "....png", "a.png", "deep/b.png", "deep/c.mp4", "deep/-d\n.png"]
+    for name in [*names, longest]:
+        save_image(Image.new("RGB", (8, 8)), Path("in/x.png"))
+        Path("in/x.png").rename(f"in/{name}")
+    Path("out/deep").symlink_to(Path("elsewhere").absolute(), target_is_directory=True)
+
+    def planned(*inputs, kinds=("map",)):
+        jobs = plan(list(inputs), Path("out"), list(kinds))
+        for job in jobs:
+            assert bool(job.error) != bool(job.outputs)
+            for path in job.outputs.values():
+                assert path.parent.resolve().is_relative_to(Path("out").resolve())
+        return {job.source.name: job.error for job in jobs}
+
+    errors = planned("in/...mp4", "in/..mp4", "in/....png", f"in/{longest}", "in")
+    dots = ["...mp4", "..mp4", "....png"]
+    assert [name for name, error in errors.items() if "no name is left. Rename it" in error] == dots
+    assert "by the link out/deep" in errors["b.png"] and "by the link" in errors["-d\n.png"]
+    assert not errors["a.png"] and not errors[longest]
+    assert "longer than 255 bytes" in planned("in", kinds=["map", "cutout"])[longest]
+    assert "Name it without '..'" in planned("in/*/../../in/a.png")["a.png"]
+    assert planned("in/deep/../a.png") == {"a.png": ""}
+    Path("out/deep").unlink()
+    assert not any(planned("in").values())  # hidden files are left out
+    assert "no image there" in refused(predict, "y" * 300)
+    assert len(plan(["in/a.png"], Path("z" * 300), ["map"])) == 1  # writing says what is wrong
+    Path("out/clip").symlink_to(Path("elsewhere").absolute(), target_is_directory=True)
+    Path("in/clip.mp4").touch()
+    assert "by the link out/clip" in planned("in/clip.mp4", "in/a.png")["clip.mp4"]
+
+
+def test_an_output_is_no_pipe_and_no_other_case(monkeypatch):
+    monkeypatch.setattr("train_utils.prediction_files._CASE_IS_NOTHING", True)
+    for name in ("x/A.png", "y/a.png"):
+        Path(name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(name)
+    assert "would both be written there" in refused(predict, "x/A.png", "y/a.png")
+    if hasattr(os, "mkfifo"):
+        Path("out").mkdir()
+        os.mkfifo("out/a.png")
+        assert "was not written by predict.py" in refused(predict, "y/a.png", "-o", "out")
 
 
 def test_batch_norm_on_a_single_tiny_image_is_refused():

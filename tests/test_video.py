@@ -1,9 +1,13 @@
 """Videos, decoded by a stand-in for ffmpeg: a script that writes what the real one would."""
 
 import os
+import shutil
+import socket
 import stat
+import subprocess
 import sys
 from io import BufferedReader, BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,15 +15,20 @@ import torch
 from PIL import Image
 from test_predict import predictor
 
+from train_utils import video
 from train_utils.errors import UserError
-from train_utils.image_io import save_image
+from train_utils.image_io import MAX_PIXELS, save_image
 from train_utils.prediction_files import plan
 from train_utils.video import is_video, read_frames, read_ppm
 
 # Frames of 4×2 pixels whose red is their number, from 1 on.
 FRAMES = """#!{python}
-import os, sys, time
+import os, resource, sys, time
+if "-h" in sys.argv:
+    print({options!r})
+    sys.exit()
 open(__file__ + ".pid", "w").write(str(os.getpid()))
+open(__file__ + ".argv", "w").write("\\n".join(sys.argv))
 assert "-nostdin" in sys.argv and sys.argv[sys.argv.index("-i") + 1].endswith({name!r})
 for number in range(1, {count} + 1):
     sys.stdout.buffer.write(b"P6\\n4 2\\n255\\n" + bytes((number % 256, 7, 9)) * 8)
@@ -28,11 +37,13 @@ for number in range(1, {count} + 1):
 """
 
 
-def install(folder, monkeypatch, count, end="", name="clip.mp4"):
-    """Put an ffmpeg on the PATH that gives `count` frames and then does `end`."""
+def install(folder, monkeypatch, count, end="", name="clip.mp4", options="-fps_mode"):
+    """A video, and an ffmpeg on the PATH that gives `count` frames of it and then does `end`."""
+    (folder / name).write_bytes(bytes(1000))
     program = folder / "bin" / "ffmpeg"
     program.parent.mkdir(exist_ok=True)
-    text = FRAMES.format(python=sys.executable, count=count, end=end, name=name)
+    values = {"count": count, "end": end, "name": name, "options": options}
+    text = FRAMES.format(python=sys.executable, **values)
     program.write_text(text)
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
@@ -61,7 +72,8 @@ def test_closing_ends_a_video_that_does_not_end(tmp_path, monkeypatch):
 
 
 def test_a_failure_comes_after_the_frames_before_it_with_ffmpegs_own_words(tmp_path, monkeypatch):
-    end = "print('first', file=sys.stderr); print('moov \\x1b gone', file=sys.stderr); sys.exit(3)"
+    said = "print('[mov @ 0x7f] moov \\x1b gone', file=sys.stderr); print('last', file=sys.stderr)"
+    end = f"{said}; sys.exit(3)"
     install(tmp_path, monkeypatch, 2, end)
     frames = read_frames(tmp_path / "clip.mp4")
     assert next(frames).shape == next(frames).shape == (3, 2, 4)
@@ -94,6 +106,96 @@ def test_many_messages_do_not_block(tmp_path, monkeypatch):
         next(frames)  # ffmpeg goes on after damage, and its exit status is 0
 
 
+# --- bounds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["-fps_mode", "-vsync"])
+def test_ffmpeg_gets_bounds(option, tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 1, options=option)
+    list(read_frames(tmp_path / "clip.mp4"))
+    argv = (tmp_path / "bin" / "ffmpeg.argv").read_text().split("\n")
+    given = dict(pairwise(argv))
+    assert given[option] == "passthrough"  # frames as they are stored, not at a constant rate
+    assert given["-protocol_whitelist"] == "file" and given["-map"] == "0:V:0"
+    demuxers = given["-format_whitelist"].split(",")
+    assert {"mov", "matroska", "avi", "mpeg", "asf"} <= set(demuxers)
+    assert not {"concat", "hls", "image2", "lavfi", "dash", "sdp"} & set(demuxers)
+    assert MAX_PIXELS <= int(given["-max_pixels"]) <= 1.1 * MAX_PIXELS
+    assert argv.index("-max_pixels") < argv.index("-threads") < argv.index("-i")
+
+
+def test_more_frames_than_a_file_can_hold_end_it(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 10**6)
+    frames = read_frames(tmp_path / "clip.mp4")
+    assert [next(frames).shape for _ in range(125)] == [(3, 2, 4)] * 125  # 1,000 bytes, 8 for each
+    with pytest.raises(UserError, match=r"clip\.mp4: frame 126 is one more than .* \(125\)\. \w+"):
+        next(frames)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "bin" / "ffmpeg.pid").read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    "begun", ["", "sys.stdout.buffer.write(b'P6\\n4 2\\n'); sys.stdout.flush();"]
+)
+def test_a_silent_ffmpeg_is_ended(begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "_PATIENCE", 1)
+    install(tmp_path, monkeypatch, 2, f"{begun}time.sleep(600)")
+    frames = read_frames(tmp_path / "clip.mp4")
+    assert next(frames).shape == next(frames).shape
+    with pytest.raises(UserError, match=r"clip\.mp4: .*no frame for 1 seconds\)\. Check that"):
+        next(frames)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory by Linux' means")
+def test_ffmpegs_memory_is_bounded(tmp_path, monkeypatch):
+    limit = "resource.getrlimit(resource.RLIMIT_DATA)[0]"
+    install(tmp_path, monkeypatch, 1, f"time.sleep(0.2); sys.exit(f'allocate {{{limit}}}')")
+    with pytest.raises(UserError, match=rf"\(allocate {4 * 2**30}\)\. It needs more memory"):
+        list(read_frames(tmp_path / "clip.mp4"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "missing"])
+def test_only_regular_files_are_opened(kind, tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, 1, "time.sleep(600)")
+    path = tmp_path / "x.mp4"
+    problem = "a pipe or a device"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # the path of a socket may have a hundred characters
+        socket.socket(socket.AF_UNIX).bind("x.mp4")
+    elif kind == "folder":
+        path.mkdir()
+        problem = "it is a folder"
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        problem = "no such file"
+    with pytest.raises(UserError, match=rf"x\.mp4: .*{problem}"):
+        next(read_frames(path))
+    assert not (tmp_path / "bin" / "ffmpeg.pid").exists()
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs a real ffmpeg")
+def test_bombs_with_a_real_ffmpeg(tmp_path):
+    def make(*arguments):
+        subprocess.run(["ffmpeg", "-v", "error", "-y", *arguments], cwd=tmp_path, check=True)
+
+    # 19 frames 1 ms apart, and one 3,040 s later.
+    late = ["-vf", r"setpts='if(lt(N\,19)\,N\,N*160000)'", "-fps_mode", "passthrough"]
+    make("-f", "lavfi", "-i", "color=red:s=16x16:r=1000:d=0.02", *late, "-c:v", "ffv1", "gap.mkv")
+    assert len(list(read_frames(tmp_path / "gap.mkv"))) == 20
+    large = f"color=red:s=12000x{MAX_PIXELS // 10_000}:r=1:d=1"
+    make("-f", "lavfi", "-i", large, "-pix_fmt", "gray", "-c:v", "png", "large.mkv")
+    with pytest.raises(UserError, match=r"max pixel count .* Scale it down"):
+        list(read_frames(tmp_path / "large.mkv"))
+    for text in ("ffconcat version 1.0\nfile gap.mkv\n", "#EXTM3U\n#EXTINF:1,\ngap.mkv\n"):
+        (tmp_path / "list.mp4").write_text(text)
+        with pytest.raises(UserError, match="failed after 0 frames"):
+            list(read_frames(tmp_path / "list.mp4"))
+
+
 def test_a_stream_of_ppms_by_hand():
     two = b"P6\n1 2\n255\n" + bytes(range(6)) + b"P6\n1 1\n255\n" + bytes((9, 10, 11))
     stream = BufferedReader(BytesIO(two))
@@ -104,19 +206,18 @@ def test_a_stream_of_ppms_by_hand():
 
 def test_without_ffmpeg_the_error_tells_how_to_do_without(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    video = tmp_path / "clip.mp4"
-    video.touch()
+    clip = tmp_path / "clip.mp4"
+    clip.touch()
     with pytest.raises(UserError) as error:
-        plan([str(video)], tmp_path / "out", ["map"])
+        plan([str(clip)], tmp_path / "out", ["map"])
     stem = tmp_path / "clip"
-    command = f"mkdir {stem} && ffmpeg -i file:{video} file:{stem}/%06d.png"
+    command = f"mkdir {stem} && ffmpeg -i file:{clip} file:{stem}/%06d.png"
     assert command in str(error.value)
 
 
 def test_frames_become_numbered_files_beside_other_inputs(tmp_path, monkeypatch):
     """A video that fails in the middle keeps what it gave; the image after it is still done."""
     install(tmp_path, monkeypatch, 3, "sys.exit('cut off')")
-    (tmp_path / "clip.mp4").touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     inputs = [str(tmp_path / name) for name in ("clip.mp4", "b.png")]
     jobs = plan(inputs, tmp_path / "out", ["map", "cutout"])

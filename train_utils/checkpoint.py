@@ -296,11 +296,8 @@ def offer_another(refused: Path) -> str:
     """Name the newest file beside a refused one that training can continue from."""
     found = []
     for path in refused.parent.glob("*.pth"):
-        with (
-            suppress(Exception),
-            open_regular(path, links=True) as file,
-        ):  # damaged, or of another kind
-            # Without the tensors of what may be many large files.
+        with suppress(Exception), open_regular(path, links=True) as file:
+            # Without the tensors of what may be many large files, damaged, or of another kind.
             state = read_outline(file, os.fstat(file.fileno()).st_size)
             found.append((int(state["next_epoch"]), int(state["next_step"]), path))
     for epoch, step, path in sorted(found, reverse=True):

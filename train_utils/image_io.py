@@ -23,20 +23,26 @@ Files of other meanings are read by what a task builds on `decode`.
 An EXIF tag counts where it stands before the pixels (as in every JPEG); one that cannot be parsed
 counts as absent. PNG checksums are verified: a damaged PNG gives its own pixels or none. The other
 formats have none, so damage that their decoders conceal, as in the middle of a JPEG or of a plain
-TIFF, cannot be seen; nor can rows that the writer of a PNG has left out. Pipes and devices are
-refused unopened. Every error is a `UserError` that names the file, the cause and the fix.
+TIFF, cannot be seen; nor can rows that the writer of a PNG has left out. Every error is a
+`UserError` that names the file, the cause and the fix.
+
+Files may come from anywhere. Pipes and devices are refused unopened, and small files that would
+take a decoder much memory or time undecoded: see "bounds". What is left is what MAX_PIXELS implies.
 """
 
+import io
 import os
+import re
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo, PngStream
@@ -44,6 +50,10 @@ from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
     PLANAR_CONFIGURATION,
+    STRIPOFFSETS,
+    TILELENGTH,
+    TILEOFFSETS,
+    TILEWIDTH,
     TiffImageFile,
 )
 from torchvision import tv_tensors
@@ -252,17 +262,33 @@ def _raise_unreadable(error: OSError) -> None:
 # --- opening and decoding ------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(path: PathLike) -> Iterator[Image.Image]:
-    """Open a file and check its header; whatever Pillow raises within the block is a UserError."""
+def require_file(path: PathLike) -> os.stat_result:
+    """What the file system says of a file. Raises UserError if there is none, or no regular one."""
     try:
-        # A pipe or a device might keep its reader waiting for ever.
-        mode = Path(path).stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
-        with Path(path).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
-            _check_header(path, image)
-            yield image
+        found = Path(path).stat()
+    except OSError as error:
+        raise _explained(path, error) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{printable(path)}: cannot be read (it is a folder). Check the path.")
+    if not stat.S_ISREG(found.st_mode):
+        # A pipe, a socket or a device might keep its reader waiting for ever.
+        raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
+    return found
+
+
+@contextmanager
+def _opened(path: PathLike, whole: bool = False) -> Iterator[Image.Image]:
+    """Open a file and check its header; whatever Pillow raises within the block is a UserError.
+
+    whole: check also what tells only from all of a file how long its decoding takes.
+    """
+    try:
+        size = require_file(path).st_size
+        with Path(path).open("rb") as file:
+            checked = _checked(path, file, size, whole)
+            with checked, Image.open(checked, formats=_FORMATS) as image:
+                _check_header(path, image)
+                yield image
     except UserError:
         raise
     except Exception as error:  # on damaged files Pillow's parsers raise nearly every type there is
@@ -282,7 +308,7 @@ class Decoded(NamedTuple):
 
 def decode(path: PathLike, at_least: int | None = None) -> Decoded:
     """Read a file's pixels; at_least: see `read_image`. Raises UserError if it cannot be read."""
-    with _opened(path) as image:
+    with _opened(path, whole=True) as image:
         if isinstance(image, PngImageFile):
             # Loading skips the checksums of the pixel data, and then most flipped bits go
             # unnoticed. An image that has verified itself cannot be loaded: so by another reader.
@@ -360,6 +386,13 @@ def _check_header(path: PathLike, image: Image.Image) -> None:
     problem = None
     if width * height > MAX_PIXELS:
         problem = f"{width}×{height} is more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
+    elif _tile_pixels(image) > max(width * height, _MAX_TILE):
+        tile = f"{_tile_pixels(image):,}"
+        problem = f"tiles of {tile} pixels, more than the image has. Save it with smaller ones."
+    elif width * height > _MAX_RUNS and _is_run_length_bmp(image):
+        problem = (
+            f"more than {_MAX_RUNS:,} pixels in run-length code. Save it as a plain BMP or a PNG."
+        )
     elif image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         problem = f"32-bit and float pixels have no fixed range. {_SAVE_AS_PNG}"
     elif isinstance(image, TiffImageFile) and not is_wide(image):
@@ -379,6 +412,19 @@ def _check_header(path: PathLike, image: Image.Image) -> None:
         raise UserError(f"{printable(path)}: {problem}")
 
 
+def _tile_pixels(image: Image.Image) -> int:
+    """The pixels of a tile of a TIFF, which its decoder needs memory for; 0 if it has none."""
+    if not isinstance(image, TiffImageFile):
+        return 0
+    width, height = image.tag_v2.get(TILEWIDTH), image.tag_v2.get(TILELENGTH)
+    return width * height if isinstance(width, int) and isinstance(height, int) else 0
+
+
+def _is_run_length_bmp(image: Image.Image) -> bool:
+    tiles = getattr(image, "tile", [])
+    return image.format == "BMP" and bool(tiles) and tiles[0][0] == "bmp_rle"
+
+
 def _explained(path: PathLike, error: Exception) -> UserError:
     """Cause and fix in the user's terms for an exception raised while reading `path`."""
     if isinstance(error, FileNotFoundError):
@@ -389,6 +435,8 @@ def _explained(path: PathLike, error: Exception) -> UserError:
         problem = f"has far more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
     elif isinstance(error, MemoryError):
         problem = f"too little memory to read it. {_MAKE_SMALLER}"
+    elif "MAX_TEXT" in str(error):
+        problem = f"far too much text beside the pixels ({error}). Save it without metadata."
     elif not isinstance(error, UnidentifiedImageError):
         problem = f"damaged or truncated ({printable(str(error))}). {_REPLACE}"
     elif Path(path).stat().st_size == 0:
@@ -396,6 +444,125 @@ def _explained(path: PathLike, error: Exception) -> UserError:
     else:
         problem = f"not an image that can be read ({', '.join(_FORMATS)}). {_REPLACE}"
     return UserError(f"{printable(path)}: {problem}")
+
+
+# --- bounds --------------------------------------------------------------------------------------
+
+_MAX_BYTES = 2**30  # of formats that are read whole; 100 million pixels of RGBA of 16 bits are less
+_MAX_READS = 500_000  # a second or two; a PNG in chunks of 8 KiB takes as many at 500 MB
+_MAX_SEGMENTS = 10_000  # before the first scan of a JPEG; a profile has 255 at most
+_MAX_EXIF_SEGMENTS = 100  # Pillow copies all before for each; cameras write one
+_MAX_SCANNED = 20 * MAX_PIXELS  # pixels of a JPEG times its scans; encoders write 10 or so
+_MAX_TAGS = 4096  # of a TIFF
+_MAX_STRIPS = 2**18  # of a TIFF; each costs 300 bytes and some microseconds
+_MAX_TILE = 4096**2  # pixels, in an image that is smaller than its tile
+_MAX_RUNS = 2**22  # pixels of a BMP in run-length code, which Pillow decodes in Python
+
+# A picture is not lost for its metadata. Pillow holds each character of them twice in 4 bytes.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24
+PngImagePlugin.MAX_TEXT_MEMORY = 3 * 2**24
+
+_TIFF_ORDERS = {b"II": "<", b"MM": ">"}
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")  # anything else between segments is passed over
+_FIRST_PIECE, _PIECE = 4096 - 16, 2**16  # the first has been read with the start
+_EXIF, _SCAN, _END = 0xE1, 0xDA, 0xD9
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE_FRAMES = frozenset([0xC2, 0xC6, 0xCA, 0xCE])
+_WITHOUT_LENGTH = frozenset([0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)])  # to Pillow
+
+
+class _InPieces(io.BufferedReader):
+    """A file that refuses to be read in too many pieces, each of which costs parsers much time."""
+
+    left = _MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"made of more than {_MAX_READS:,} small pieces")
+        return super().read(size)
+
+
+def _checked(path: PathLike, file: io.BufferedReader, size: int, whole: bool) -> BinaryIO:
+    """A file to be read from its start, if Pillow will not take too much memory or time over it.
+
+    Raises UserError if it would.
+    """
+    start, problem = file.read(16), ""
+    is_jpeg, is_tiff = start.startswith(b"\xff\xd8"), start[:2] in _TIFF_ORDERS
+    if size > _MAX_BYTES and not is_tiff:
+        problem = f"larger than {_MAX_BYTES:,} bytes. {_MAKE_SMALLER}"
+    elif is_jpeg:
+        problem = _jpeg_problem(start, file, whole)
+    elif is_tiff:
+        problem = _tiff_problem(start, file)
+    if problem:
+        raise UserError(f"{printable(path)}: {problem}")
+    file.seek(0)
+    if is_jpeg or is_tiff:
+        return file
+    file.raw.seek(0, os.SEEK_SET)
+    return _InPieces(file.raw)
+
+
+def _jpeg_problem(start: bytes, file: BinaryIO, whole: bool) -> str:
+    """Too many segments or, of the `whole` of a JPEG, scans: each goes over all of the pixels."""
+    exifs = scans = pixels = channels = 0
+    progressive = False
+    for number, (kind, body) in enumerate(_jpeg_segments(start, file)):
+        if kind in _FRAMES:
+            height, width, channels = struct.unpack_from(">HHB", body, 3)
+            pixels, progressive = width * height, kind in _PROGRESSIVE_FRAMES
+        elif kind == _EXIF and body[2:6] == b"Exif":
+            exifs += 1
+        elif kind == _SCAN:
+            scans += 1
+            if not whole or (body[2] == channels and not progressive):
+                break
+        elif kind == _END and scans:
+            break
+        if scans * pixels > _MAX_SCANNED:
+            return f"more than {scans - 1} scans of {pixels:,} pixels. Save it as a plain JPEG."
+        if exifs > _MAX_EXIF_SEGMENTS or (not scans and number > _MAX_SEGMENTS):
+            return "thousands of parts before the pixels. Save it anew."
+    return ""
+
+
+def _jpeg_segments(start: bytes, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The markers of a JPEG file, and 16 bytes of what stands behind each."""
+    data, place = start + file.read(_FIRST_PIECE), 2
+    while True:
+        found = _MARKER.search(data, place)
+        if found and found.end() + 16 <= len(data):
+            kind, place = found[1][0], found.end()
+            yield kind, data[place : place + 16]
+            if kind not in _WITHOUT_LENGTH:
+                place += data[place] << 8 | data[place + 1]
+            continue
+        more = file.read(_PIECE)
+        if not more:
+            return
+        kept = min(found.start() if found else max(place, len(data) - 1), len(data))
+        data, place = data[kept:] + more, max(place - kept, 0)
+
+
+def _tiff_problem(start: bytes, file: BinaryIO) -> str:
+    """Too many tags, strips or tiles in a TIFF's first directory."""
+    order, big = _TIFF_ORDERS[start[:2]], 43 in start[2:4]
+    entry = struct.Struct(f"{order}{'HHQ8x' if big else 'HHI4x'}")
+    count = struct.Struct(f"{order}{'Q' if big else 'H'}")
+    try:
+        file.seek(struct.unpack_from(f"{order}{'Q' if big else 'I'}", start, 8 if big else 4)[0])
+        (entries,) = count.unpack(file.read(count.size))
+        if entries > _MAX_TAGS:
+            return f"{entries:,} tags. Save it anew."
+        directory = file.read(entries * entry.size)
+    except (OSError, ValueError, struct.error):
+        return ""  # Pillow will say what is wrong
+    for tag, _, values in entry.iter_unpack(directory[: len(directory) // entry.size * entry.size]):
+        if tag in (STRIPOFFSETS, TILEOFFSETS) and values > _MAX_STRIPS:
+            return f"{values:,} strips or tiles. Save it with fewer of them."
+    return ""
 
 
 # --- pixel formats -------------------------------------------------------------------------------

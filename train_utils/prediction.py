@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -30,7 +30,7 @@ class Job(NamedTuple):
     """An input file and its outputs by kind: "map", and others where asked for.
 
     The outputs of a video are patterns (000001.png is %06d.png); each of its frames becomes a job
-    of its own, and so does an error in the middle of it.
+    of its own, and so does an error in the middle of it. error: why it is not done at all.
     """
 
     source: Path
@@ -177,7 +177,7 @@ class Predictor:
 def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
     """All jobs in order, each video's replaced by those of its frames, and of its error if any."""
     for job in jobs:
-        if not is_video(job.source):
+        if job.error or not is_video(job.source):
             yield job
             continue
         try:
@@ -209,13 +209,15 @@ def check_replaceable(path: Path) -> None:
 
     A file without content may be replaced: a power failure can leave one.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
+    try:
         about = path.lstat()
-        if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not _is_own(path):
-            raise UserError(
-                f"{printable(path)}: exists and was not written by predict.py. Choose another "
-                "folder with -o, or move the file."
-            )
+    except OSError:  # there is none, or writing will refuse the name
+        return
+    if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not _is_own(path):
+        raise UserError(
+            f"{printable(path)}: exists and was not written by predict.py. Choose another folder "
+            "with -o, or move the file."
+        )
 
 
 def _is_own(path: Path) -> bool:

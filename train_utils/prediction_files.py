@@ -1,6 +1,8 @@
 """Which file becomes which files, decided before anything is read or written."""
 
 import os
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
@@ -12,6 +14,9 @@ from train_utils.video import is_video, require_ffmpeg
 
 Source = tuple[Path, Path]  # a file, and its path below the output folder
 
+_MAX_NAME = 255  # bytes
+_CASE_IS_NOTHING = sys.platform in ("win32", "darwin")  # to most file systems there
+_HIDDEN = re.compile(r"/\.(?!\./)")
 _FRAME = "%06d"  # what the outputs of a video's frames are called
 
 
@@ -35,7 +40,11 @@ def plan(
     for source, relative in sources:
         if source.resolve() in used:
             continue  # it lies among the images
-        stem = output / relative.with_suffix("")
+        stem, problem = output_stem(output, relative, kinds)
+        if problem:
+            error = f"{printable(source)}: {problem}"
+            jobs.setdefault(source.resolve(), Job(source, {}, error=error))
+            continue
         if is_video(source):
             require_ffmpeg(source)
             if found:
@@ -45,16 +54,38 @@ def plan(
                     f"folder, and name that and a folder of {name}s."
                 )
             stem /= _FRAME
-        outputs = {
-            kind: stem.with_name(stem.name + ("" if kind == "map" else f"_{kind}") + ".png")
-            for kind in kinds
-        }
+        outputs = {kind: stem.with_name(stem.name + _ending(kind)) for kind in kinds}
         beside = {name: files[source] for name, files in found.items()}
         jobs.setdefault(source.resolve(), Job(source, outputs, beside))
-    if not any(job.source.exists() for job in jobs.values()):
+    if not any(_exists(job.source) for job in jobs.values()):
         raise UserError(f"{', '.join(inputs)}: no image there. Check the path.")
     _check_outputs(jobs)
     return list(jobs.values())
+
+
+def _ending(kind: str) -> str:
+    return ".png" if kind == "map" else f"_{kind}.png"
+
+
+def output_stem(output: Path, relative: Path, kinds: Iterable[str]) -> tuple[Path, str]:
+    """Where a file's outputs lie, without `_<kind>.png`, and why nothing can be written there.
+
+    relative: the file's path below the output folder, which no output leaves, whatever its name and
+    whichever links are there.
+    """
+    name = relative.stem
+    if not name.strip("."):
+        return output, "without its suffix no name is left. Rename it."
+    stem = output / relative.with_name(name)
+    longest = max(len(_ending(kind)) for kind in kinds)
+    if len(os.fsencode(name)) + longest > _MAX_NAME:
+        return stem, f"the name of its output would be longer than {_MAX_NAME} bytes. Rename it."
+    if os.pardir in relative.parts:
+        return stem, "its output would lie outside of the folder. Name it without '..'."
+    root, folder = output.resolve(), (stem if is_video(relative) else stem.parent)
+    if root not in (folder.resolve() / name).parents:
+        return stem, f"its output would lie outside of the folder, by the link {printable(folder)}."
+    return stem, ""
 
 
 def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path]:
@@ -104,10 +135,10 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
     videos = {
         job.outputs["map"].resolve().parent: job.source
         for job in jobs.values()
-        if is_video(job.source)
+        if is_video(job.source) and job.outputs
     }
     shared = videos.keys() & {path.parent for path in inputs}
-    taken: dict[Path, Path] = {}
+    taken: dict[str, Path] = {}
     for job in jobs.values():
         for path in job.outputs.values():
             target = path.resolve()
@@ -116,7 +147,8 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
                     f"{printable(path)}: the output of {printable(job.source)} would overwrite an "
                     "input. Choose another folder with -o."
                 )
-            other = taken.get(target, videos.get(target.parent, job.source))
+            place = str(target).casefold() if _CASE_IS_NOTHING else str(target)
+            other = taken.get(place, videos.get(target.parent, job.source))
             if other != job.source:
                 raise UserError(
                     f"{printable(path)}: {printable(other)} and {printable(job.source)} "
@@ -125,7 +157,7 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
                 )
             for file in path.parent.glob("*.png") if target.parent in videos else [path]:
                 check_replaceable(file)
-            taken[target] = job.source
+            taken[place] = job.source
 
 
 def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:
@@ -134,7 +166,7 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:
         if not text:
             raise UserError("an input is empty. Name an image, a folder or a pattern.")
         path = Path(text)
-        if path.is_dir():
+        if _exists(path) and path.is_dir():
             inside = output.resolve()
             if videos := sum(is_video(file) for file in path.rglob("*")):
                 left_out = f"{videos} video(s) in {printable(path)} are left out"
@@ -142,15 +174,30 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:
             for file in list_images(path, recursive=True):
                 if inside == path.resolve() or inside not in file.resolve().parents:
                     yield file, file.relative_to(path)
-        elif has_magic(text) and not path.exists():
+        elif has_magic(text) and not _exists(path):
             root = Path(*_before_wildcard(path.parts))
-            matches = [Path(match) for match in glob(text, recursive=True)]  # noqa: PTH207
-            files = sorted(match for match in matches if match.is_file())
+            files = sorted(match for match in _matches(path, root) if match.is_file())
             if not files:
                 raise UserError(f"{text}: no file matches the pattern. Check the path.")
             yield from ((file, file.relative_to(root)) for file in files)
         else:
             yield path, Path(path.name)  # if it is missing, it fails as its turn comes
+
+
+def _matches(pattern: Path, root: Path) -> list[Path]:
+    """The paths that a pattern matches, none of them hidden.
+
+    `**` follows no links to folders: two of them that lead in circles have no end.
+    """
+    rest = pattern.relative_to(root).parts
+    if "**" not in rest:
+        return [Path(match) for match in glob(str(pattern))]  # noqa: PTH207
+    found = root.glob("/".join([*rest, "*"] if rest[-1] == "**" else rest))
+    return [path for path in found if not _HIDDEN.search(f"/{path.relative_to(root).as_posix()}")]
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - pathlib's raises an error for a name too long
 
 
 def _before_wildcard(parts: tuple[str, ...]) -> list[str]:

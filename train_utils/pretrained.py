@@ -4,7 +4,7 @@ import hashlib
 import socket
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import IO, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def _download(url: str, path: Path) -> None:
         socket.setdefaulttimeout(before)
 
 
-def _check_hash(file: BinaryIO, path: Path, url: str) -> None:
+def _check_hash(file: IO[bytes], path: Path, url: str) -> None:
     # torch hub checks downloads only, not what lies in its cache.
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):

@@ -15,6 +15,8 @@ from train_utils.errors import UserError, shortened
 from train_utils.image_io import decode, is_wide, printable, read_mask, to_rgba, within_memory
 from transforms import BACKGROUND, FOREGROUND, UNKNOWN
 
+_MAX_COLOURS = 1024  # that are counted for a message
+
 
 def read_trimap(path: str | PathLike[str]) -> tv_tensors.Mask:
     """Read a file as a trimap, uint8 [1, H, W] of BACKGROUND, UNKNOWN and FOREGROUND only.
@@ -63,17 +65,20 @@ def _grey_levels(path: str | PathLike[str], image: Image.Image) -> tuple[np.ndar
         image = to_rgba(image)
     if wide:
         return np.array(image).astype(np.uint16), 65535
-    rgb = np.array(image.convert("RGB"))
-    coloured = (rgb != rgb[..., :1]).any(axis=2)
-    if coloured.any():
-        colours, counts = np.unique(rgb[coloured], axis=0, return_counts=True)
-        names = [str(tuple(colour)) for colour in colours.tolist()]
+    rgb = image.convert("RGB")
+    # Counting is given up at one more, or a photograph would cost minutes and gigabytes.
+    colours = rgb.getcolors(_MAX_COLOURS)
+    coloured = [each for each in colours or [] if len(set(np.atleast_1d(each[1]))) > 1]
+    if colours is None or coloured:
+        found = f"more than {_MAX_COLOURS} colours"
+        if coloured:
+            counts, names = zip(*sorted(coloured, key=str), strict=True)
+            found = f"the RGB colours {_most_frequent(names, np.array(counts))}"
         raise UserError(
-            f"{printable(path)}: a trimap is grey, but this file has the RGB colours "
-            f"{_most_frequent(names, counts)}. "
+            f"{printable(path)}: a trimap is grey, but this file has {found}. "
             "Give the trimap itself, in black, grey (128) and white."
         )
-    return rgb[..., 0], 255
+    return np.array(rgb.getchannel(0)), 255
 
 
 def _most_frequent(values: Sequence | np.ndarray, counts: np.ndarray) -> str:

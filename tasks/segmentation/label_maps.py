@@ -171,8 +171,11 @@ class LabelReader:
         )
 
     def _colour_values(self, path: PathLike) -> np.ndarray:
-        red, green, blue = read_image(path).numpy().astype(np.int32)
-        codes = (red << 16) | (green << 8) | blue
+        image = read_image(path).numpy()
+        codes = np.zeros(image.shape[1:], dtype=np.int32)
+        for channel in image:
+            codes <<= 8
+            codes |= channel
         # One more than the class, 0 being unknown: zeroed memory is not touched before it is read.
         classes = np.zeros(2**24, dtype=np.int16)
         classes[_code(VOC_VOID)] = IGNORE + 1
