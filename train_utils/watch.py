@@ -63,10 +63,11 @@ def _parsed(text: bytes, rank: int) -> Report:
     fields = json.loads(text)
     if type(fields) is not list or list(map(type, fields)) != _FIELDS:
         raise ValueError("other fields")
-    report = Report._make(printable(f) if type(f) is str else f for f in fields)
-    if report.rank != rank or not 0 <= report.seconds < 1e9:
+    of, host, activity, waits, seconds, details, number = fields
+    if of != rank or not 0 <= seconds < 1e9:
         raise ValueError("another rank, or no time")
-    return report
+    texts = (printable(host), printable(activity))
+    return Report(rank, *texts, waits, seconds, printable(details), number)
 
 
 class Watch:
