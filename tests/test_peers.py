@@ -22,15 +22,17 @@ from distributed import fork_server, on_ranks, open_store
 from test_scripts import held_port
 
 import train
+from train_utils import distributed_utils
 from train_utils.collectives import (
     _patient_group,
     all_gather,
+    all_gather_alike,
     call_on_main,
     get_rank,
     shared_store,
     sum_over_ranks,
 )
-from train_utils.distributed_utils import init_distributed_mode, shutdown_distributed
+from train_utils.distributed_utils import Launch, init_distributed_mode, shutdown_distributed
 from train_utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # processes
@@ -84,6 +86,19 @@ def test_a_pickle_from_the_main_rank_is_refused_unexecuted(tmp_path):
     _, said = on_ranks(2, _hear_a_pickle, str(tmp_path / "executed"))
     assert said.startswith("rank 0 sent what is no message")
     assert not (tmp_path / "executed").exists()
+
+
+def _gather_other_types():
+    first = _refused(lambda: all_gather_alike("text" if get_rank() == 0 else {"a": 1}))
+    second = _refused(lambda: all_gather_alike((1, "a") if get_rank() == 0 else (1, ["a"])))
+    return [first, second, all_gather_alike((get_rank(), "a"))]
+
+
+def test_a_value_of_another_type_than_ones_own_is_refused_with_its_rank():
+    first, second = on_ranks(2, _gather_other_types)
+    assert all(text.startswith("rank 1 sent a ") for text in first[:2])
+    assert all(text.startswith("rank 0 sent a ") for text in second[:2])
+    assert first[2] == second[2] == [(0, "a"), (1, "a")]
 
 
 def _announce(size):
@@ -241,3 +256,12 @@ def test_under_torchrun_the_processes_listen_on_the_loopback_only():
     environment |= {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     hosts, _ = launched(2, environment)
     assert {host for host, _ in [*hosts[0], *hosts[1]]} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("host", ["203.0.113.77", "localhost"])
+def test_of_several_machines_a_name_or_a_gateway_is_left_to_torch(monkeypatch, host):
+    """Binding to it would fail, or shut the others out: localhost is rank 0's name for itself."""
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([("torch's", 0, 2)]))
+    assert distributed_utils._launch_store(Launch(0, 2, 0, 1)) == "torch's"

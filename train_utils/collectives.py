@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from train_utils.errors import UserError
 from train_utils.messages import MOST_BYTES, decode, outcome
 
 RING_PAYS = 3  # processes up to which gloo's all_reduce is the fastest sum of a few numbers
+T = TypeVar("T")
 _ONE_LAUNCH = "Launch all processes with the same code, and on a network of your own."
 _PATIENCE = timedelta(days=1)  # with what one rank does for all: downloads, scans of slow disks
 
@@ -54,6 +55,19 @@ def all_gather(data: Any) -> list[Any]:
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
     return [_read(rank, part[: counts[rank]]) for rank, part in enumerate(parts)]
+
+
+def all_gather_alike(data: T) -> list[T]:
+    """As `all_gather`, of the same types on all ranks; UserError names a rank that differs."""
+    gathered = all_gather(data)
+    for rank, value in enumerate(gathered):
+        if _types(value) != _types(data):
+            raise UserError(f"rank {rank} sent a {type(value).__name__} amiss. {_ONE_LAUNCH}")
+    return gathered
+
+
+def _types(value: Any) -> Any:
+    return [_types(item) for item in value] if type(value) is tuple else type(value)
 
 
 def _as_tensor(message: bytes) -> Tensor:

@@ -27,6 +27,7 @@ from torch import nn
 from train_utils.checkpoint import save_checkpoint
 from train_utils.collectives import (
     all_gather,
+    all_gather_alike,
     get_rank,
     get_world_size,
     is_dist_avail_and_initialized,
@@ -294,7 +295,7 @@ def launcher_ids() -> list[str]:
     except OSError:
         started = ""
     run = os.environ["TORCHELASTIC_RUN_ID"]
-    return sorted(set(all_gather(f"{run} {socket.gethostname()} {agent} {started}")))
+    return sorted(set(all_gather_alike(f"{run} {socket.gethostname()} {agent} {started}")))
 
 
 def _unused(store: Any) -> Any:

@@ -17,6 +17,7 @@ from train_utils.errors import UserError
 
 MOST_BYTES = 2**28
 _MOST_TEXT = 2**24  # of it as JSON, which takes some twenty times as much once it is read
+_MOST_ERROR = 20_000  # characters
 _DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -32,7 +33,7 @@ def outcome(function: Callable[[], Any]) -> bytes:
     try:
         return encode(function())
     except UserError as error:
-        return _message({"error": str(error)[: _MOST_TEXT // 16]}, [])
+        return _message({"error": str(error)[:_MOST_ERROR]}, [])
 
 
 def encode(value: Any) -> bytes:
@@ -46,7 +47,7 @@ def encode(value: Any) -> bytes:
         return _message({"value": _to_json(value, tensors)}, tensors)
     except RecursionError:
         problem = "it is nested too deep"
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         problem = str(error)
     raise UserError(
         f"a {type(value).__name__} cannot be sent to other processes: {problem}. Send None, bool, "
@@ -75,7 +76,7 @@ def decode(message: bytes) -> Any:
     ) as error:
         raise ValueError(f"malformed: {error}") from error
     if kind == "error":
-        raise UserError(str(value))
+        raise UserError(str(value)[:_MOST_ERROR])
     return value
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from train_utils.activity import SAVING, set_activity
 from train_utils.amp import choose_amp_dtype
-from train_utils.collectives import all_gather, sum_over_ranks
+from train_utils.collectives import all_gather_alike, sum_over_ranks
 from train_utils.data import SampleKey, loader_errors
 from train_utils.device import describe_precision, tf32
 from train_utils.errors import UserError
@@ -225,7 +225,7 @@ class Run(EpochRun):
     def _exit_stopped(self) -> NoReturn:
         """Say where the run stands and how to continue, and exit as the signal would."""
         state, path = self.state, self.folder.path
-        names = [name for name in all_gather(self.stop.requested) if name in SIGNALS]
+        names = [name for name in all_gather_alike(self.stop.requested or "") if name in SIGNALS]
         # Whoever reaches the store can ask for a stop, and it may be no process of this run.
         reason = names[0] if names else "a request in the store, by no process of this run"
         self.folder.wait_saved()

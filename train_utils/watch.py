@@ -66,8 +66,8 @@ def _parsed(text: bytes, rank: int) -> Report:
     of, host, activity, waits, seconds, details, number = fields
     if of != rank or not 0 <= seconds < 1e9:
         raise ValueError("another rank, or no time")
-    texts = (printable(host), printable(activity))
-    return Report(rank, *texts, waits, seconds, printable(details), number)
+    host, activity, details = map(printable, (host, activity, details))
+    return Report(rank, host, activity, waits, seconds, details, number)
 
 
 class Watch:
@@ -139,9 +139,9 @@ class Watch:
     def _report(self) -> Report:
         name, waits, since, details = current_activity()
         seconds = time.monotonic() - since
-        about = details() if seconds > self.patience / 8 else ""
-        texts = (name[:_MOST_TEXT], waits, seconds, about[:_MOST_TEXT])
-        mine = Report(self.rank, self.host, *texts, self._looks)
+        about = details()[:_MOST_TEXT] if seconds > self.patience / 8 else ""
+        name = name[:_MOST_TEXT]
+        mine = Report(self.rank, self.host, name, waits, seconds, about, self._looks)
         if self.store is not None:
             self.store.set(f"watch/{self.rank}", json.dumps(mine[:-1]))
         return mine
