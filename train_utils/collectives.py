@@ -37,7 +37,7 @@ def is_main_process() -> bool:
 
 
 def all_gather(data: Any) -> list[Any]:
-    """Gather a plain value or a tensor, of any size, from all ranks into a list ordered by rank.
+    """Gather plain values, or tensors of any sizes, from all ranks into a list ordered by rank.
 
     What may be sent, also in lists, tuples and dicts: `messages.encode`. No rank's code is run, and
     tensors arrive on the CPU. Raises UserError, on all ranks, where one sends anything else.
