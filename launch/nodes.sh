@@ -6,6 +6,9 @@
 # HOST is the machine that is started first and must stay. If the other one is lost, or comes later,
 # torchrun starts the processes anew on the machines that are there: they go on from the last
 # checkpoint in runs/my_run, with the same global batch in the same order.
+#
+# Trusted networks only: torchrun listens on all addresses, and whoever reaches HOST:29500 can run
+# programs as you (docs/security.md). Let a firewall admit the two machines alone.
 set -euo pipefail
 endpoint=${1:?"HOST:PORT of the first machine"}
 name=${2:?"name of the run"}

@@ -8,6 +8,9 @@
 # after the present step, status.json says "stopped", and the job queues again under its number, by
 # which it finds its run folder. All tasks of a node see its GPUs, and each takes its own: with
 # --gpus-per-task they could not reach each other's memory, and gradients would go by way of the host.
+#
+# Trusted networks only: whoever reaches the tasks' ports can stop or spoil the run
+# (docs/security.md).
 #SBATCH --job-name=pixtrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4

@@ -188,6 +188,8 @@ def test_a_launch_meets_before_the_gpus_do(accelerator, monkeypatch, ids):
     for name, value in {**launch, "CUDA_VISIBLE_DEVICES": "5", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     shared = dist.PrefixStore("restart0", ranks.store.clone())
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(ranks.store, 0, 2)]))
     monkeypatch.setattr(

@@ -20,14 +20,21 @@ from train_utils.config import load_yaml, parse_assignments
 
 PAGE = (REPO / "docs" / "reliability.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\d+) \|(.+)\|(.+)\|(.+)\|$", PAGE, flags=re.MULTILINE)
+ATTACKS = re.findall(
+    r"^\| (\d) \|(.+)\|(.+)\|(.+)\|$",
+    (REPO / "docs" / "security.md").read_text(encoding="utf-8"),
+    flags=re.MULTILINE,
+)
 
 
 def test_every_fault_has_a_row():
     assert [int(number) for number, *_ in ROWS] == list(range(1, 54))
 
 
-@pytest.mark.parametrize(("number", "tests"), [(row[0], row[3]) for row in ROWS])
-def test_every_fault_names_tests_that_exist(number, tests):
+@pytest.mark.parametrize(
+    "tests", [row[3] for row in [*ROWS, *ATTACKS]], ids=[row[1] for row in [*ROWS, *ATTACKS]]
+)
+def test_every_fault_and_attack_names_tests_that_exist(tests):
     module, names = None, re.findall(r"`([^`]+)`", tests)
     assert names
     for name in names:

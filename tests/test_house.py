@@ -19,7 +19,7 @@ ROOT = {
     *("train.py", "train_multi_GPU.py", "validation.py", "predict.py", "export.py", "check.py"),
     *("my_dataset.py", "transforms.py", "requirements.txt", "requirements-dev.txt"),
     *("configs", "tasks", "src", "train_utils", "weights", "tests", "benchmarks", "docs", "launch"),
-    *("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
+    *("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "SECURITY.md"),
     *("pyproject.toml", ".ci", ".gitignore", ".gitattributes", ".github"),
 }
 

@@ -219,8 +219,14 @@ def test_slurm_job_that_cannot_start_does_not_queue_again(tmp_path, shims):
     assert not (tmp_path / "scontrol.txt").exists()
 
 
-def test_kubernetes_template_starts_what_there_is():
-    job = yaml.safe_load((REPO / "launch" / "pytorchjob.yaml").read_text())
+@pytest.fixture
+def kubernetes():
+    """The job and the network policy of the template."""
+    return list(yaml.safe_load_all((REPO / "launch" / "pytorchjob.yaml").read_text()))
+
+
+def test_kubernetes_template_starts_what_there_is(kubernetes):
+    job, _ = kubernetes
     policy = job["spec"]["elasticPolicy"]
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     assert policy["minReplicas"] == 1 and policy["maxReplicas"] == worker["replicas"]
@@ -232,3 +238,28 @@ def test_kubernetes_template_starts_what_there_is():
     assert (REPO / args.config).is_file() and args.resume == "auto"
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_kubernetes_pods_have_no_rights_and_no_visitors(kubernetes):
+    job, policy = kubernetes
+    template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    pod = template["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    for container in pod["containers"]:
+        rights = container["securityContext"]
+        assert rights["allowPrivilegeEscalation"] is False
+        assert rights["capabilities"] == {"drop": ["ALL"]}
+    for volume in pod["volumes"]:
+        assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"]
+    spec, own = policy["spec"], template["metadata"]["labels"]
+    assert policy["kind"] == "NetworkPolicy" and spec["policyTypes"] == ["Ingress"]
+    assert spec["podSelector"]["matchLabels"] == own
+    assert spec["ingress"] == [{"from": [{"podSelector": {"matchLabels": own}}]}]
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "nodes.sh", "pytorchjob.yaml"])
+def test_templates_say_where_they_may_run(name):
+    text = (REPO / "launch" / name).read_text()
+    assert "# Trusted networks only: " in text and "docs/security.md" in text

@@ -116,7 +116,32 @@ def test_slurm_variables(monkeypatch, nodes, tasks, node, local_world, host):
         monkeypatch.setenv(name, "")  # so that what the call sets is undone after the test
         monkeypatch.delenv(name)
     assert read_launch_environment() == (5, 11, 1, local_world)
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (host, "21234")
+    assert os.environ["MASTER_ADDR"] == host
+
+
+def test_slurm_tasks_agree_on_a_port_that_others_cannot_guess(monkeypatch):
+    """Another step, another job and another srun have another one; MASTER_PORT stays."""
+    monkeypatch.setenv("MASTER_ADDR", "")
+    monkeypatch.delenv("MASTER_ADDR")
+
+    def port(rank, job="1234", step="0", launcher="41245"):
+        variables = {"JOB_ID": job, "STEP_ID": step, "STEP_LAUNCHER_PORT": launcher}
+        variables |= {"PROCID": rank, "LOCALID": rank, "STEP_NUM_TASKS": "4", "NNODES": "2"}
+        variables |= {"NODEID": rank, "SRUN_COMM_PORT": rank, "STEP_NODELIST": "n[1-2]"}
+        for name, value in variables.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        monkeypatch.setenv("MASTER_PORT", "")
+        monkeypatch.delenv("MASTER_PORT")
+        read_launch_environment()
+        return int(os.environ["MASTER_PORT"])
+
+    assert port("0") == port("1")  # 1 is on another node
+    others = [port("0", job="1235"), port("0", step="1"), port("0", launcher="41246")]
+    assert len({port("0"), *others}) == 4
+    assert all(12000 <= number < 32000 for number in others)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    read_launch_environment()
+    assert os.environ["MASTER_PORT"] == "29500"
 
 
 def test_batch_script_without_srun_is_one_process(monkeypatch):

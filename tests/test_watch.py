@@ -1,5 +1,6 @@
 """Who is named as hanging, and who is not."""
 
+import json
 import time
 from contextlib import nullcontext
 
@@ -147,3 +148,69 @@ def test_after_waiting_a_process_is_where_it_was_before_and_anew(clock):
     watch.look()
     (reason,) = reasons
     assert "rank 0 " in reason and "has been at 'a step' for 9 s" in reason
+
+
+def _report(**changes):
+    fields = {"rank": 1, "host": "h, process 3", "activity": "a step", "waits": False}
+    fields |= {"seconds": 9.0, "details": "", "number": 3}
+    return json.dumps([*(fields | changes).values()])
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "not json",
+        b"\xff\xfe",
+        "[" * 100_000,  # json's own limit of depth
+        "null",
+        "{}",
+        "[]",
+        "[1, 2]",
+        _report(rank=0),
+        _report(rank=True),
+        _report(host=None),
+        _report(activity=["x"]),
+        _report(waits=1),
+        _report(seconds=5),
+        _report(seconds=float("nan")),
+        _report(seconds=float("inf")),
+        _report(seconds=-1e9),
+        _report(number="3"),
+        _report(more=0),
+        _report(details="x" * 100_000),
+        "9" * 5000,
+    ],
+    ids=lambda forged: repr(forged[:60]),
+)
+def test_a_malformed_report_is_ignored_and_named_once(forged, capsys):
+    reasons, store = [], Store()
+    watch = Watch(8, reasons.append, store=store, rank=0, world_size=2)
+    for _ in range(3):
+        store["watch/1"] = forged
+        watch._late(watch._report()._replace(seconds=9.0, waits=True))
+    assert reasons == []
+    assert capsys.readouterr().out.count("watch/1: no report of rank 1") == 1
+    store["watch/1"] = _report(seconds=3.0)
+    (late,), _ = watch._late(watch._report()._replace(seconds=9.0, waits=True))
+    assert late.activity == "a step"
+
+
+def test_what_a_report_says_is_printed_safely(looks):
+    store, reasons = Store(), []
+    store["watch/1"] = _report(activity="\x1b[2J\nforged line", host="\x07", details="\u202e")
+    watch = Watch(8, reasons.append, store=store, rank=0, world_size=2)
+    watch._late(watch._report()._replace(seconds=9.0, waits=True))
+    text = str(watch._peers[1])
+    assert text.isprintable() and r"\x1b[2J\nforged line" in text
+
+
+def test_a_report_of_ones_own_is_never_malformed(looks, capsys):
+    """However long the names of files are."""
+    store = Store()
+    peer = Watch(8, print, store=store, rank=1, world_size=2)
+    set_activity("é" * 100_000, lambda: "\n" * 100_000)
+    peer._report()
+    watch = Watch(8, print, store=store, rank=0, world_size=2)
+    watch._late(watch._report()._replace(seconds=9.0, waits=True))
+    assert watch._peers[1].activity.startswith("ééé")
+    assert "no report" not in capsys.readouterr().out

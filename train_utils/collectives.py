@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from train_utils.activity import waiting
 from train_utils.errors import UserError
+from train_utils.messages import MOST_BYTES, decode, outcome
 
 RING_PAYS = 3  # processes up to which gloo's all_reduce is the fastest sum of a few numbers
+T = TypeVar("T")
+_ONE_LAUNCH = "Launch all processes with the same code, and on a network of your own."
 _PATIENCE = timedelta(days=1)  # with what one rank does for all: downloads, scans of slow disks
 
 
@@ -34,22 +37,58 @@ def is_main_process() -> bool:
 
 
 def all_gather(data: Any) -> list[Any]:
-    """Gather any picklable object from all ranks into a list ordered by rank."""
-    if get_world_size() == 1:
+    """Gather plain values, or tensors of any sizes, from all ranks into a list ordered by rank.
+
+    What may be sent, also in lists, tuples and dicts: `messages.encode`. No rank's code is run, and
+    tensors arrive on the CPU. Raises UserError, on all ranks, where one sends anything else.
+    """
+    world = get_world_size()
+    if world == 1:
         return [data]
-    gathered: list[Any] = [None] * get_world_size()
+    device = collective_device()
+    mine = _as_tensor(outcome(lambda: data)).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     with waiting("gathering"):
-        dist.all_gather_object(gathered, data)
+        dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
+        counts = [_verified(rank, size) for rank, size in enumerate(sizes)]
+        padded = nn.functional.pad(mine, (0, max(counts) - len(mine)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+    return [_read(rank, part[: counts[rank]]) for rank, part in enumerate(parts)]
+
+
+def all_gather_alike(data: T) -> list[T]:
+    """As `all_gather`, of the same types on all ranks; UserError names a rank that differs."""
+    gathered = all_gather(data)
+    for rank, value in enumerate(gathered):
+        if _types(value) != _types(data):
+            raise UserError(f"rank {rank} sent a {type(value).__name__} amiss. {_ONE_LAUNCH}")
     return gathered
 
 
-def broadcast_object(data: Any) -> Any:
-    """Rank 0's picklable object, on every rank, however long rank 0 takes to come."""
-    if get_world_size() == 1:
-        return data
-    box = [data]
-    dist.broadcast_object_list(box, src=0, group=_patient_group())
-    return box[0]
+def _types(value: Any) -> Any:
+    return [_types(item) for item in value] if type(value) is tuple else type(value)
+
+
+def _as_tensor(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
+
+
+def _verified(rank: int, size: Tensor) -> int:
+    count = int(size)
+    if not 0 < count <= MOST_BYTES:
+        raise UserError(
+            f"rank {rank} announces {count:,} bytes, and at most {MOST_BYTES:,} are taken. "
+            f"{_ONE_LAUNCH}"
+        )
+    return count
+
+
+def _read(rank: int, message: Tensor) -> Any:
+    try:
+        return decode(message.cpu().numpy().tobytes())
+    except ValueError as error:
+        raise UserError(f"rank {rank} sent what is no message ({error}). {_ONE_LAUNCH}") from error
 
 
 patient_groups: dict[Any, Any] = {}
@@ -110,17 +149,20 @@ def lost_peers(error: BaseException | None) -> bool:
 
 
 def call_on_main(function: Callable[[], Any]) -> Any:
-    """Run a check on rank 0 only; its result, or its UserError, reaches every rank."""
-    outcome: Any = None
-    if is_main_process():
-        try:
-            outcome = function()
-        except UserError as error:
-            outcome = error
-    outcome = broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+    """Run a check on rank 0 only; its result, or its UserError, reaches every rank.
+
+    The others wait however long it takes. What it may return: `messages.encode`.
+    """
+    if get_world_size() == 1:
+        return function()
+    group = _patient_group()
+    message = _as_tensor(outcome(function)) if is_main_process() else torch.empty(0)
+    size = torch.tensor([len(message)])
+    dist.broadcast(size, src=0, group=group)
+    if not is_main_process():
+        message = torch.empty(_verified(0, size), dtype=torch.uint8)
+    dist.broadcast(message, src=0, group=group)
+    return _read(0, message)
 
 
 @torch.no_grad()

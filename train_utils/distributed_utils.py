@@ -4,7 +4,10 @@ Ranks and collectives are in `collectives.py`.
 """
 
 import ctypes
+import errno
 import gc
+import hashlib
+import ipaddress
 import os
 import re
 import signal
@@ -24,6 +27,7 @@ from torch import nn
 from train_utils.checkpoint import save_checkpoint
 from train_utils.collectives import (
     all_gather,
+    all_gather_alike,
     get_rank,
     get_world_size,
     is_dist_avail_and_initialized,
@@ -150,9 +154,19 @@ def _read_slurm() -> Launch:
     local_world = counts[min(int(env.get("SLURM_NODEID", 0)), len(counts) - 1)]
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_slurm_host() if nodes > 1 else "127.0.0.1"
-    # A port that all tasks of a job agree on and that two jobs on one node seldom share.
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    env.setdefault("MASTER_PORT", str(_slurm_port()))
     return Launch(int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)), local_world)
+
+
+def _slurm_port() -> int:
+    """A port that all tasks of a step agree on, and that others can neither guess nor share often.
+
+    The kernel chose the port on which srun itself listens, and only the step's tasks are told. The
+    result lies below those that the kernel gives to others.
+    """
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_LAUNCHER_PORT")
+    known = "/".join(os.environ.get(name, "") for name in names)
+    return 12000 + int.from_bytes(hashlib.sha256(known.encode()).digest(), "big") % 20000
 
 
 def _first_slurm_host() -> str:
@@ -208,8 +222,10 @@ def init_distributed_mode(args: Namespace) -> None:
         _refuse_to_be_an_orphan()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    if sys.platform == "linux" and _on_one_machine(launch):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=_JOIN_TIMEOUT))
+        store = _launch_store(launch)
         fresh = _unused(store)
         refuse_shared_device(device, fresh, rank, world, local_world)
         dist.init_process_group(
@@ -221,13 +237,48 @@ def init_distributed_mode(args: Namespace) -> None:
             device_id=device if device.type != "cpu" else None,
         )
         store.set(_USED, "1")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"{address}: rank {rank} of {world} could not join the process group ({error}). "
             "Check that the port is free (--master-port), that all nodes use the same address, and "
             "that the host's name resolves (else export GLOO_SOCKET_IFNAME)."
         ) from error
+
+
+def _on_one_machine(launch: Launch) -> bool:
+    if launch.local_world_size == launch.world_size:
+        return True
+    try:
+        return ipaddress.ip_address(os.environ["MASTER_ADDR"]).is_loopback
+    except ValueError:  # a name, such as the localhost that Kubernetes may give rank 0 of many pods
+        return False
+
+
+def _launch_store(launch: Launch) -> Any:
+    """The launcher's store, or rank 0's own, which listens on MASTER_ADDR only where that is sure.
+
+    A host's name may mean another address to other hosts, and an address that of a gateway: then
+    it listens on all, as torch has it.
+    """
+    rank, world, *_ = launch
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        numeric = 0 if _on_one_machine(launch) else socket.AI_NUMERICHOST
+        try:
+            (family, *_, place), *_ = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=numeric
+            )
+            listener = socket.create_server(place[:2], family=family, backlog=2048)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+        else:
+            return dist.TCPStore(
+                host, port, world, True, _JOIN_TIMEOUT, master_listen_fd=listener.detach()
+            )
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=_JOIN_TIMEOUT))
+    return store
 
 
 def launcher_ids() -> list[str]:
@@ -244,7 +295,7 @@ def launcher_ids() -> list[str]:
     except OSError:
         started = ""
     run = os.environ["TORCHELASTIC_RUN_ID"]
-    return sorted(set(all_gather(f"{run} {socket.gethostname()} {agent} {started}")))
+    return sorted(set(all_gather_alike(f"{run} {socket.gethostname()} {agent} {started}")))
 
 
 def _unused(store: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train_utils.activity import waiting
-from train_utils.collectives import all_gather, sum_over_ranks
+from train_utils.collectives import all_gather_alike, sum_over_ranks
 from train_utils.ema import copy_all
 from train_utils.errors import UserError, shortened
 from train_utils.log import get_logger
@@ -108,7 +108,7 @@ class NonfiniteGuard:
         bad_here: how many gradients this process's own images spoil, 0 where that is not known.
         """
         terms = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
-        reports = all_gather((terms, bad_here, shortened(self.names(step))))
+        reports = all_gather_alike((terms, bad_here, shortened(self.names(step))))
         # Where batch norm is synchronised, what is bad on one rank spoils gradients on all, but
         # neither the losses nor the gradients behind the last batch norm.
         most = max(bad for _, bad, _ in reports)

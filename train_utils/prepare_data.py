@@ -215,11 +215,12 @@ def verify_files(data: Any, *datasets: Dataset) -> list[Dataset]:
     """
     if not (data.verify or data.skip_unreadable):
         return list(datasets)
-    damaged = call_on_main(lambda: _find_damaged(datasets, data.skip_unreadable))
+    found = call_on_main(lambda: _find_damaged(datasets, data.skip_unreadable))
+    damaged = [Path(path) for path in found]
     return [without_files(dataset, damaged) for dataset in datasets]
 
 
-def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
+def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[str]:
     """The damaged files behind datasets; all others that cannot be read are refused."""
     readers = {path: read for dataset in datasets for path, read in _readers(dataset).items()}
 
@@ -237,7 +238,7 @@ def _find_damaged(datasets: Sequence[Dataset], skip: bool) -> list[Path]:
         lines[0] += f"; {len(damaged)} are damaged, and what they belong to is left out:"
     for line in [*lines, *(f"  {text}" for text in damaged.values())]:
         get_logger().info(line)
-    return list(damaged)
+    return [str(path) for path in damaged]
 
 
 def _readers(dataset: Dataset) -> dict[Path, Reader]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from train_utils.activity import SAVING, set_activity
 from train_utils.amp import choose_amp_dtype
-from train_utils.collectives import all_gather, sum_over_ranks
+from train_utils.collectives import all_gather_alike, sum_over_ranks
 from train_utils.data import SampleKey, loader_errors
 from train_utils.device import describe_precision, tf32
 from train_utils.errors import UserError, typed
@@ -26,7 +26,7 @@ from train_utils.metrics import ExactMetric, all_remarks, all_scores
 from train_utils.run_folder import BEST, LAST, RunFolder, choose_run_folder, contact_sheet
 from train_utils.schedule import describe_schedules
 from train_utils.settings import deciding_metric
-from train_utils.stop import StopSignals
+from train_utils.stop import SIGNALS, StopSignals
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import (
     EpochRun,
@@ -225,7 +225,9 @@ class Run(EpochRun):
     def _exit_stopped(self) -> NoReturn:
         """Say where the run stands and how to continue, and exit as the signal would."""
         state, path = self.state, self.folder.path
-        reason = next(name for name in all_gather(self.stop.requested) if name)  # maybe another's
+        names = [name for name in all_gather_alike(self.stop.requested or "") if name in SIGNALS]
+        # Whoever reaches the store can ask for a stop, and it may be no process of this run.
+        reason = names[0] if names else "a request in the store, by no process of this run"
         self.folder.wait_saved()
         self.folder.status("stopped", reason=reason, epoch=state.epoch, step=state.step)
         sum_over_ranks([0])  # rank 0 has saved: one that left earlier would have it terminated
@@ -233,7 +235,7 @@ class Run(EpochRun):
             f"stopped by {reason} at epoch {state.epoch}, step {state.step}; saved in {path}. "
             f"Continue with --resume {typed(path)}"
         )
-        sys.exit(128 + getattr(signal, reason))
+        sys.exit(128 + getattr(signal, reason, signal.SIGTERM))
 
     def _finish(self) -> None:
         state, path = self.state, self.folder.path

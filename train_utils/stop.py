@@ -14,7 +14,7 @@ from train_utils.log import get_logger
 from train_utils.run_folder import AT_ONCE, RunFolder
 from train_utils.watch import Watch
 
-_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 _TIME_TO_UNWIND = 2.0  # seconds that a second SIGINT leaves to the main thread
 
 
@@ -37,7 +37,7 @@ class StopSignals:
             get_rank(),
             get_world_size(),
         )
-        for name in _SIGNALS:
+        for name in SIGNALS:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._note)
 

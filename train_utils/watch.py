@@ -23,6 +23,7 @@ from train_utils.activity import (
     leave_out_of_activity,
     set_activity,
 )
+from train_utils.errors import printable
 from train_utils.log import get_logger
 
 _FINISHED = "finished"
@@ -30,6 +31,9 @@ _TICK = 1.0  # seconds between two looks; a request to stop reaches all processe
 _SUSPENDED = 5.0  # seconds between two looks that only a suspended process lets pass
 _LOST = 10  # ticks without a sign after which a process is taken for stopped or gone
 _STOP_KEY = "watch/stop"
+_MOST_TEXT = 2000  # characters of one text in a report
+_MOST_BYTES = 2**16  # of a report; JSON takes up to 12 for a character
+_FIELDS = [int, str, str, bool, float, str, int]
 
 
 class Report(NamedTuple):
@@ -50,6 +54,20 @@ class Report(NamedTuple):
             return f"{who} gives no sign of life; its last was '{self.activity}'"
         details = f" ({self.details})" if self.details else ""
         return f"{who} has been at '{self.activity}' for {self.seconds:.0f} s{details}"
+
+
+def _parsed(text: bytes, rank: int) -> Report:
+    """The report of a rank; ValueError or RecursionError for what anyone else may have written."""
+    if len(text) > _MOST_BYTES:
+        raise ValueError("too long")
+    fields = json.loads(text)
+    if type(fields) is not list or list(map(type, fields)) != _FIELDS:
+        raise ValueError("other fields")
+    of, host, activity, waits, seconds, details, number = fields
+    if of != rank or not 0 <= seconds < 1e9:
+        raise ValueError("another rank, or no time")
+    host, activity, details = map(printable, (host, activity, details))
+    return Report(rank, host, activity, waits, seconds, details, number)
 
 
 class Watch:
@@ -78,6 +96,7 @@ class Watch:
         self._peers: dict[int, Report] = {}
         self._looks = 0
         self._warned_of: list[int] = []
+        self._malformed: set[int] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -120,10 +139,11 @@ class Watch:
     def _report(self) -> Report:
         name, waits, since, details = current_activity()
         seconds = time.monotonic() - since
-        about = details() if seconds > self.patience / 8 else ""
+        about = details()[:_MOST_TEXT] if seconds > self.patience / 8 else ""
+        name = name[:_MOST_TEXT]
         mine = Report(self.rank, self.host, name, waits, seconds, about, self._looks)
         if self.store is not None:
-            self.store.set(f"watch/{self.rank}", json.dumps(mine))
+            self.store.set(f"watch/{self.rank}", json.dumps(mine[:-1]))
         return mine
 
     def _late(self, mine: Report) -> tuple[list[Report], float]:
@@ -148,7 +168,18 @@ class Watch:
     def _read(self, rank: int) -> Report:
         key = f"watch/{rank}"
         old = self._peers.get(rank, Report(rank, "no sign yet", "starting", False, 0.0, "", -1))
-        new = Report(*json.loads(self.store.get(key))) if self.store.check([key]) else old
+        new = old
+        if self.store.check([key]):
+            text = self.store.get(key)
+            try:
+                new = _parsed(text, rank)
+            except (ValueError, RecursionError):
+                if rank not in self._malformed:
+                    self._malformed.add(rank)
+                    get_logger().warning(
+                        f"{key}: no report of rank {rank}, so it is ignored. Whoever reaches the "
+                        "store can write there: docs/security.md."
+                    )
         quiet = old.quiet + 1 if new.number == old.number else 0
         self._peers[rank] = new._replace(quiet=quiet)
         return self._peers[rank]
