@@ -53,6 +53,7 @@ TINY = [
 ]
 CPU = ["--device", "cpu"]
 FORGED = "FORGED"
+ENOUGH = "the first step would come now"
 TRAPS = (
     *("\x1b[2J\x1b]0;x\x07", f"a\n{FORGED}", f"a\r{FORGED}", f"a\u2028{FORGED}", f"a\x85{FORGED}"),
     *("\u202egnp.exe", "\x9b31m", "$(touch pwned)", "`touch pwned`", "; touch pwned", "-rf"),
@@ -457,6 +458,7 @@ def may_change(name: str, script: str) -> bool:
 def wrong(trial: Trial, outcome: Outcome, before: dict[str, tuple], after: dict[str, tuple]) -> str:
     """What a trial shows that must not be; empty if all is well."""
     text = outcome.output.decode(errors="surrogateescape")
+    valid = ENOUGH in text  # a recipe's own network may be large
     controls = {
         c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
     }
@@ -468,8 +470,8 @@ def wrong(trial: Trial, outcome: Outcome, before: dict[str, tuple], after: dict[
         f"printed {sorted(map(ascii, controls))}": bool(controls),
         "forged line": any(line.startswith(FORGED) for line in text.split("\n")),
         "no reason": outcome.code != 0 and "error: " not in text,
-        f"{outcome.cpu:.1f} s of CPU": outcome.cpu > CPU_SECONDS,
-        f"{outcome.megabytes:.0f} MB": outcome.megabytes > MEGABYTES,
+        f"{outcome.cpu:.1f} s of CPU": outcome.cpu > CPU_SECONDS and not valid,
+        f"{outcome.megabytes:.0f} MB": outcome.megabytes > MEGABYTES and not valid,
         "ran code": any("pwned" in name and "$" not in name for name in after),
     }
     found = [what for what, is_so in problems.items() if is_so]
@@ -477,7 +479,7 @@ def wrong(trial: Trial, outcome: Outcome, before: dict[str, tuple], after: dict[
 
 
 def would_train(*_args: Any, **_options: Any) -> None:
-    raise UserError("enough: the first step would come now.")
+    raise UserError(ENOUGH)
 
 
 def enter(trial: Trial, place: Path) -> str:
