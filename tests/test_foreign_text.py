@@ -41,6 +41,8 @@ def is_harmless(text: str) -> bool:
 def test_text_of_strangers_is_one_harmless_line():
     assert printable("Fotos/Äpfel & 苹果 → ≠.png") == "Fotos/Äpfel & 苹果 → ≠.png"
     assert printable("a\nb\x1b[31m\u202ec\x9b") == "a\\nb\\x1b[31m\\u202ec\\x9b"
+    assert printable(Path("a b.png")) == "a b.png"
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf\\udce9.png"
     assert is_harmless(printable(NASTY))
     long = printable("a" * 10**6 + "\n" + "b" * 10**6)
     assert len(long) < 9000 and long.startswith("aaa") and long.endswith("bbb")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from train_utils.distributed_utils import cpu_cores
 from train_utils.errors import UserError, is_out_of_memory
-from train_utils.image_io import image_size, printable, read_image, save_image, saved_here
+from train_utils.image_io import image_size, read_image, save_image, saved_here
 from train_utils.inference import GPU_CHUNK, SPARE_MEMORY, chunk_size, forward_chunk, in_order
 from train_utils.threads import in_threads
 from train_utils.tiles import MIN_PIXELS
@@ -125,7 +125,7 @@ class Predictor:
         except (RuntimeError, MemoryError) as error:  # too little memory, above all
             reason = f"out of memory: {SPARE_MEMORY}." if is_out_of_memory(error) else error
             for picture in pictures:
-                picture.error = f"{printable(picture.job.source)}: {reason}"
+                picture.error = f"{picture.job.source}: {reason}"
             return
         for picture, output in zip(pictures, outputs, strict=True):
             picture.prediction, picture.warning = output, warning
@@ -170,7 +170,7 @@ class Predictor:
                     check_replaceable(path)  # hours may have passed since `plan` looked
                     save_image(rendered[kind], path)
             except (UserError, OSError, MemoryError, RuntimeError) as problem:
-                error = f"{printable(job.source)}: {problem}"
+                error = f"{job.source}: {problem}"
         return Picture(job._replace(frame=None), warning=picture.warning, error=error)
 
 
@@ -215,7 +215,7 @@ def check_replaceable(path: Path) -> None:
         return
     if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not _is_own(path):
         raise UserError(
-            f"{printable(path)}: exists and was not written by predict.py. Choose another folder "
+            f"{path}: exists and was not written by predict.py. Choose another folder "
             "with -o, or move the file."
         )
 
@@ -239,8 +239,8 @@ def read_inputs(job: Job, readers: Readers, at_least: int | None = None) -> dict
         images[name] = extra = readers[name](path)
         if extra.shape[-2:] != image.shape[-2:]:
             raise UserError(
-                f"{printable(path)}: {extra.shape[-1]}×{extra.shape[-2]} pixels, but "
-                f"{printable(job.source)} has {image.shape[-1]}×{image.shape[-2]}. Make them alike."
+                f"{path}: {extra.shape[-1]}×{extra.shape[-2]} pixels, but "
+                f"{job.source} has {image.shape[-1]}×{image.shape[-2]}. Make them alike."
             )
     return images
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
 import stat
@@ -146,7 +145,7 @@ def _refuse_foreign(path: Path, resumed: Path | None = None) -> None:
     if not foreign or read_status(path):
         return
     begun = resumed or path / LAST
-    elsewhere = f" To continue {begun} there: --resume {shlex.quote(str(begun))}"
+    elsewhere = f" To continue {begun} there: --resume {typed(begun)}"
     raise UserError(
         f"{path}: holds {shortened(sorted(foreign))}, which a run would write over or remove, and "
         f"no {_STATUS} of a run: it was left as it is. Choose another --output-dir."
@@ -219,7 +218,7 @@ def _warn_of_others(path: Path) -> None:
         if writable and (folder == path or not about.st_mode & stat.S_ISVTX):
             get_logger().warning(
                 f"{folder}: others may write there, and so replace the files of this run. If they "
-                f"are not to: chmod go-w {shlex.quote(str(folder))}"
+                f"are not to: chmod go-w {typed(folder)}"
             )
             return
 
