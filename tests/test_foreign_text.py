@@ -304,6 +304,16 @@ HAND_WRITTEN = {
     "deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
 }
 
+
+def test_a_network_of_thousands_of_layers_can_be_continued(tmp_path):
+    """2,000 weights with AdamW's three parts of each and a moving average, as small as can be."""
+    parts = torch.arange(5 * 2000.0).unbind()
+    torch.save(
+        {f"stages.0.blocks.{i}.weight": part for i, part in enumerate(parts)}, tmp_path / "a"
+    )
+    assert len(load_file(tmp_path / "a")) == len(parts)
+
+
 BOMBS = """
 import resource, sys, time
 from pathlib import Path

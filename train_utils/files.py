@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, or are nobody else's; where the user's cache is."""
+"""Files that appear whole, files that others may have replaced, and the user's cache folder."""
 
 import errno
 import hashlib
@@ -80,7 +80,7 @@ def open_regular(
     links: bool = False,
     permissions: int = 0o666,
 ) -> IO[Any]:
-    """Open a file that others may have put where it is; text is UTF-8, and never an error.
+    """Open a file that others may have put where it is; text is UTF-8, other characters escaped.
 
     links: follow them, as for a file that the user has named. Raises OSError for a link otherwise,
     for whatever else is no regular file (a pipe would be waited for), for more than `limit` bytes

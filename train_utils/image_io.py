@@ -243,10 +243,10 @@ def save_image(image: Image.Image, path: PathLike) -> None:
 
 
 def saved_here(path: PathLike) -> bool:
-    """Whether `save_image` wrote this file."""
+    """Whether `save_image` wrote this file; a link to one is somebody's own."""
     try:
         with _opened(path) as image:
-            return image.info.get("Software") == _SOFTWARE
+            return not Path(path).is_symlink() and image.info.get("Software") == _SOFTWARE
     except UserError:
         return False
 

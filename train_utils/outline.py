@@ -16,7 +16,7 @@ import torch
 
 from train_utils.config import check_size
 
-_MAX_PICKLE = 2**20  # bytes; a network of 44 million weights and its optimizer have 274,661
+_MAX_PICKLE = 2**21  # bytes, each of which may take 70; 3,000 weights trained by AdamW have as many
 _MAX_TENSORS = 100_000
 _MAX_WRITTEN = 2**22  # characters of text, and other values
 _MAX_COPIED = 100_000  # values of lists that a pickle has copied

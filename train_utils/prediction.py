@@ -1,6 +1,5 @@
 """From files to files: read, predict and write images, with threads beside the device."""
 
-import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -199,7 +198,7 @@ def remove_frames_after(number: int, job: Job) -> None:
     for pattern in job.outputs.values():
         for later in count(number + 1):
             path = pattern.with_name(pattern.name % later)
-            if not _is_own(path):
+            if not saved_here(path):
                 break
             path.unlink()
 
@@ -213,16 +212,11 @@ def check_replaceable(path: Path) -> None:
         about = path.lstat()
     except OSError:  # there is none, or writing will refuse the name
         return
-    if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not _is_own(path):
+    if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not saved_here(path):
         raise UserError(
             f"{path}: exists and was not written by predict.py. Choose another folder "
             "with -o, or move the file."
         )
-
-
-def _is_own(path: Path) -> bool:
-    """Whether predict.py has written this file; a link to one is somebody's own."""
-    return os.path.lexists(path) and not path.is_symlink() and saved_here(path)
 
 
 Readers = Mapping[str, Callable[[Any], Tensor]]

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from train_utils.errors import UserError, typed
 from train_utils.files import open_regular
@@ -69,7 +69,7 @@ def not_ours(path: Path, problem: str, otherwise: str = "") -> UserError:
 
 
 @contextmanager
-def new_private_file(path: Path) -> Iterator[BinaryIO]:
+def new_private_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, closed to others, which replaces whatever `path` is at the end of the block.
 
     What a kill leaves is named as the file is, followed by a dot, 32 hexadecimal digits and .tmp.

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -262,7 +262,7 @@ def _alone(place: Path, patience: float) -> Iterator[None]:
         yield
 
 
-def _holder(file: BinaryIO) -> str:
+def _holder(file: IO[bytes]) -> str:
     """Which process has locked a file, where the system says so."""
     status = os.fstat(file.fileno())
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
@@ -274,7 +274,7 @@ def _holder(file: BinaryIO) -> str:
     return "another process"
 
 
-def _lock(file: BinaryIO, shared: bool) -> bool:
+def _lock(file: IO[bytes], shared: bool) -> bool:
     """Whether a file could be locked at once; where locks are unknown, it could."""
     if fcntl is None:
         return True
@@ -328,7 +328,7 @@ def _found(path: Path, numbers: Sequence[int]) -> SampleCache | None:
         return None
 
 
-def _read_shapes(file: BinaryIO, path: Path, items: int) -> np.ndarray:
+def _read_shapes(file: IO[bytes], path: Path, items: int) -> np.ndarray:
     """The shapes [N, 2, 3] in a pack's head; UserError unless the whole file is as they ask."""
     head = file.read(_HEADER.itemsize + items * _SHAPES.itemsize)
     size = os.fstat(file.fileno()).st_size
@@ -341,7 +341,7 @@ def _read_shapes(file: BinaryIO, path: Path, items: int) -> np.ndarray:
     raise not_ours(path, "no whole cache of these samples")
 
 
-def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
+def _reserve(file: IO[bytes], total: int, place: Path, kind: str) -> None:
     """Take all the room at once: a mapped file for which there is none kills its writer later."""
     free = shutil.disk_usage(place).free
     if kind == "ram":
