@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 
-from train_utils.errors import UserError, tell
+from train_utils.errors import UserError, tell, typed
 from train_utils.image_io import list_images
 from train_utils.prediction import Job, check_replaceable
 from train_utils.video import is_video, require_ffmpeg
@@ -94,7 +94,7 @@ def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path
     In a folder, `a/photo_<name>.*` goes before `a/photo.*`. A source without gets a file that is
     not there, and so fails by itself. Raises UserError if there is none for any source.
     """
-    flag = f"--{name} {given}"
+    flag = f"--{name} {typed(given)}"
     if not given.is_dir():
         if len(sources) > 1:
             raise UserError(f"{flag}: is one file for several images. Give a folder.")

@@ -197,7 +197,8 @@ def _warn_of_others(path: Path) -> None:
     path = Path(os.path.realpath(path))
     if (owner := path.stat().st_uid) != os.geteuid():
         get_logger().warning(
-            f"{path}: belongs to another user ({owner}), who may replace the files of this run"
+            f"warning: {path}: belongs to another user ({owner}), who could replace the files of "
+            "this run. To avoid that, choose another --output-dir."
         )
     for folder in (path, *path.parents):
         about = folder.stat()
@@ -206,8 +207,8 @@ def _warn_of_others(path: Path) -> None:
         writable = about.st_mode & (stat.S_IWOTH if alone else stat.S_IWOTH | stat.S_IWGRP)
         if writable and (folder == path or not about.st_mode & stat.S_ISVTX):
             get_logger().warning(
-                f"{folder}: others may write there, and so replace the files of this run. If they "
-                f"are not to: chmod go-w {typed(folder)}"
+                f"warning: {folder}: others may write there, and so could replace the files of "
+                f"this run. To keep them out: chmod go-w {typed(folder)}"
             )
             return
 
