@@ -16,7 +16,7 @@ from torch import Tensor
 from train_utils.errors import UserError
 
 MOST_BYTES = 2**28
-_MOST_TEXT = 2**24  # of it as JSON, which takes some twenty times as much once it is read
+_MOST_TEXT = 2**24  # bytes of JSON, which take some twenty times as much memory once parsed
 _DTYPES = {
     name: getattr(torch, name)
     for name in (

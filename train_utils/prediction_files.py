@@ -15,7 +15,7 @@ from train_utils.video import is_video, require_ffmpeg
 Source = tuple[Path, Path]  # a file, and its path below the output folder
 
 _MAX_NAME = 255  # bytes
-_CASE_IS_NOTHING = sys.platform in ("win32", "darwin")  # to most file systems there
+_IGNORES_CASE = sys.platform in ("win32", "darwin")  # as most file systems there do
 _HIDDEN = re.compile(r"/\.(?!\./)")
 _FRAME = "%06d"  # what the outputs of a video's frames are called
 
@@ -147,7 +147,7 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
                     f"{path}: the output of {job.source} would overwrite an "
                     "input. Choose another folder with -o."
                 )
-            place = str(target).casefold() if _CASE_IS_NOTHING else str(target)
+            place = str(target).casefold() if _IGNORES_CASE else str(target)
             other = taken.get(place, videos.get(target.parent, job.source))
             if other != job.source:
                 raise UserError(

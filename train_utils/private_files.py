@@ -1,8 +1,8 @@
 """Folders and files of a cache that no other user of the machine can read, replace or cut short.
 
-Others may make what we expect before we do, where they may write beside us. So nothing is used that
-is not a folder or a regular file of ours; on Windows, where users' folders are closed to others,
-owners and modes are not looked at. What we make is open to nobody else, whatever the umask.
+Where others may write beside us, they may have made a file of that name first. So only folders and
+regular files of ours are used; on Windows, where users' folders are closed to others, owners and
+modes are not looked at. What we make is open to nobody else, whatever the umask.
 """
 
 import os

@@ -219,7 +219,7 @@ def _copy(source: Path, target: Path, limit: int = sys.maxsize) -> None:
 
 
 def _go_back(path: Path, earlier: Path) -> None:
-    """Make an earlier checkpoint the last one of a run folder, and forget a best one from later."""
+    """Make an earlier checkpoint the last one of a run folder, and remove a later best one."""
     _copy(earlier.resolve(), path / LAST)
     best = path / BEST
     if earlier.name != LAST and best.exists() and not _is_same(earlier, best):
