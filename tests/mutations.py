@@ -78,10 +78,10 @@ MUTATIONS = [
     M("train_utils/files.py", "if not stat.S_ISREG(about.st_mode):", "if False:", "test_security_files.py"),
     M("train_utils/files.py", "about.st_nlink > 1", "about.st_nlink > 2", "test_security_files.py"),
     M("train_utils/files.py", "and entry.is_file(follow_symlinks=False)", "", "test_security_files.py"),
-    M("train_utils/run_folder.py", "if not foreign or read_status(path):", "if True:", "test_security_files.py"),
+    M("train_utils/run_folder.py", "if foreign and not status:", "if False:", "test_security_files.py"),
     M("train_utils/run_folder.py", "if not resumed or not read_status(path):", "if not resumed:", "test_security_files.py"),
     M("train_utils/run_folder.py", "[0-9]{4}|[1-9][0-9]{4,}", "[0-9]+", "test_security_files.py"),
-    M("train_utils/prediction.py", "and not path.is_symlink()", "", "test_security_files.py"),
+    M("train_utils/image_io.py", "not Path(path).is_symlink() and ", "", "test_security_files.py"),
     # samples
     M("train_utils/data.py", "share = [SampleKey(epoch, index) for index in batch[self.rank :: self.world_size]]", "share = [SampleKey(epoch, index) for index in batch]", "test_data.py"),
     M("train_utils/data.py", "for step in range(self.start_step, self.steps_per_epoch):", "for step in range(self.steps_per_epoch):", "test_data.py"),

@@ -41,6 +41,8 @@ def is_harmless(text: str) -> bool:
 def test_text_of_strangers_is_one_harmless_line():
     assert printable("Fotos/Äpfel & 苹果 → ≠.png") == "Fotos/Äpfel & 苹果 → ≠.png"
     assert printable("a\nb\x1b[31m\u202ec\x9b") == "a\\nb\\x1b[31m\\u202ec\\x9b"
+    assert printable(Path("a b.png")) == "a b.png"
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf\\udce9.png"
     assert is_harmless(printable(NASTY))
     long = printable("a" * 10**6 + "\n" + "b" * 10**6)
     assert len(long) < 9000 and long.startswith("aaa") and long.endswith("bbb")
@@ -301,6 +303,16 @@ HAND_WRITTEN = {
     "no end": b"\x80\x02}",
     "deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
 }
+
+
+def test_a_network_of_thousands_of_layers_can_be_continued(tmp_path):
+    """2,000 weights with AdamW's three parts of each and a moving average, as small as can be."""
+    parts = torch.arange(5 * 2000.0).unbind()
+    torch.save(
+        {f"stages.0.blocks.{i}.weight": part for i, part in enumerate(parts)}, tmp_path / "a"
+    )
+    assert len(load_file(tmp_path / "a")) == len(parts)
+
 
 BOMBS = """
 import resource, sys, time

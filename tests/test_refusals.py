@@ -513,7 +513,7 @@ def test_no_output_leaves_its_folder(monkeypatch):
 
 
 def test_an_output_is_no_pipe_and_no_other_case(monkeypatch):
-    monkeypatch.setattr("train_utils.prediction_files._CASE_IS_NOTHING", True)
+    monkeypatch.setattr("train_utils.prediction_files._IGNORES_CASE", True)
     for name in ("x/A.png", "y/a.png"):
         Path(name).parent.mkdir()
         Image.new("RGB", (8, 8)).save(name)

@@ -195,13 +195,14 @@ def test_a_malformed_report_is_ignored_and_named_once(forged, capsys):
     assert late.activity == "a step"
 
 
-def test_what_a_report_says_is_printed_safely(looks):
+def test_what_a_report_says_is_printed_safely(looks, capsys):
     store, reasons = Store(), []
     store["watch/1"] = _report(activity="\x1b[2J\nforged line", host="\x07", details="\u202e")
     watch = Watch(8, reasons.append, store=store, rank=0, world_size=2)
-    watch._late(watch._report()._replace(seconds=9.0, waits=True))
-    text = str(watch._peers[1])
-    assert text.isprintable() and r"\x1b[2J\nforged line" in text
+    late, _ = watch._late(watch._report()._replace(seconds=9.0, waits=True))
+    watch._warn_or_give_up(late, 3.0)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable() and r"\x1b[2J\nforged line" in line
 
 
 def test_a_report_of_ones_own_is_never_malformed(looks, capsys):

@@ -4,10 +4,10 @@ import copy
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -164,10 +164,21 @@ def load_file(path: str | Path, check: Callable[[IO[bytes]], None] | None = None
         if check:
             check(file)
         _check_intact(path, file)
-        with _readable(path):
+        try:
             read_outline(file, os.fstat(file.fileno()).st_size)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path}: holds Python objects besides tensors and plain types, which could run "
+                "code, so it was not loaded. Save its state_dict alone: "
+                "torch.save(model.state_dict(), …)."
+            ) from error
+        except Exception as error:  # whatever damage makes of a pickle
+            raise UserError(
+                f"{path}: not a readable checkpoint ({_first_line(error)}). It may be cut off or "
+                "of another kind; use another file."
+            ) from error
 
 
 def _opened(path: Path) -> IO[Any]:
@@ -177,23 +188,6 @@ def _opened(path: Path) -> IO[Any]:
         raise UserError(f"{path}: no such file. Give the path of a checkpoint (.pth).") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Whatever a file makes of its reader within the block is a UserError."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds Python objects besides tensors and plain types, which could run code, "
-            "so it was not loaded. Save its state_dict alone: torch.save(model.state_dict(), …)."
-        ) from error
-    except Exception as error:  # whatever damage makes of a pickle
-        raise UserError(
-            f"{path}: not a readable checkpoint ({_first_line(error)}). It may be cut off or of "
-            "another kind; use another file."
-        ) from error
 
 
 def _check_intact(path: Path, file: IO[bytes]) -> None:

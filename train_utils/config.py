@@ -38,8 +38,8 @@ _MAX_WRITTEN = 2**18  # characters of a recipe in which every alias is written o
 _MAX_MERGED = 20_000  # keys that are copied
 _MAX_DEPTH = 32
 _MAX_TEXT = 4096  # no path is longer
-# What no file system takes, and of which only escapes in quotes can make text: NUL, and halves of
-# UTF-16 pairs. (U+DC80 to U+DCFF stand for the bytes of names that are not UTF-8.)
+# What no file name can hold: NUL, and lone surrogates other than U+DC80 to U+DCFF, which stand for
+# bytes that are not UTF-8.
 _UNUSABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 _TRAP_TAGS = (_TAG + "int", _TAG + "float", _TAG + "timestamp")
 _SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -116,8 +116,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
 def check_size(value: Any, most: int = _MAX_WRITTEN, longest: int = _MAX_TEXT) -> None:
     """Raise ValueError for a value that is too large or too deep once written out in full.
 
-    Parts may be shared: a few aliases of aliases stand for more than any memory holds. They are
-    counted as often as they are reached, without being gone through as often.
+    Shared parts, such as aliases of aliases, count each time they occur, but are measured once.
     most: characters of text, and others items, in all. longest: characters of one text.
     """
     known: dict[int, tuple[int, int]] = {}  # containers → their size and height

@@ -19,7 +19,6 @@ from train_utils.errors import UserError, shortened
 from train_utils.image_io import (
     image_size,
     list_images,
-    printable,
     read_image,
     read_image_and_mask,
     read_mask,
@@ -170,7 +169,7 @@ class PairDataset(Dataset):
 
     def name(self, index: int) -> str:
         """The path of the image."""
-        return printable(self.pairs[index][0])
+        return str(self.pairs[index][0])
 
 
 def as_tv_tensor(tensor: Tensor) -> tv_tensors.TVTensor:

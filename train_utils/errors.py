@@ -76,7 +76,7 @@ def print_trace(_kind: Any, error: BaseException | None, _trace: Any = None) -> 
 
 
 def require(condition: bool, key: str, problem: str) -> None:
-    """Raise a ValueError about a setting, unless a condition holds; UserErrors are made of them."""
+    """Raise a ValueError about a setting unless a condition holds; see `config.build`."""
     if not condition:
         raise ValueError(f"{key}: {problem}")
 

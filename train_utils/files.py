@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, or are nobody else's; where the user's cache is."""
+"""Files that appear whole, files that others may have replaced, and the user's cache folder."""
 
 import errno
 import hashlib
@@ -74,31 +74,35 @@ def write_text(path: Path, text: str) -> None:
 
 
 def open_regular(
-    path: Path, mode: str = "rb", limit: int = sys.maxsize, links: bool = False
+    path: Path,
+    mode: str = "rb",
+    limit: int = sys.maxsize,
+    links: bool = False,
+    permissions: int = 0o666,
 ) -> IO[Any]:
-    """Open a file that others may have put where it is; text is UTF-8, and never an error.
+    """Open a file that others may have put where it is; text is UTF-8, other characters escaped.
 
     links: follow them, as for a file that the user has named. Raises OSError for a link otherwise,
     for whatever else is no regular file (a pipe would be waited for), for more than `limit` bytes
     and, where it is to be written to, for a file that has a name elsewhere, too (a hard link).
     """
     encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
-    opener = partial(_open_regular, limit=limit, links=links)
+    opener = partial(_open_regular, limit=limit, links=links, permissions=permissions)
     return open(path, mode, encoding=encoding, errors=errors, opener=opener)
 
 
-def _open_regular(path: str, flags: int, limit: int, links: bool) -> int:
+def _open_regular(path: str, flags: int, limit: int, links: bool, permissions: int) -> int:
     flags |= getattr(os, "O_NONBLOCK", 0)  # neither is there on Windows
     flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags, permissions)
     except OSError as error:
         if not links and os.path.islink(path):  # noqa: PTH114 - a str, as `open` gives it
             raise OSError(error.errno, "is a link", path) from None
         raise
     about, problem = os.fstat(descriptor), ""
     if not stat.S_ISREG(about.st_mode):
-        problem = "is no regular file"
+        problem = "not a regular file"
     elif about.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
         problem = "is a hard link: the same file has another name"
     elif about.st_size > limit:

@@ -58,7 +58,7 @@ from PIL.TiffImagePlugin import (
 )
 from torchvision import tv_tensors
 
-from train_utils.errors import UserError, printable
+from train_utils.errors import UserError
 from train_utils.files import written_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -207,16 +207,14 @@ def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         kind = "is not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{printable(folder)}: {kind}. Check the path.")
+        raise UserError(f"{folder}: {kind}. Check the path.")
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     found = [path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
-        raise UserError(
-            f"{printable(folder)}: holds no images ({' '.join(IMAGE_SUFFIXES)}). Check the path."
-        )
+        raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)}). Check the path.")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -230,7 +228,7 @@ def save_image(image: Image.Image, path: PathLike) -> None:
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"{printable(path)}: images are saved as .png")
+        raise ValueError(f"{path}: images are saved as .png")
     note = PngInfo()
     note.add_text("Software", _SOFTWARE)
     try:
@@ -239,23 +237,23 @@ def save_image(image: Image.Image, path: PathLike) -> None:
             image.save(file, format="PNG", pnginfo=note, compress_level=_COMPRESSION)
     except OSError as error:
         raise UserError(
-            f"{printable(path)}: cannot be written ({error.strerror}). "
+            f"{path}: cannot be written ({error.strerror}). "
             "Make room, or choose an output folder that can be written to."
         ) from error
 
 
 def saved_here(path: PathLike) -> bool:
-    """Whether `save_image` wrote this file."""
+    """Whether `save_image` wrote this file; a link to one is somebody's own."""
     try:
         with _opened(path) as image:
-            return image.info.get("Software") == _SOFTWARE
+            return not Path(path).is_symlink() and image.info.get("Software") == _SOFTWARE
     except UserError:
         return False
 
 
 def _raise_unreadable(error: OSError) -> None:
     raise UserError(
-        f"{printable(error.filename)}: cannot be listed ({error.strerror}). Check its permissions."
+        f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions."
     ) from error
 
 
@@ -269,10 +267,10 @@ def require_file(path: PathLike) -> os.stat_result:
     except OSError as error:
         raise _explained(path, error) from error
     if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{printable(path)}: cannot be read (it is a folder). Check the path.")
+        raise UserError(f"{path}: cannot be read (it is a folder). Check the path.")
     if not stat.S_ISREG(found.st_mode):
         # A pipe, a socket or a device might keep its reader waiting for ever.
-        raise UserError(f"{printable(path)}: a pipe or a device. Save its content to a file.")
+        raise UserError(f"{path}: a pipe or a device. Save its content to a file.")
     return found
 
 
@@ -346,7 +344,7 @@ def _load(path: PathLike, image: Image.Image) -> Decoded:
     image.load()
     if not is_wide(image) and ";16" in raw_mode and not _has_colour(image):
         raise UserError(
-            f"{printable(path)}: 16-bit colours of which none exceeds 255: all would be read as 0. "
+            f"{path}: 16-bit colours of which none exceeds 255: all would be read as 0. "
             f"{_SAVE_8_BITS}"
         )
     return Decoded(image if method is None else image.transpose(method), lossless, raw_mode)
@@ -409,7 +407,7 @@ def _check_header(path: PathLike, image: Image.Image) -> None:
         # Pillow compares the key's 16 bits with the pixels' upper 8.
         problem = f"a transparent colour of 16 bits is not supported. {_SAVE_8_BITS}"
     if problem:
-        raise UserError(f"{printable(path)}: {problem}")
+        raise UserError(f"{path}: {problem}")
 
 
 def _tile_pixels(image: Image.Image) -> int:
@@ -438,12 +436,12 @@ def _explained(path: PathLike, error: Exception) -> UserError:
     elif "MAX_TEXT" in str(error):
         problem = f"far too much text beside the pixels ({error}). Save it without metadata."
     elif not isinstance(error, UnidentifiedImageError):
-        problem = f"damaged or truncated ({printable(str(error))}). {_REPLACE}"
+        problem = f"damaged or truncated ({error}). {_REPLACE}"
     elif Path(path).stat().st_size == 0:
         problem = f"the file is empty. {_REPLACE}"
     else:
         problem = f"not an image that can be read ({', '.join(_FORMATS)}). {_REPLACE}"
-    return UserError(f"{printable(path)}: {problem}")
+    return UserError(f"{path}: {problem}")
 
 
 # --- bounds --------------------------------------------------------------------------------------
@@ -497,7 +495,7 @@ def _checked(path: PathLike, file: io.BufferedReader, size: int, whole: bool) ->
     elif is_tiff:
         problem = _tiff_problem(start, file)
     if problem:
-        raise UserError(f"{printable(path)}: {problem}")
+        raise UserError(f"{path}: {problem}")
     file.seek(0)
     if is_jpeg or is_tiff:
         return file
@@ -582,7 +580,7 @@ def _wide_values(path: PathLike, image: Image.Image, backdrop: int) -> np.ndarra
     values = np.array(image).astype(np.uint16)
     if 1 < values.max() <= 255:
         raise UserError(
-            f"{printable(path)}: 16-bit pixels of which none exceeds {values.max()} of 65535: it "
+            f"{path}: 16-bit pixels of which none exceeds {values.max()} of 65535: it "
             f"would be read as black. {_SAVE_8_BITS}"
         )
     if "transparency" in image.info:

@@ -31,7 +31,7 @@ def get_logger() -> logging.Logger:
 
 @cache
 def say_once(text: str) -> None:
-    """Log a line that would be true again and again."""
+    """Log a line the first time that a process says it."""
     get_logger().info(text)
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from train_utils.errors import UserError
 
 MOST_BYTES = 2**28
-_MOST_TEXT = 2**24  # of it as JSON, which takes some twenty times as much once it is read
-_MOST_ERROR = 20_000  # characters
+_MOST_TEXT = 2**24  # bytes of JSON, which take some twenty times as much memory once parsed
 _DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -33,7 +32,7 @@ def outcome(function: Callable[[], Any]) -> bytes:
     try:
         return encode(function())
     except UserError as error:
-        return _message({"error": str(error)[:_MOST_ERROR]}, [])
+        return _message({"error": str(error)}, [])
 
 
 def encode(value: Any) -> bytes:
@@ -76,7 +75,7 @@ def decode(message: bytes) -> Any:
     ) as error:
         raise ValueError(f"malformed: {error}") from error
     if kind == "error":
-        raise UserError(str(value)[:_MOST_ERROR])
+        raise UserError(str(value))
     return value
 
 

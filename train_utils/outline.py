@@ -1,8 +1,8 @@
-"""The outline of a checkpoint: all that is in its pickle, without a tensor, before torch reads it.
+"""A checkpoint's content without its tensors, checked before torch reads the file.
 
 `torch.load(weights_only=True)` runs no code of a file's, but the few functions that it does run can
 still be asked for terabytes by a file of some hundred bytes. So the pickle is read first with
-nothing behind those functions: what it would allocate is counted, and what `torch.save` does not
+stand-ins for those functions: what it would allocate is counted, and what `torch.save` does not
 write of tensors and plain types is refused.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from train_utils.config import check_size
 
-_MAX_PICKLE = 2**20  # bytes; a network of 44 million weights and its optimizer have 274,661
+_MAX_PICKLE = 2**21  # bytes, each of which may take 70; 3,000 weights trained by AdamW have as many
 _MAX_TENSORS = 100_000
 _MAX_WRITTEN = 2**22  # characters of text, and other values
 _MAX_COPIED = 100_000  # values of lists that a pickle has copied
@@ -28,7 +28,7 @@ _STORAGES = {
     **dict.fromkeys(("IntStorage", "FloatStorage"), 4),
     **dict.fromkeys(("LongStorage", "DoubleStorage"), 8),
 }
-# What torch's own reader knows of pickle's language.
+# The opcodes that torch's own reader of weights_only=True takes.
 _OPCODES = (
     *(pickle.PROTO, pickle.GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD, pickle.STOP),
     *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.MARK),

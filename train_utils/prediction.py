@@ -1,6 +1,5 @@
 """From files to files: read, predict and write images, with threads beside the device."""
 
-import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from train_utils.distributed_utils import cpu_cores
 from train_utils.errors import UserError, is_out_of_memory
-from train_utils.image_io import image_size, printable, read_image, save_image, saved_here
+from train_utils.image_io import image_size, read_image, save_image, saved_here
 from train_utils.inference import GPU_CHUNK, SPARE_MEMORY, chunk_size, forward_chunk, in_order
 from train_utils.threads import in_threads
 from train_utils.tiles import MIN_PIXELS
@@ -125,7 +124,7 @@ class Predictor:
         except (RuntimeError, MemoryError) as error:  # too little memory, above all
             reason = f"out of memory: {SPARE_MEMORY}." if is_out_of_memory(error) else error
             for picture in pictures:
-                picture.error = f"{printable(picture.job.source)}: {reason}"
+                picture.error = f"{picture.job.source}: {reason}"
             return
         for picture, output in zip(pictures, outputs, strict=True):
             picture.prediction, picture.warning = output, warning
@@ -170,7 +169,7 @@ class Predictor:
                     check_replaceable(path)  # hours may have passed since `plan` looked
                     save_image(rendered[kind], path)
             except (UserError, OSError, MemoryError, RuntimeError) as problem:
-                error = f"{printable(job.source)}: {problem}"
+                error = f"{job.source}: {problem}"
         return Picture(job._replace(frame=None), warning=picture.warning, error=error)
 
 
@@ -199,7 +198,7 @@ def remove_frames_after(number: int, job: Job) -> None:
     for pattern in job.outputs.values():
         for later in count(number + 1):
             path = pattern.with_name(pattern.name % later)
-            if not _is_own(path):
+            if not saved_here(path):
                 break
             path.unlink()
 
@@ -213,16 +212,11 @@ def check_replaceable(path: Path) -> None:
         about = path.lstat()
     except OSError:  # there is none, or writing will refuse the name
         return
-    if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not _is_own(path):
+    if not (stat.S_ISREG(about.st_mode) and about.st_size == 0) and not saved_here(path):
         raise UserError(
-            f"{printable(path)}: exists and was not written by predict.py. Choose another folder "
+            f"{path}: exists and was not written by predict.py. Choose another folder "
             "with -o, or move the file."
         )
-
-
-def _is_own(path: Path) -> bool:
-    """Whether predict.py has written this file; a link to one is somebody's own."""
-    return os.path.lexists(path) and not path.is_symlink() and saved_here(path)
 
 
 Readers = Mapping[str, Callable[[Any], Tensor]]
@@ -239,8 +233,8 @@ def read_inputs(job: Job, readers: Readers, at_least: int | None = None) -> dict
         images[name] = extra = readers[name](path)
         if extra.shape[-2:] != image.shape[-2:]:
             raise UserError(
-                f"{printable(path)}: {extra.shape[-1]}×{extra.shape[-2]} pixels, but "
-                f"{printable(job.source)} has {image.shape[-1]}×{image.shape[-2]}. Make them alike."
+                f"{path}: {extra.shape[-1]}×{extra.shape[-2]} pixels, but "
+                f"{job.source} has {image.shape[-1]}×{image.shape[-2]}. Make them alike."
             )
     return images
 

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 
-from train_utils.errors import UserError, tell
-from train_utils.image_io import list_images, printable
+from train_utils.errors import UserError, tell, typed
+from train_utils.image_io import list_images
 from train_utils.prediction import Job, check_replaceable
 from train_utils.video import is_video, require_ffmpeg
 
 Source = tuple[Path, Path]  # a file, and its path below the output folder
 
 _MAX_NAME = 255  # bytes
-_CASE_IS_NOTHING = sys.platform in ("win32", "darwin")  # to most file systems there
+_IGNORES_CASE = sys.platform in ("win32", "darwin")  # as most file systems there do
 _HIDDEN = re.compile(r"/\.(?!\./)")
 _FRAME = "%06d"  # what the outputs of a video's frames are called
 
@@ -32,7 +32,7 @@ def plan(
     """
     first = next(folder for folder in (output, *output.parents) if os.path.lexists(folder))
     if not first.is_dir():
-        raise UserError(f"{printable(first)}: not a folder. Choose another one with -o.")
+        raise UserError(f"{first}: not a folder. Choose another one with -o.")
     sources = list(_sources(inputs, output))
     found = {name: find_extra(name, Path(of), sources) for name, of in (extras or {}).items()}
     used = {path.resolve() for files in found.values() for path in files.values()}
@@ -42,7 +42,7 @@ def plan(
             continue  # it lies among the images
         stem, problem = output_stem(output, relative, kinds)
         if problem:
-            error = f"{printable(source)}: {problem}"
+            error = f"{source}: {problem}"
             jobs.setdefault(source.resolve(), Job(source, {}, error=error))
             continue
         if is_video(source):
@@ -50,7 +50,7 @@ def plan(
             if found:
                 name = next(iter(found))
                 raise UserError(
-                    f"{printable(source)}: its frames need a {name} each. Extract them into a "
+                    f"{source}: its frames need a {name} each. Extract them into a "
                     f"folder, and name that and a folder of {name}s."
                 )
             stem /= _FRAME
@@ -84,7 +84,7 @@ def output_stem(output: Path, relative: Path, kinds: Iterable[str]) -> tuple[Pat
         return stem, "its output would lie outside of the folder. Name it without '..'."
     root, folder = output.resolve(), (stem if is_video(relative) else stem.parent)
     if root not in (folder.resolve() / name).parents:
-        return stem, f"its output would lie outside of the folder, by the link {printable(folder)}."
+        return stem, f"its output would lie outside of the folder, by the link {folder}."
     return stem, ""
 
 
@@ -94,7 +94,7 @@ def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path
     In a folder, `a/photo_<name>.*` goes before `a/photo.*`. A source without gets a file that is
     not there, and so fails by itself. Raises UserError if there is none for any source.
     """
-    flag = f"--{name} {printable(given)}"
+    flag = f"--{name} {typed(given)}"
     if not given.is_dir():
         if len(sources) > 1:
             raise UserError(f"{flag}: is one file for several images. Give a folder.")
@@ -112,14 +112,14 @@ def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path
         candidates = files.get(f"{stem}_{name}") or elsewhere
         if len(candidates) > 1:
             raise UserError(
-                f"{printable(candidates[0])}: only the suffix tells it from "
-                f"{printable(candidates[1].name)}. Remove or rename one of the two."
+                f"{candidates[0]}: only the suffix tells it from "
+                f"{candidates[1].name}. Remove or rename one of the two."
             )
         if candidates:
             found[source] = candidates[0]
     if sources and not found:
         raise UserError(
-            f"{flag}: holds no {name} for {printable(sources[0][0])}. Name each like its image, or "
+            f"{flag}: holds no {name} for {sources[0][0]}. Name each like its image, or "
             f"<image>_{name}."
         )
     for source, relative in sources:  # one that is an extra itself is no input
@@ -144,14 +144,14 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
             target = path.resolve()
             if target in inputs or target.parent in shared:
                 raise UserError(
-                    f"{printable(path)}: the output of {printable(job.source)} would overwrite an "
+                    f"{path}: the output of {job.source} would overwrite an "
                     "input. Choose another folder with -o."
                 )
-            place = str(target).casefold() if _CASE_IS_NOTHING else str(target)
+            place = str(target).casefold() if _IGNORES_CASE else str(target)
             other = taken.get(place, videos.get(target.parent, job.source))
             if other != job.source:
                 raise UserError(
-                    f"{printable(path)}: {printable(other)} and {printable(job.source)} "
+                    f"{path}: {other} and {job.source} "
                     "would both be written there. Rename one, or predict them into different "
                     "folders with -o."
                 )
@@ -169,7 +169,7 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:
         if _exists(path) and path.is_dir():
             inside = output.resolve()
             if videos := sum(is_video(file) for file in path.rglob("*")):
-                left_out = f"{videos} video(s) in {printable(path)} are left out"
+                left_out = f"{videos} video(s) in {path} are left out"
                 tell(f"note: {left_out}: name each to have it done.")
             for file in list_images(path, recursive=True):
                 if inside == path.resolve() or inside not in file.resolve().parents:

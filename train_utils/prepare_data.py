@@ -28,7 +28,7 @@ from train_utils.datasets import (
     try_all,
 )
 from train_utils.errors import UserError, described, shortened
-from train_utils.image_io import is_damaged, printable, read_image
+from train_utils.image_io import is_damaged, read_image
 from train_utils.log import get_logger
 from train_utils.sample_cache import Shape, open_cache
 from train_utils.task import BaseTask
@@ -265,9 +265,9 @@ def without_files(dataset: Dataset, files: Collection[Path]) -> Dataset:
     backgrounds = [path for path in getattr(full, "backgrounds", []) if path not in gone]
     if not kept or (hasattr(full, "backgrounds") and not backgrounds):
         raise UserError(
-            f"{printable(full.pairs[0][0].parent)}: nothing is left of the {len(indices)} "
+            f"{full.pairs[0][0].parent}: nothing is left of the {len(indices)} "
             f"pairs to train or to validate with, or of their backgrounds, without damaged files "
-            f"such as {printable(next(iter(files)))}. Replace them by intact copies."
+            f"such as {next(iter(files))}. Replace them by intact copies."
         )
     if backgrounds:
         full.backgrounds = backgrounds

@@ -1,21 +1,20 @@
 """Folders and files of a cache that no other user of the machine can read, replace or cut short.
 
-Others may make what we expect before we do, where they may write beside us. So nothing is used that
-is not a folder or a regular file of ours; on Windows, where users' folders are closed to others,
-owners and modes are not looked at. What we make is open to nobody else, whatever the umask.
+Where others may write beside us, they may have made a file of that name first. So only folders and
+regular files of ours are used; on Windows, where users' folders are closed to others, owners and
+modes are not looked at. What we make is open to nobody else, whatever the umask.
 """
 
 import os
-import shlex
 import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
-from train_utils.errors import UserError
-from train_utils.image_io import printable
+from train_utils.errors import UserError, typed
+from train_utils.files import open_regular
 
 
 def private_folder(path: Path, otherwise: str, named: bool = False) -> None:
@@ -37,7 +36,7 @@ def private_folder(path: Path, otherwise: str, named: bool = False) -> None:
     if problem := _problem(status, stat.S_ISDIR, "no folder"):
         if not named:
             raise not_ours(path, problem, f", or {otherwise}")
-        raise UserError(f"{printable(path)}: {problem}; {otherwise}.")
+        raise UserError(f"{path}: {problem}; {otherwise}.")
     if not named and status.st_mode & 0o077:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -46,41 +45,38 @@ def private_folder(path: Path, otherwise: str, named: bool = False) -> None:
             os.close(descriptor)
 
 
-def open_private(path: Path, flags: int) -> BinaryIO:
-    """Open a regular file of ours, by flags of `os.open`; a new one is closed to others.
+def open_private(path: Path, mode: str = "rb") -> IO[Any]:
+    """Open a regular file of ours; a new one is closed to others.
 
     Raises UserError for anything else, without waiting for it, following or changing it; OSError
     where there is none.
     """
     with suppress(FileNotFoundError):
         _check_file(path, path.lstat())
-    # What was looked at may be another one by now: so again, by the file itself.
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
-        flags |= getattr(os, name, 0)
-    descriptor = os.open(path, flags, 0o600)
+    file = open_regular(path, mode, permissions=0o600)
     try:
-        _check_file(path, os.fstat(descriptor))
-    except BaseException:
-        os.close(descriptor)
+        # What was looked at may be another one by now: so again, by the file itself.
+        _check_file(path, os.fstat(file.fileno()))
+    except UserError:
+        file.close()
         raise
-    return os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "rb")
+    return file
 
 
 def not_ours(path: Path, problem: str, otherwise: str = "") -> UserError:
     """The error for something in a cache that cannot be used."""
-    command = f"rm -r {printable(shlex.quote(str(path)))}"
-    return UserError(f"{printable(path)}: {problem}. Have it removed ({command}){otherwise}.")
+    return UserError(f"{path}: {problem}. Have it removed (rm -r {typed(path)}){otherwise}.")
 
 
 @contextmanager
-def new_private_file(path: Path) -> Iterator[BinaryIO]:
+def new_private_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, closed to others, which replaces whatever `path` is at the end of the block.
 
     What a kill leaves is named as the file is, followed by a dot, 32 hexadecimal digits and .tmp.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open_private(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+        with open_private(temporary, "xb") as file:
             yield file
         temporary.replace(path)
     finally:
@@ -96,7 +92,7 @@ def _make_folders(path: Path) -> None:
 
 
 def _check_file(path: Path, status: os.stat_result) -> None:
-    if problem := _problem(status, stat.S_ISREG, "no regular file"):
+    if problem := _problem(status, stat.S_ISREG, "not a regular file"):
         raise not_ours(path, problem)
 
 
@@ -106,6 +102,8 @@ def _problem(status: os.stat_result, is_right_kind: Callable[[int], bool], other
         return "a link"
     if not is_right_kind(status.st_mode):
         return otherwise
+    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        return "a hard link"
     if os.name == "posix" and status.st_uid != os.geteuid():
         return f"belongs to user {status.st_uid}"
     if os.name == "posix" and status.st_mode & stat.S_IWOTH:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
 import stat
@@ -67,7 +66,7 @@ _LOG, _METRICS, _RESULTS, _STATUS = "log.txt", "metrics.jsonl", "results.txt", "
 _LOCK, _SAMPLES = ".lock", "samples"
 _NUMBERED = r"model_([0-9]{4}|[1-9][0-9]{4,})\.pth"
 _REASON = r"failed_rank[0-9]+\.txt"
-# Where a run begins there is nothing of these names, whatever its capitals, nor alike.
+# A new run refuses a folder with files of these names, in capitals too, and of similar ones.
 _TAKEN = re.compile(
     r"(last|model_(best|[0-9]+))\.pth|metrics\.jsonl|(results|log|failed_rank[0-9]+)\.txt"
     r"|config\.yaml|status\.json|\.lock|samples|events\.out\.tfevents\..*",
@@ -137,42 +136,31 @@ def _taken(path: Path) -> dict[str, int]:
     return {n: size for n, size in sizes.items() if _TAKEN.fullmatch(n) and (n != _LOCK or size)}
 
 
-def _refuse_foreign(path: Path, resumed: Path | None = None) -> None:
-    """Raise UserError for a folder of others, by its status.json, with files of a run's names.
+def _refuse(path: Path, resumed: Path | None) -> None:
+    """Raise UserError for a folder with another run, or with files of others under a run's names.
 
-    resumed: the checkpoint there to continue from, which is none of them.
+    resumed: the checkpoint there that the run continues from. A folder is a run's if it has a run's
+    status.json.
     """
-    foreign = _taken(path).keys() - {resumed.name if resumed else ""}
-    if not foreign or read_status(path):
+    taken, status = _taken(path), read_status(path)
+    foreign = taken.keys() - {resumed.name if resumed else ""}
+    if foreign and not status:
+        begun = resumed or path / LAST
+        elsewhere = f" To continue {begun} there: --resume {typed(begun)}"
+        raise UserError(
+            f"{path}: holds {shortened(sorted(foreign))}, which a run would write over or remove, "
+            f"and no {_STATUS} of a run: it was left as it is. Choose another --output-dir."
+            f"{elsewhere if resumed or LAST in foreign else ''}"
+        )
+    if resumed or status.get("starting"):  # the copies of a start that was killed
         return
-    begun = resumed or path / LAST
-    elsewhere = f" To continue {begun} there: --resume {shlex.quote(str(begun))}"
-    raise UserError(
-        f"{path}: holds {shortened(sorted(foreign))}, which a run would write over or remove, and "
-        f"no {_STATUS} of a run: it was left as it is. Choose another --output-dir."
-        f"{elsewhere if resumed or LAST in foreign else ''}"
-    )
-
-
-def _refuse_another(path: Path) -> None:
-    """Raise UserError for a folder with what a run is continued from, or its record."""
-    if read_status(path).get("starting"):
-        return  # the copies of a start that was killed
     run = rf"last\.pth|model_best\.pth|{_NUMBERED}"
-    kept = [
-        n for n, size in _taken(path).items() if re.fullmatch(run, n) or (n == _METRICS and size)
-    ]
+    kept = [n for n, size in taken.items() if re.fullmatch(run, n) or (n == _METRICS and size)]
     if kept:
         raise UserError(
             f"{path}: holds a run already ({shortened(sorted(kept))}). Continue it with --resume "
             "auto, or choose another --output-dir."
         )
-
-
-def _refuse(path: Path, resumed: Path | None) -> None:
-    _refuse_foreign(path, resumed)
-    if not resumed:
-        _refuse_another(path)
 
 
 def _claim(path: Path, resumed: Path | None) -> None:
@@ -209,17 +197,18 @@ def _warn_of_others(path: Path) -> None:
     path = Path(os.path.realpath(path))
     if (owner := path.stat().st_uid) != os.geteuid():
         get_logger().warning(
-            f"{path}: belongs to another user ({owner}), who may replace the files of this run"
+            f"warning: {path}: belongs to another user ({owner}), who could replace the files of "
+            "this run. To avoid that, choose another --output-dir."
         )
     for folder in (path, *path.parents):
         about = folder.stat()
-        # A group of the owner's own number is his alone, as many systems make it.
+        # Many systems give each user a group of the same number, with nobody else in it.
         alone = about.st_gid == about.st_uid != 0
         writable = about.st_mode & (stat.S_IWOTH if alone else stat.S_IWOTH | stat.S_IWGRP)
         if writable and (folder == path or not about.st_mode & stat.S_ISVTX):
             get_logger().warning(
-                f"{folder}: others may write there, and so replace the files of this run. If they "
-                f"are not to: chmod go-w {shlex.quote(str(folder))}"
+                f"warning: {folder}: others may write there, and so could replace the files of "
+                f"this run. To keep them out: chmod go-w {typed(folder)}"
             )
             return
 
@@ -230,7 +219,7 @@ def _copy(source: Path, target: Path, limit: int = sys.maxsize) -> None:
 
 
 def _go_back(path: Path, earlier: Path) -> None:
-    """Make an earlier checkpoint the last one of a run folder, and forget a best one from later."""
+    """Make an earlier checkpoint the last one of a run folder, and remove a later best one."""
     _copy(earlier.resolve(), path / LAST)
     best = path / BEST
     if earlier.name != LAST and best.exists() and not _is_same(earlier, best):
@@ -408,7 +397,6 @@ class RunFolder:
         self._checkpoints = CheckpointWriter()
         if not is_main_process():
             return
-        _refuse_foreign(path)
         self.status("running", step=step)
         with _file_errors(path):
             self._forget_reasons()  # of a run that was killed while it failed

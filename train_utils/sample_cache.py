@@ -20,22 +20,21 @@ import mmap
 import os
 import platform
 import re
-import shlex
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from train_utils.errors import UserError
+from train_utils.errors import UserError, typed
 from train_utils.files import hash_of_files, user_cache
-from train_utils.image_io import PathLike, printable
+from train_utils.image_io import PathLike
 from train_utils.log import get_logger
 from train_utils.private_files import new_private_file, not_ours, open_private, private_folder
 
@@ -88,7 +87,7 @@ class SampleCache:
 
         Raises UserError for a file that is not ours, or no whole pack of so many items.
         """
-        self._file = open_private(self.path, os.O_RDWR)
+        self._file = open_private(self.path, "r+b")
         _lock(self._file, shared=True)
         self._shapes = _read_shapes(self._file, self.path, self._items)
         self._starts, _ = _layout(self._shapes)
@@ -169,7 +168,7 @@ def open_cache(
         identity = hash_of_files(files, f"{_FORMAT} {platform.node()} {description}")
     except OSError as error:
         problem = f"cannot be read ({error.strerror}). Check the path."
-        raise UserError(f"{printable(error.filename)}: {problem}") from error
+        raise UserError(f"{error.filename}: {problem}") from error
     path = place / f"{prefix}-{identity}.pack"
     try:
         named = kind == "disk" and bool(folder)
@@ -183,13 +182,13 @@ def open_cache(
                 cache = SampleCache(path, numbers)
     except OSError as error:
         raise UserError(
-            f"{printable(place)}: no cache can be kept there ({error.strerror}). Name another "
+            f"{place}: no cache can be kept there ({error.strerror}). Name another "
             "folder by data.cache_dir, or go without data.cache."
         ) from error
     if kind == "ram":
         cache.remove_after_use()
     get_logger().info(
-        f"{'new' if made else 'found'} cache of {len(numbers)} samples: {printable(path)}, "
+        f"{'new' if made else 'found'} cache of {len(numbers)} samples: {path}, "
         f"{len(cache._map) / 1e6:,.0f} MB"
     )
     return cache
@@ -225,7 +224,7 @@ def _otherwise(place: Path, kind: str, named: bool) -> str:
     if kind == "ram":
         return "use --cache disk"
     known = named and place.is_dir()
-    own = printable(shlex.quote(str(place / _own_name()))) if known else "DIR"
+    own = typed(place / _own_name()) if known else "DIR"
     return f"name a folder of your own: --set data.cache_dir={own}"
 
 
@@ -233,11 +232,11 @@ def _remove_unused(place: Path, prefix: str) -> None:
     """Remove packs, and what was to become one, that no process has open."""
     for path in place.iterdir():
         if path.name.startswith(prefix) and _NAME.fullmatch(path.name) and _remove_if_unused(path):
-            get_logger().info(f"removed an outdated cache: {printable(path)}")
+            get_logger().info(f"removed an outdated cache: {path}")
 
 
 def _remove_if_unused(path: Path) -> bool:
-    with suppress(OSError, UserError), open_private(path, os.O_RDONLY) as file:
+    with suppress(OSError, UserError), open_private(path) as file:
         if fcntl and _lock(file, shared=False):
             path.unlink()
             return True
@@ -248,22 +247,22 @@ def _remove_if_unused(path: Path) -> bool:
 def _alone(place: Path, patience: float) -> Iterator[None]:
     """One process at a time; UserError if another one stays for more than `patience` seconds."""
     path, start, said = place / "lock", time.monotonic(), False
-    with open_private(path, os.O_RDWR | os.O_CREAT) as file:
+    with open_private(path, "ab") as file:
         while not _lock(file, shared=False):
             waited = time.monotonic() - start
             if waited > patience:
                 raise UserError(
-                    f"{printable(path)}: held for {waited:.0f} s by {_holder(file)}. End that run "
+                    f"{path}: held for {waited:.0f} s by {_holder(file)}. End that run "
                     "if it hangs, or go without data.cache."
                 )
             if waited > _SILENCE and not said:
-                get_logger().info(f"waiting for {printable(path)}, held by {_holder(file)}")
+                get_logger().info(f"waiting for {path}, held by {_holder(file)}")
                 said = True
             time.sleep(0.02)
         yield
 
 
-def _holder(file: BinaryIO) -> str:
+def _holder(file: IO[bytes]) -> str:
     """Which process has locked a file, where the system says so."""
     status = os.fstat(file.fileno())
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
@@ -275,7 +274,7 @@ def _holder(file: BinaryIO) -> str:
     return "another process"
 
 
-def _lock(file: BinaryIO, shared: bool) -> bool:
+def _lock(file: IO[bytes], shared: bool) -> bool:
     """Whether a file could be locked at once; where locks are unknown, it could."""
     if fcntl is None:
         return True
@@ -329,7 +328,7 @@ def _found(path: Path, numbers: Sequence[int]) -> SampleCache | None:
         return None
 
 
-def _read_shapes(file: BinaryIO, path: Path, items: int) -> np.ndarray:
+def _read_shapes(file: IO[bytes], path: Path, items: int) -> np.ndarray:
     """The shapes [N, 2, 3] in a pack's head; UserError unless the whole file is as they ask."""
     head = file.read(_HEADER.itemsize + items * _SHAPES.itemsize)
     size = os.fstat(file.fileno()).st_size
@@ -342,7 +341,7 @@ def _read_shapes(file: BinaryIO, path: Path, items: int) -> np.ndarray:
     raise not_ours(path, "no whole cache of these samples")
 
 
-def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
+def _reserve(file: IO[bytes], total: int, place: Path, kind: str) -> None:
     """Take all the room at once: a mapped file for which there is none kills its writer later."""
     free = shutil.disk_usage(place).free
     if kind == "ram":
@@ -363,7 +362,7 @@ def _reserve(file: BinaryIO, total: int, place: Path, kind: str) -> None:
         if error.errno == errno.EFBIG:
             limit, fix = "no file may have so many", "Raise the limit (ulimit -f)"
         raise UserError(
-            f"data.cache={kind}: the samples need {total:,} bytes in {printable(place)}, where "
+            f"data.cache={kind}: the samples need {total:,} bytes in {place}, where "
             f"{limit}. {fix}, or go without."
         ) from error
 

@@ -350,14 +350,14 @@ def _under_own_options(optimizer: Optimizer, saved: dict, source: str) -> dict:
 
 
 def _alike(value: Any, own: Any) -> bool:
-    """Whether a saved value can stand where a run has its own: of its kind, and no odd number."""
+    """Whether a saved value is of the kind and size of a run's own; numbers up to 2^53."""
     if isinstance(own, (list, tuple)) and isinstance(value, (list, tuple)):
         return len(value) == len(own) and all(map(_alike, value, own))
     if type(own) in (int, float) and type(value) in (int, float):
         return abs(value) <= 2**53  # also not nan
     if isinstance(own, Tensor) and isinstance(value, Tensor):
         return value.shape == own.shape
-    # Of options, null and true or false are each other's default.
+    # An option that is off may be null or false.
     return all(type(each) in (bool, type(None)) for each in (value, own)) or (
         type(value) is type(own) and isinstance(own, str)
     )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from train_utils.errors import UserError, typed
-from train_utils.image_io import MAX_PIXELS, PathLike, printable, require_file
+from train_utils.image_io import MAX_PIXELS, PathLike, require_file
 from train_utils.threads import in_threads
 
 try:
@@ -94,7 +94,7 @@ def read_frames(path: PathLike) -> Generator[Tensor, None, None]:
     # ffmpeg goes on after damage, and ends with status 0.
     status, messages = ffmpeg.process.returncode, ffmpeg.messages
     if problem or status or not frames or messages:
-        raise UserError(f"{printable(path)}: {_explained(status, frames, problem, messages)}")
+        raise UserError(f"{path}: {_explained(status, frames, problem, messages)}")
 
 
 class _Ffmpeg:
@@ -167,7 +167,7 @@ def _each_frame_once() -> list[str]:
 def _explained(status: int, frames: int, problem: str, messages: list[str]) -> str:
     """What has gone wrong with a video, in ffmpeg's words where it has said why, and what to do."""
     known = [line for line in messages if any(key in line for key in _FIXES)]
-    said = printable((known or messages or [f"exit status {status}"])[0][:200])
+    said = (known or messages or [f"exit status {status}"])[0][:200]
     if not problem:
         what = "failed" if status or not frames else "reported damage"
         problem = f"ffmpeg {what} after {frames} frames ({said})"

@@ -23,7 +23,6 @@ from train_utils.activity import (
     leave_out_of_activity,
     set_activity,
 )
-from train_utils.errors import printable
 from train_utils.log import get_logger
 
 _FINISHED = "finished"
@@ -66,7 +65,6 @@ def _parsed(text: bytes, rank: int) -> Report:
     of, host, activity, waits, seconds, details, number = fields
     if of != rank or not 0 <= seconds < 1e9:
         raise ValueError("another rank, or no time")
-    host, activity, details = map(printable, (host, activity, details))
     return Report(rank, host, activity, waits, seconds, details, number)
 
 

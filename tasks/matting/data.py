@@ -32,7 +32,6 @@ from train_utils.image_io import (
     image_size,
     image_tensor,
     list_images,
-    printable,
     read_image,
     read_mask,
     to_rgb,
@@ -95,10 +94,10 @@ class CompositionDataset(Dataset):
 
     def name(self, index: int) -> str:
         """The path of the foreground, and what it lies on."""
-        path = printable(self.pairs[index][0])
+        path = str(self.pairs[index][0])
         if self.train:
             return f"{path} (composite {index % self.per_foreground + 1})"
-        return f"{path} on {printable(self._fixed_background(index))}"
+        return f"{path} on {self._fixed_background(index)}"
 
     def composites_of(self, foregrounds: Sequence[int]) -> list[int]:
         """The indices of these foregrounds' items."""

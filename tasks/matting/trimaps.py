@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from train_utils.datasets import Pair, files_by_stem, read_pair, require_masks
 from train_utils.errors import UserError, shortened
-from train_utils.image_io import decode, is_wide, printable, read_mask, to_rgba, within_memory
+from train_utils.image_io import decode, is_wide, read_mask, to_rgba, within_memory
 from transforms import BACKGROUND, FOREGROUND, UNKNOWN
 
 _MAX_COLOURS = 1024  # that are counted for a message
@@ -41,7 +41,7 @@ def read_trimap(path: str | PathLike[str]) -> tv_tensors.Mask:
             else:
                 fix = "Give the trimap, not the alpha matte, and resize it without smoothing."
             raise UserError(
-                f"{printable(path)}: a trimap has 0, {white} and one grey level between for the "
+                f"{path}: a trimap has 0, {white} and one grey level between for the "
                 f"unknown region, but this file has {_most_frequent(levels, counts[levels])}. {fix}"
             )
         trimap = np.full(values.shape, UNKNOWN, dtype=np.uint8)
@@ -59,7 +59,7 @@ def _grey_levels(path: str | PathLike[str], image: Image.Image) -> tuple[np.ndar
     if image.has_transparency_data:
         if wide or np.array(to_rgba(image))[..., 3].min() < 255:
             raise UserError(
-                f"{printable(path)}: a trimap may not be transparent anywhere, as nobody can tell "
+                f"{path}: a trimap may not be transparent anywhere, as nobody can tell "
                 "what is meant there. Save it without an alpha channel or transparent colour."
             )
         image = to_rgba(image)
@@ -75,7 +75,7 @@ def _grey_levels(path: str | PathLike[str], image: Image.Image) -> tuple[np.ndar
             counts, names = zip(*sorted(coloured, key=str), strict=True)
             found = f"the RGB colours {_most_frequent(names, np.array(counts))}"
         raise UserError(
-            f"{printable(path)}: a trimap is grey, but this file has {found}. "
+            f"{path}: a trimap is grey, but this file has {found}. "
             "Give the trimap itself, in black, grey (128) and white."
         )
     return np.array(rgb.getchannel(0)), 255

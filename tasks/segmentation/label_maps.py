@@ -15,7 +15,6 @@ from train_utils.image_io import (
     decode,
     grey_step,
     is_wide,
-    printable,
     read_image,
     read_mask,
     within_memory,
@@ -57,7 +56,7 @@ def read_label_file(path: PathLike) -> np.ndarray:
         elif image.mode not in ("P", "RGB"):
             problem = f"{image.mode} pixels hold no labels. {_SAVE_LABELS}"
         if problem:
-            raise UserError(f"{printable(path)}: {problem}")
+            raise UserError(f"{path}: {problem}")
         return values.astype(np.uint8, copy=False)
 
 
@@ -134,7 +133,7 @@ class LabelReader:
         if values.ndim == 3:
             if (values != values[..., :1]).any():
                 raise UserError(
-                    f"{printable(path)}: holds colours, but data.mask_values=index expects class "
+                    f"{path}: holds colours, but data.mask_values=index expects class "
                     "indices. Set data.mask_values=colour and data.palette, the RGB of each class."
                 )
             values = np.ascontiguousarray(values[..., 0])
@@ -166,7 +165,7 @@ class LabelReader:
                 "all that are no classes."
             )
         raise UserError(
-            f"{printable(path)}: label {shortened(found, MAX_VALUES)}, but the "
+            f"{path}: label {shortened(found, MAX_VALUES)}, but the "
             f"{self.num_classes} classes are 0 to {self.num_classes - 1}. {fix}"
         )
 
@@ -197,7 +196,7 @@ class LabelReader:
             else "Add it to data.palette, or correct the mask."
         )
         raise UserError(
-            f"{printable(path)}: colour {colour} at x={x}, y={y} is not in data.palette; "
+            f"{path}: colour {colour} at x={x}, y={y} is not in data.palette; "
             f"in all, {all_pixels} of colours that are no class ({pixels} of this one). {fix}"
         )
 

@@ -5,7 +5,6 @@ not a device assert, a meaningless loss or a black output later.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from tasks.segmentation.label_maps import MAX_VALUES, USE_BRIGHT, LabelReader
 from train_utils.datasets import try_all
 from train_utils.errors import UserError, shortened
 from train_utils.files import hash_of_files, user_cache
-from train_utils.image_io import PathLike, printable
+from train_utils.image_io import PathLike
 from train_utils.log import get_logger
 from train_utils.private_files import new_private_file, open_private, private_folder
 from transforms import IGNORE
@@ -158,7 +157,7 @@ def scan_masks(
             with suppress(OSError), new_private_file(cache) as file:
                 file.write(_checksum(cache, numbers.tobytes()) + numbers.tobytes())
     scan = MaskScan(reader, numbers)
-    place = printable(Path(paths[0]).parent)
+    place = Path(paths[0]).parent
     if refuse_single_class and sum(count > 0 for count in scan.class_counts) < 2:
         raise UserError(f"{place}: {_single_class(scan)}")
     if reader.mode == "threshold" and scan._near_threshold() > _MAX_NEAR:
@@ -222,7 +221,7 @@ def _cache_file(
 def _cached(cache: Path, reader: LabelReader) -> np.ndarray | None:
     size = 8 * (260 + 3 * reader.num_classes)
     try:
-        with open_private(cache, os.O_RDONLY) as file:
+        with open_private(cache) as file:
             checksum, content = file.read(_CHECKSUM), file.read(size + 1)
     except (OSError, UserError):  # there is none, or it is not ours
         return None
