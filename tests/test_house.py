@@ -1,6 +1,7 @@
 """How the house is built: what lies at its root, how long its parts are, who imports whom."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -117,3 +118,19 @@ def test_the_root_holds_only_what_is_listed():
         ["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert {file.split("/")[0] for file in files} <= ROOT
+
+
+def test_every_shared_module_has_its_place_on_the_page_of_the_architecture():
+    page = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("### What the lines of")[2].partition("\n## ")[0]
+    listed: list[str] = []
+    for row in re.findall(r"^\| .*`.*", table, re.MULTILINE):
+        _, _, modules, lines, _, _ = row.split("|")
+        names = re.findall(r"`(\w+)`", modules)
+        texts = [
+            (REPO / "train_utils" / f"{name}.py").read_text(encoding="utf-8") for name in names
+        ]
+        counted = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+        assert abs(counted - int(lines.replace(",", ""))) <= 0.1 * counted, (row, counted)
+        listed += names
+    assert sorted(listed) == sorted(path.stem for path in REPO.glob("train_utils/*.py"))
