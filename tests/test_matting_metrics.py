@@ -379,7 +379,7 @@ def test_invalid_predictions_make_every_score_nan(bad, trimap):
     metric = scored([[bad, 0.5]], [[0, 255]], trimap)
     scored([[0.5]], [[255]], [[128]], metric)
     assert all(math.isnan(value) for value in metric.compute().values())
-    assert "1 of 2 images have values not finite" in str(metric)
+    assert "1 of 2 images have an alpha not finite" in str(metric)
 
 
 def test_largest_scores_fit_the_state():

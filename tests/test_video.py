@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_image_io import within
 from test_predict import predictor
 
 from train_utils import video
@@ -104,6 +105,19 @@ def test_many_messages_do_not_block(tmp_path, monkeypatch):
     assert [next(frames)[0, 0, 0].item() for _ in range(2)] == [1, 2]
     with pytest.raises(UserError, match=r"reported damage after 2 frames \(x{200}\)"):
         next(frames)  # ffmpeg goes on after damage, and its exit status is 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_a_script_called_ffmpeg_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    script = tmp_path / "ffmpeg"
+    # `cat` is a process of its own, and waits for a reader.
+    script.write_text('#!/bin/sh\n[ "$4" = -h ] || cat /dev/zero\ntrue\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(bytes(50))
+    with within(30), pytest.raises(UserError, match="not what ffmpeg was asked for"):
+        next(read_frames(clip))
 
 
 # --- bounds -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Generator
@@ -110,7 +111,10 @@ class _Ffmpeg:
         command += ["-threads", str(_THREADS), "-i", f"file:{os.fspath(path)}", "-map", "0:V:0"]
         command += [*_each_frame_once(), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-        self.process = subprocess.Popen([*command, "-"], stdin=nothing, stdout=pipe, stderr=pipe)
+        # In a session of its own: where `ffmpeg` is a script, what that starts is ended as well.
+        self.process = subprocess.Popen(
+            [*command, "-"], stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True
+        )
         if hasattr(resource, "prlimit"):  # Linux
             with suppress(OSError):
                 resource.prlimit(self.process.pid, resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
@@ -132,7 +136,7 @@ class _Ffmpeg:
 
     def end(self) -> None:
         """End ffmpeg, unless it has ended, and the threads beside it."""
-        self.process.kill()
+        self._kill()
         self.process.wait()
         self._ended.set()
         for thread in self._threads:
@@ -142,8 +146,16 @@ class _Ffmpeg:
         while not self._ended.wait(1):
             if time.monotonic() - self._awaited_since > _PATIENCE:
                 self.messages.insert(0, f"no frame for {_PATIENCE} seconds")
-                self.process.kill()
+                self._kill()
                 return
+
+    def _kill(self) -> None:
+        if self.process.poll() is not None:
+            return
+        if os.name == "posix":
+            os.killpg(self.process.pid, signal.SIGKILL)
+        else:
+            self.process.kill()
 
     def _listen(self) -> None:
         assert self.process.stderr  # for mypy
@@ -182,7 +194,7 @@ def read_ppm(stream: BufferedReader) -> Tensor | None:
 
     Raises ValueError for anything else, and for more than MAX_PIXELS.
     """
-    header = stream.readline() + stream.readline() + stream.readline()
+    header = b"".join(stream.readline(99) for _ in range(3))
     if not header:
         return None
     fields = header.split()
