@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from train_utils.checkpoint import (
     as_one_module,
     check_fits,
+    in_own_names,
     load_training_state,
     load_weights,
     split_states,
@@ -181,6 +182,7 @@ def networks_with(
     Raises UserError for weights that do not fit, before networks are made that are larger.
     """
     if plan := _plan(task):
+        state_dict = in_own_names(plan, state_dict, source)
         check_fits(plan, state_dict, source)
     networks = task.build_models()
     split_states(networks, state_dict, source)

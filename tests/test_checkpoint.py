@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import faults
@@ -17,10 +18,12 @@ import pytest
 import torch
 from distributed import Script, fork_server
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from train_utils import checkpoint, save_on_master
 from train_utils.checkpoint import (
     CheckpointWriter,
+    in_own_names,
     load_file,
     load_training_state,
     load_weights,
@@ -200,6 +203,76 @@ def test_weights_in_every_usual_wrapping(tmp_path, model, wrap):
     loaded, config = load_weights(tmp_path / "w.pth")
     assert loaded.keys() == state.keys()
     assert config is None
+
+
+@pytest.mark.parametrize("wrap", ["model", "ema", "generator", "params_ema"])
+def test_the_only_state_dict_is_taken_and_what_is_no_tensor_left_out(tmp_path, model, wrap, capsys):
+    average = AveragedModel(model)
+    content = {
+        wrap: {**average.state_dict(), "module._extra_state": {"a": 1}},
+        "loss": torch.ones(1),
+    }
+    torch.save(content, tmp_path / "w.pth")
+    loaded, _ = load_weights(tmp_path / "w.pth")
+    assert loaded.keys() == model.state_dict().keys()
+    said = capsys.readouterr().out
+    assert "w.pth: left out, since they are no tensors: module._extra_state\n" in said
+    assert (f"the weights of {wrap} are taken\n" in said) == (wrap not in ("model", "ema"))
+
+
+def test_of_several_networks_none_is_guessed(tmp_path, model):
+    weights = model.state_dict()
+    torch.save({"generator": weights, "critic": weights, "epoch": 1}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"several networks' weights, generator, critic\. Save the"):
+        load_weights(tmp_path / "w.pth")
+
+
+def test_a_prefix_of_all_names_is_removed_where_the_rest_fits(model):
+    own = model.state_dict()
+    inner = {f"model.net.{key}": value for key, value in own.items()}
+    assert in_own_names(model, inner, "w.pth").keys() == own.keys()
+    assert in_own_names(model, {**inner, "loss.weight": own["0.weight"]}, "w.pth").keys() > set(
+        inner
+    )
+    wrapped = torch.nn.ModuleDict({"model": model})
+    as_is = wrapped.state_dict()
+    assert in_own_names(wrapped, as_is, "w.pth") is as_is
+    assert in_own_names(wrapped, own, "w.pth") is own
+    counter_alone = {"n_averaged": torch.ones(1)}
+    assert strip_prefixes(counter_alone) == counter_alone
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_reads_of_plain_types_is_read(tmp_path, model, zipped):
+    hyper = {
+        "device": torch.device("cuda", 1),
+        "types": [torch.float16, torch.Size([3, 4])],
+        "plain": [b"abc", bytearray(b"\xff\0"), bytearray(), 1 + 2j, {1, "a", 2.5, None}],
+        "count": Counter("aab"),
+        10**14: torch.ones(2, dtype=torch.complex64),
+    }
+    content = {"model": model.state_dict(), "hyper_parameters": hyper}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    loaded = load_file(tmp_path / "w.pth")["hyper_parameters"]
+    assert torch.equal(loaded.pop(10**14), hyper.pop(10**14))
+    assert loaded == hyper
+
+
+def test_what_a_large_network_saves_is_read(tmp_path):
+    """A long history too: what is not a tensor may have more bytes than what is."""
+    net = nn.Sequential(*(nn.BatchNorm1d(1) for _ in range(500)))
+    adam = torch.optim.AdamW(net.parameters())
+    net(torch.ones(2, 1)).sum().backward()
+    adam.step()
+    content = {"model": net.state_dict(), "optimizer": adam.state_dict(), "loss": [0.5] * 130_000}
+    torch.save(content, tmp_path / "last.pth")
+    assert load_file(tmp_path / "last.pth")["loss"] == content["loss"]
+
+
+def test_another_pickle_protocol_is_named(tmp_path, model):
+    torch.save(model.state_dict(), tmp_path / "w.pth", pickle_protocol=4)
+    with pytest.raises(UserError, match=r"w\.pth: saved with another pickle protocol \(4\)"):
+        load_weights(tmp_path / "w.pth")
 
 
 def test_the_moving_average_is_what_is_used(tmp_path, model):

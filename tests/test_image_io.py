@@ -543,6 +543,12 @@ def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
     return plain[:place] + b"".join(parts) + plain[place:]
 
 
+def thin_png() -> bytes:
+    rows = png_of_zeros(1, 1)
+    header = b"IHDR" + struct.pack(">II", 1, 70_000) + rows[24:29]
+    return rows[:12] + header + struct.pack(">I", zlib.crc32(header)) + rows[33:]
+
+
 STRIPS = bytes(4 * (2**18 + 1))
 TILE = zlib.compress(bytes(16), 1)
 BOMBS = {
@@ -571,6 +577,7 @@ BOMBS = {
     ),
     "runs": (lambda: bmp_in_run_length_code(10, 10, b"\xff\1" * 3000), "500,000 small pieces"),
     "chunks": (lambda: png_with(*[(b"abCd", b"")] * 1700), "500,000 small pieces"),
+    "thin": (thin_png, "1×70000 has a side of more than 65,535 pixels"),
     "text": (
         lambda: png_with((b"zTXt", b"a\0\0" + zlib.compress(bytes(17 << 20)))),
         "far too much text beside the pixels",

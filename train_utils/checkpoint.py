@@ -18,6 +18,7 @@ from train_utils.config import saved_settings
 from train_utils.device import pins_memory
 from train_utils.errors import UserError, shortened, typed
 from train_utils.files import open_regular, written_whole
+from train_utils.log import say_once
 from train_utils.outline import read_outline
 
 FORMAT = 1
@@ -56,7 +57,9 @@ _NAMED: dict[str, Callable[[Any], bool]] = {  # what they hold by name
 # Settings of earlier versions, which changed neither samples nor steps.
 _RETIRED = (("train", "bucket_mb"), ("train", "compress_gradients"))
 _PREFIXES = ("module.", "_orig_mod.")
-# Keys under which other projects' files keep a network's state_dict.
+_MOST_PREFIXES = 4  # of other kinds
+_COUNTER = "n_averaged"  # of torch's AveragedModel, beside the names of the network in it
+# Keys under which other projects' files keep a network's state_dict, as may any other key.
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "net")
 
 
@@ -168,6 +171,8 @@ def load_file(path: str | Path, check: Callable[[IO[bytes]], None] | None = None
             read_outline(file, os.fstat(file.fileno()).st_size)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{path}: holds Python objects besides tensors and plain types, which could run "
@@ -311,24 +316,54 @@ def load_weights(
     """Read a network's state_dict from any file that holds one, and the run's config if it is ours.
 
     Takes this project's checkpoints (their moving average, if one was kept), bare state_dicts, and
-    state_dicts under the usual keys; `module.` and `_orig_mod.` prefixes are removed. check: as in
-    `load_file`.
+    state_dicts under the usual keys or as the only one; `module.` and `_orig_mod.` prefixes and
+    entries that are no tensors are left out. check: as in `load_file`.
     """
     content = load_file(path, check)
     ours = isinstance(content, dict) and "next_epoch" in content
     config = content.get("args") if ours else None
-    found = content
-    if isinstance(content, dict) and not _is_state_dict(content):
-        keys = ("ema", *_STATE_KEYS)
-        found = next((content[key] for key in keys if _is_state_dict(content.get(key))), None)
-    if not _is_state_dict(found):
+    found = strip_prefixes(_found_weights(content, path, ours))
+    return found, _config(config, path) if isinstance(config, dict) else None
+
+
+def _found_weights(content: Any, path: str | Path, ours: bool) -> dict[str, Tensor]:
+    """The one state_dict of a file that is meant. Raises UserError if it holds none, or several."""
+    items = content.items() if isinstance(content, dict) else ()
+    holders = [
+        key
+        for key, item in items
+        if isinstance(key, str) and not key.endswith("_extra_state") and _tensors(item)
+    ]
+    known = [key for key in ("ema", *_STATE_KEYS) if key in holders]
+    if not known and len(holders) > 1:
+        raise UserError(
+            f"{path}: holds several networks' weights, {shortened(holders)}. Save the one that is "
+            "meant alone: torch.save(torch.load(file)[name], …)."
+        )
+    name = next(iter(known or holders), None)
+    found = content if name is None else content[name]
+    tensors = _tensors(found)
+    if not tensors:
         raise UserError(
             f"{path}: holds no network weights (expected a state_dict, alone or under one of "
             f"{', '.join(_STATE_KEYS)})."
         )
-    if not isinstance(config, dict):
-        return strip_prefixes(found), None
-    return strip_prefixes(found), _config(config, path)
+    if holders[1:] and not ours:
+        others = shortened([key for key in holders if key != name])
+        say_once(f"{path}: the weights of {name} are taken, not those of {others}")
+    elif name and not known:
+        say_once(f"{path}: the weights of {name} are taken")
+    if left := [key for key in found if key not in tensors]:
+        say_once(f"{path}: left out, since they are no tensors: {shortened(left)}")
+    return tensors
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    """The tensors of a state_dict; none of what has other keys than text, or mostly other items."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return {}
+    tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
+    return tensors if 2 * len(tensors) > len(value) else {}
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -341,11 +376,32 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that DistributedDataParallel and torch.compile put before every name."""
+    """Remove the prefixes that DistributedDataParallel and torch.compile put before every name.
+
+    So does torch's AveragedModel, whose counter is removed too.
+    """
     clean = dict(state_dict)
+    if len(clean) > 1 and all(k.startswith("module.") != (k == _COUNTER) for k in clean):
+        clean.pop(_COUNTER, None)
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in clean)), None):
         clean = {key.removeprefix(prefix): value for key, value in clean.items()}
     return clean
+
+
+def in_own_names(model: nn.Module, state_dict: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A state_dict without the prefix, such as Lightning's `model.`, that keeps it from fitting."""
+    own = model.state_dict().keys()
+    shorter = state_dict
+    for _ in range(_MOST_PREFIXES):
+        heads = {key.partition(".")[0] for key in shorter}
+        if shorter.keys() == own or len(heads) != 1 or not all("." in key for key in shorter):
+            break
+        shorter = {key.partition(".")[2]: value for key, value in shorter.items()}
+    if shorter is state_dict or shorter.keys() != own:
+        return state_dict
+    prefix = next(iter(state_dict)).removesuffix(next(iter(shorter)))
+    say_once(f"{source}: {prefix} is removed from all names")
+    return shorter
 
 
 def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:

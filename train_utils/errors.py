@@ -6,6 +6,7 @@ Names of files, keys and values may come from strangers: whatever is printed or 
 
 import errno
 import os
+import re
 import reprlib
 import shlex
 import sys
@@ -59,9 +60,17 @@ def brief(value: Any) -> str:
 
 
 def typed(word: str | os.PathLike[str]) -> str:
-    """A path, or a value, as a shell takes it: quoted where it must be, and never for a flag."""
+    """A path, or a value, as a shell takes it: quoted where it must be, and never for a flag.
+
+    One with control characters is quoted in $'…', which bash and zsh know, and a POSIX sh need not.
+    """
     text = os.fspath(word)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    text = f"./{text}" if text.startswith("-") else text
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = re.compile(rb"[\w./:+ -]", re.ASCII)
+    shown = (chr(b) if plain.match(bytes([b])) else f"\\{b:03o}" for b in os.fsencode(text))
+    return f"$'{''.join(shown)}'"
 
 
 def tell(text: str) -> None:

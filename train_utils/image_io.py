@@ -63,6 +63,7 @@ from train_utils.files import written_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000
+MAX_SIDE = 65_535  # as a JPEG's; Pillow needs far more memory for thin rows than for their pixels
 
 # Formats are recognised by content, not by suffix; naming them keeps Pillow's rarer parsers (and
 # the external programs that some of them start) away from untrusted files.
@@ -384,6 +385,8 @@ def _check_header(path: PathLike, image: Image.Image) -> None:
     problem = None
     if width * height > MAX_PIXELS:
         problem = f"{width}×{height} is more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
+    elif max(width, height) > MAX_SIDE:
+        problem = f"{width}×{height} has a side of more than {MAX_SIDE:,} pixels. {_MAKE_SMALLER}"
     elif _tile_pixels(image) > max(width * height, _MAX_TILE):
         tile = f"{_tile_pixels(image):,}"
         problem = f"tiles of {tile} pixels, more than the image has. Save it with smaller ones."

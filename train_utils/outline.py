@@ -8,25 +8,32 @@ write of tensors and plain types is refused.
 
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import IO, Any, ClassVar
 
 import torch
 
 from train_utils.config import check_size
+from train_utils.errors import UserError
 
-_MAX_PICKLE = 2**21  # bytes, each of which may take 70; 3,000 weights trained by AdamW have as many
+# 2,000 convolutions, each with BatchNorm, AdamW and an average, have 4.8 million bytes, read in
+# 2.6 million pieces, and 304,059 containers.
+_MAX_PICKLE = 2**25  # bytes
+_MAX_READS = 3_000_000  # pieces, which take about a microsecond each
+_MAX_CONTAINERS = 400_000
 _MAX_TENSORS = 100_000
 _MAX_WRITTEN = 2**22  # characters of text, and other values
-_MAX_COPIED = 100_000  # values of lists that a pickle has copied
+_MAX_COPIED = 100_000  # values of lists, and characters of bytes, that a pickle has copied
+_MAX_ODD_KEYS = 10_000  # whose hashes a file can choose, so that each is compared with all others
 _MAX_DIMENSIONS = 16
 # Bytes per element of the storages that a network's weights can be in.
 _STORAGES = {
     **dict.fromkeys(("BoolStorage", "ByteStorage", "CharStorage"), 1),
     **dict.fromkeys(("ShortStorage", "HalfStorage", "BFloat16Storage"), 2),
     **dict.fromkeys(("IntStorage", "FloatStorage"), 4),
-    **dict.fromkeys(("LongStorage", "DoubleStorage"), 8),
+    **dict.fromkeys(("LongStorage", "DoubleStorage", "ComplexFloatStorage"), 8),
+    "ComplexDoubleStorage": 16,
 }
 # The opcodes that torch's own reader of weights_only=True takes.
 _OPCODES = (
@@ -38,6 +45,12 @@ _OPCODES = (
     *(pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.BINPERSID, pickle.BINGET),
     *(pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
 )
+# What makes a container of its own.
+_CONTAINERS = (
+    *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.MARK, pickle.TUPLE1, pickle.TUPLE2),
+    *(pickle.TUPLE3, pickle.REDUCE, pickle.NEWOBJ),
+)
+_SAVE_WEIGHTS = "Save its state_dict alone: torch.save(model.state_dict(), …)."
 
 
 class TensorOutline:
@@ -48,65 +61,167 @@ class _OrderedDict(dict):
     """Stands for an OrderedDict, as state_dicts are."""
 
 
+class _Size(int):
+    """Bytes per element, or elements of a storage: numbers that no pickle can give itself."""
+
+
+class _Pickle(BytesIO):
+    """A pickle's bytes, read in so many pieces at most: what it costs is how many, not what."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > _MAX_READS:
+            raise UserError(f"its pickle has more than {_MAX_READS:,} parts. {_SAVE_WEIGHTS}")
+        return super().read(size)
+
+
+def _counted(handler: Callable[["_Reader"], None]) -> Callable[["_Reader"], None]:
+    def handle(reader: "_Reader") -> None:
+        reader.containers += 1
+        if reader.containers > _MAX_CONTAINERS:
+            raise UserError(f"it has more than {_MAX_CONTAINERS:,} containers. {_SAVE_WEIGHTS}")
+        handler(reader)
+
+    return handle
+
+
 class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pickle names
     dispatch: ClassVar[dict[int, Callable]] = {
         code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES
     }
+    for code in _CONTAINERS:
+        dispatch[code[0]] = _counted(dispatch[code[0]])
     stack: list[Any]
+    read: Callable[[int], bytes]
 
     def __init__(self, file: BytesIO) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
-        self.storages: dict[Any, int] = {}  # bytes by name
-        self.tensors = self.copied = 0
+        self.storages: dict[str, int] = {}  # bytes by name
+        self.tensors = self.copied = self.containers = self.odd_keys = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global: bytes per element for a storage's type, else a function."""
         if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+            return _Size(_STORAGES[name])
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return None
         stand_ins: dict[str, Callable[..., Any]] = {
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             "torch.nn.parameter.Parameter": lambda data, *_: data,
             "collections.OrderedDict": self.ordered,
-            "collections.Counter": self.copy,
-            "builtins.set": self.copy,
-            "__builtin__.set": self.copy,
-            "torch.Size": self.copy,
+            "collections.Counter": self.keyed,
+            "builtins.set": self.keyed,
+            "builtins.bytearray": self.byte_array,
+            "builtins.complex": self.complex_number,
+            "_codecs.encode": self.encoded,
+            "torch.Size": self.size,
+            "torch.device": self.device,
         }
-        if f"{module}.{name}" not in stand_ins:
+        known = f"{module}.{name}".replace("__builtin__.", "builtins.")
+        if known not in stand_ins:
             raise pickle.UnpicklingError(f"{module}.{name}")
-        return stand_ins[f"{module}.{name}"]
+        return stand_ins[known]
 
-    def persistent_load(self, pid: Any) -> int:
+    def persistent_load(self, pid: Any) -> _Size:
         """A storage: how many elements it has."""
+        types = [type(each) for each in pid]
+        if types[:5] != [str, _Size, str, str, int] or any(each is not None for each in pid[5:]):
+            raise ValueError("holds a storage that torch does not write")
         kind, itemsize, name, _location, count = pid[:5]
         if kind != "storage" or not 0 <= count < 2**48:
             raise ValueError("holds a storage of no size")
         self.storages[name] = max(itemsize * count, self.storages.get(name, 0))
-        return count
+        return _Size(count)
 
     def tensor(
-        self, stored: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+        self, stored: _Size, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
     ) -> TensorOutline:
         self.tensors += 1
         if self.tensors > _MAX_TENSORS:
             raise ValueError(f"holds more than {_MAX_TENSORS:,} tensors")
-        if len(size) > _MAX_DIMENSIONS or math.prod(size) > stored:
-            raise ValueError("holds a tensor that is larger than what is stored of it")
+        if type(stored) is not _Size or not type(size) is type(stride) is tuple:
+            raise ValueError("holds a tensor that torch does not write")
+        if not len(size) == len(stride) <= _MAX_DIMENSIONS or not _are_ints(offset, *size, *stride):
+            raise ValueError("holds a tensor of no size")
         if min(offset, *size, *stride, 0) < 0:  # torch would read before its storage
             raise ValueError("holds a tensor that begins before its storage")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if math.prod(size) > stored or (0 not in size and last >= stored):
+            raise ValueError("holds a tensor that is larger than what is stored of it")
         return TensorOutline()
 
     def ordered(self, *items: Any) -> _OrderedDict:
-        self.copy(*items)
+        for pairs in items:
+            self.copy(pairs)
+            if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+                raise ValueError("holds an OrderedDict of no pairs")
+            self.check_keys([key for key, _ in pairs])
         return _OrderedDict(*items)
 
-    def copy(self, *items: Any) -> tuple:
-        self.copied += sum(map(len, items))
+    def keyed(self, *items: Any) -> None:
+        """A set or Counter."""
+        for keys in items:
+            self.copy(keys)
+            self.check_keys(keys)
+
+    def size(self, lengths: Any) -> tuple[int, ...]:
+        self.copy(lengths)
+        if not _are_ints(*lengths):
+            raise ValueError("holds a size that is none")
+        return tuple(lengths)
+
+    def encoded(self, text: str, encoding: str) -> bytes:
+        """Bytes, which are kept as text; another encoding might have all of it decompressed."""
+        if not type(text) is type(encoding) is str or encoding != "latin1":
+            raise ValueError("holds bytes that Python does not write")
+        self.copy(text)
+        return text.encode("latin1")
+
+    def byte_array(self, content: bytes = b"") -> bytes:
+        if type(content) is not bytes:  # of a number, torch would make as many zeros
+            raise ValueError("holds a bytearray that Python does not write")
+        self.copy(content)
+        return content
+
+    def complex_number(self, real: float, imaginary: float) -> complex:
+        if not type(real) is type(imaginary) is float:
+            raise ValueError("holds a complex number that Python does not write")
+        return complex(real, imaginary)
+
+    def device(self, kind: str, index: int = 0) -> None:
+        if type(kind) is not str or len(kind) > 20 or not _are_ints(index):
+            raise ValueError("holds a device that torch does not write")
+
+    def copy(self, items: Any) -> None:
+        """Count what is copied. Raises ValueError for more than _MAX_COPIED values in all."""
+        if type(items) not in (str, bytes, list, tuple, dict):
+            raise ValueError("has copied what holds no values")
+        self.copied += len(items)
         if self.copied > _MAX_COPIED:
             raise ValueError(f"has more than {_MAX_COPIED:,} values copied")
-        return ()
+
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        """Raise ValueError for what must not be hashed, before it is, by us or by torch."""
+        for key in keys:
+            if type(key) is str or key is None or (type(key) is int and -(2**31) < key < 2**31):
+                continue
+            self.odd_keys += 1
+            if type(key) not in (int, float, bool) or not -(2**60) < key < 2**60:
+                raise ValueError("has a key that is neither text nor a number")
+            if self.odd_keys > _MAX_ODD_KEYS:
+                raise ValueError(f"has more than {_MAX_ODD_KEYS:,} large numbers for keys")
+
+    def load_proto(self) -> None:
+        protocol = self.read(1)[0]
+        if protocol not in (2, 3):
+            raise UserError(
+                f"saved with another pickle protocol ({protocol}) than torch.save's own, 2. Save "
+                "it anew without pickle_protocol=…."
+            )
 
     def build(self) -> None:
         """An object's attributes, of which only a state_dict's are known."""
@@ -116,26 +231,42 @@ class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pi
         if not isinstance(thing, TensorOutline):  # a Parameter of torch's first years
             raise pickle.UnpicklingError("attributes")
 
+    def set_item(self) -> None:
+        self.check_keys(self.stack[-2:-1])
+        super().load_setitem()  # type: ignore[misc]
+
+    def set_items(self) -> None:
+        self.check_keys(self.stack[::2])  # all that is behind the mark
+        super().load_setitems()  # type: ignore[misc]
+
+    dispatch[pickle.PROTO[0]] = load_proto
     dispatch[pickle.BUILD[0]] = build
+    dispatch[pickle.SETITEM[0]] = set_item
+    dispatch[pickle.SETITEMS[0]] = set_items
     dispatch[pickle.NEWOBJ[0]] = pickle._Unpickler.dispatch[pickle.REDUCE[0]]
+
+
+def _are_ints(*values: Any) -> bool:
+    return all(type(value) is int and -(2**63) <= value < 2**63 for value in values)
 
 
 def read_outline(file: IO[bytes], size: int) -> Any:
     """What is pickled in a checkpoint of so many bytes, with `TensorOutline`s for its tensors.
 
-    Raises pickle.UnpicklingError for other objects, ValueError for what is too large, deep or
+    Raises pickle.UnpicklingError for other objects, UserError, which does not name the file, for
+    another protocol and too much besides tensors, ValueError for what is too large, deep or
     numerous, or takes more memory than the file has bytes, and anything for damage.
     """
     file.seek(0)
     if file.read(2) == b"PK":
         file.seek(0)
         archive = torch._C.PyTorchFileReader(file)  # finds in it what torch.load will find
-        if archive.get_record_size("data.pkl") > _MAX_PICKLE:
-            raise ValueError(f"its pickle is larger than {_MAX_PICKLE:,} bytes")
-        pickles, number = BytesIO(archive.get_record("data.pkl")), 1
+        if (found := archive.get_record_size("data.pkl")) > _MAX_PICKLE:
+            raise UserError(f"{found:,} of its bytes are no tensors. {_SAVE_WEIGHTS}")
+        pickles, number = _Pickle(archive.get_record("data.pkl")), 1
     else:  # torch's old format: magic number, version, sizes of types, the content, storages
         file.seek(0)
-        pickles, number = BytesIO(file.read(_MAX_PICKLE)), 4
+        pickles, number = _Pickle(file.read(_MAX_PICKLE)), 4
     for _ in range(number):
         reader = _Reader(pickles)
         content = reader.load()
