@@ -33,7 +33,7 @@ from train_utils.errors import UserError, typed
 from train_utils.log import get_logger
 from train_utils.prepare_data import prepare_datasets
 from train_utils.run_folder import newest_best_checkpoint
-from train_utils.scores import report, scores_of, write_json
+from train_utils.scores import check_json, report, scores_of, write_json
 from train_utils.setup import build_val_loader, launched, place_models
 from train_utils.task import BaseTask
 
@@ -53,6 +53,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f"--json {typed(args.json)}: not a file in a folder that exists. Make it first."
         )
+    if args.json:
+        check_json(Path(args.json))
     scores = score_files(args) if args.predictions else score_weights(args)
     if is_main_process():
         report(scores)

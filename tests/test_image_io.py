@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
+from PIL.PngImagePlugin import PngInfo
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
@@ -938,10 +939,17 @@ def test_save_image_is_lossless_and_makes_folders(tmp_path):
 def test_what_was_saved_here(tmp_path):
     save_image(grey([[1]]), tmp_path / "a.png")
     assert saved_here(tmp_path / "a.png")
+    # Nothing but the mark distinguishes the file from the one that Pillow alone would have written.
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "edited.png").write_bytes(content[:-9] + b"x" + content[-8:])
+    first_edition = PngInfo()
+    first_edition.add_text("Software", "pixtrain")
+    grey([[1]]).save(tmp_path / "old.png", pnginfo=first_edition)
+    assert saved_here(tmp_path / "old.png")
     (tmp_path / "bomb.png").write_bytes(png_of_zeros(20000, 20000))
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:30])
     png(tmp_path / "other.png", grey([[1]]))
-    for name in ("bomb.png", "cut.png", "other.png", "missing.png"):
+    for name in ("bomb.png", "cut.png", "other.png", "missing.png", "edited.png"):
         assert not saved_here(tmp_path / name), name
 
 

@@ -1,5 +1,6 @@
 """Bad input is refused before the first step, with its name, the cause and the fix."""
 
+import errno
 import json
 import os
 from argparse import Namespace
@@ -27,7 +28,7 @@ from train_utils.prediction import read_inputs
 from train_utils.prediction_files import plan
 from train_utils.run_folder import choose_run_folder
 from train_utils.scores import write_json
-from train_utils.setup import worker_count
+from train_utils.setup import clean_errors, worker_count
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--set", "data.image_size=48", "--set", "data.train_size=4", "--set", "data.val_size=2"]
@@ -89,6 +90,53 @@ def test_unknown_device_and_half_an_environment(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="only one of RANK and WORLD_SIZE"):
         read_launch_environment()
+
+
+@pytest.mark.parametrize(
+    ("variables", "wrong"),
+    [
+        ("RANK=abc WORLD_SIZE=2", "RANK"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK"),
+        ("RANK= WORLD_SIZE=2", "RANK"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE"),
+        ("RANK=2 WORLD_SIZE=2", "RANK"),
+        ("RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE"),
+        ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=x", "LOCAL_RANK"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=99999", "MASTER_PORT"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=x", "MASTER_PORT"),
+        ("SLURM_PROCID=x SLURM_NTASKS=2", "SLURM_PROCID"),
+        ("SLURM_PROCID=2 SLURM_NTASKS=2", "SLURM_PROCID"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=x", "SLURM_NTASKS"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_NNODES=0", "SLURM_NNODES"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=x", "SLURM_LOCALID"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_NODEID=-1", "SLURM_NODEID"),
+        (
+            "SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE=x",
+            "SLURM_STEP_TASKS_PER_NODE",
+        ),
+        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_CPUS_PER_TASK=x", "SLURM_CPUS_PER_TASK"),
+    ],
+)
+def test_malformed_numbers_of_a_launcher(monkeypatch, variables, wrong):
+    monkeypatch.setattr(os, "environ", dict(word.split("=") for word in variables.split()))
+    with pytest.raises(UserError, match=f"^{wrong}=.*: ") as caught:
+        init_distributed_mode(Namespace(device="cpu"))
+        cpu_cores()
+    with pytest.raises(SystemExit), clean_errors():
+        raise caught.value
+
+
+def test_errors_of_files_are_lines(capsys):
+    name = "a" * 300
+    for error in (
+        OSError(errno.ENAMETOOLONG, "File name too long", name),
+        PermissionError(1, "no", "b"),
+    ):
+        with pytest.raises(SystemExit), clean_errors():
+            raise error
+    assert f"error: {name}: File name too long. Check" in capsys.readouterr().err
+    with pytest.raises(OSError, match="no file"), clean_errors():
+        raise OSError("no file")  # a fault of ours or of the system keeps its trace
 
 
 @pytest.mark.parametrize(
@@ -256,6 +304,14 @@ def test_a_run_is_not_started_over_another():
 def test_output_folder_that_cannot_be_made():
     Path("file").write_text("")
     assert "file/run" in refused(train, *TINY, "--output-dir", "file/run")
+    assert "file: is a file, no folder" in refused(train, *TINY, "--output-dir", "file")
+    if os.name == "posix":
+        Path("link").symlink_to("gone")
+        with pytest.raises(UserError, match=r"link: is a link to gone, which is not there\."):
+            choose_run_folder("link/run", None, "name")
+        message = refused(train, *TINY, "--output-dir", os.fsdecode(b"run\xff"))
+        assert r"run\udcff: is not UTF-8, as TensorBoard needs it. Choose" in message
+        assert not Path(os.fsdecode(b"run\xff")).exists()
 
 
 def test_trimaps_are_found_by_name_and_missing_ones_fail_by_themselves():
@@ -571,11 +627,37 @@ def test_prediction_files_are_scored_without_a_network():
 
 
 def test_scores_are_written_whole_or_refused():
-    write_json(Path("s.json"), {"MAE": 0.1})
-    assert Path("s.json").read_text() == '{\n  "MAE": 0.1\n}\n'
+    for _ in range(2):
+        write_json(Path("s.json"), {"MAE": 0.1, "n": 2})
+        assert Path("s.json").read_text() == '{\n  "MAE": 0.1,\n  "n": 2\n}\n'
     if Path("/dev/full").exists():
         with pytest.raises(UserError, match="No space left"):
             write_json(Path("/dev/full"), {"MAE": 0.1})
+
+
+def test_scores_replace_nothing_but_scores():
+    torch.save(u2net_lite().state_dict(), "lite.pth")
+    Path("package.json").write_text('{"name": "n"}')
+    Path("list.json").write_text("[1]")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("empty.json").touch()
+    for name in ("lite.pth", "package.json", "list.json", "deep.json"):
+        before = Path(name).read_bytes()
+        for files in (("--weights", "lite.pth"), ("--predictions", "maps", "--masks", "masks")):
+            message = refused(validation, *files, "--json", name)
+            problem = "has more than" if name == "lite.pth" else "holds something else than scores"
+            assert f"--json {name}: {problem}" in message
+        with pytest.raises(UserError, match="Choose another file"):
+            write_json(Path(name), {"n": 1})
+        assert Path(name).read_bytes() == before
+    write_json(Path("empty.json"), {"n": 1})
+    if os.name == "posix":
+        for target in ("empty.json", "nothing.json"):
+            Path("link.json").unlink(missing_ok=True)
+            Path("link.json").symlink_to(target)
+            with pytest.raises(UserError, match=r"link\.json: is a link"):
+                write_json(Path("link.json"), {"n": 2})
+            assert Path("link.json").is_symlink()
 
 
 def test_predict_leaves_files_alone_that_it_has_not_written():

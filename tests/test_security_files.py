@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_checkpoint import training_state
 
 import train
@@ -20,7 +21,14 @@ from train_utils.errors import UserError
 from train_utils.files import open_regular, read_regular
 from train_utils.image_io import save_image
 from train_utils.log import get_logger, say_once
-from train_utils.prediction import Job, check_replaceable, remove_frames_after
+from train_utils.prediction import (
+    Job,
+    Picture,
+    Predictor,
+    check_replaceable,
+    frame_by_frame,
+    remove_frames_after,
+)
 from train_utils.prediction_files import plan
 from train_utils.run_folder import RunFolder, choose_run_folder, newest_best_checkpoint
 from train_utils.stop import StopSignals
@@ -181,8 +189,8 @@ def test_a_start_that_is_killed_anywhere_can_be_started_again(monkeypatch, conti
         calls = iter(range(100))
 
         def reaching(function):
-            def call(*args):
-                for act in (lambda: None, lambda: function(*args)):
+            def call(*args, **more):
+                for act in (lambda: None, lambda: function(*args, **more)):
                     act()
                     if next(calls) == kill:
                         raise Killed
@@ -194,7 +202,7 @@ def test_a_start_that_is_killed_anywhere_can_be_started_again(monkeypatch, conti
                 patch.setattr(run_folder, name, reaching(getattr(run_folder, name)))
             choose_run_folder(str(folder), resume, "name")
 
-    for kill in range(10 if continued else 2):
+    for kill in range(8 if continued else 2):
         folder = Path(f"run{kill}")
         with pytest.raises(Killed):
             start(folder, kill)
@@ -206,12 +214,24 @@ def test_a_start_that_is_killed_anywhere_can_be_started_again(monkeypatch, conti
     start(Path("whole"), kill + 1)
 
 
-def test_what_a_killed_start_copied_is_no_part_of_another_run():
-    folder = fill_run()
-    status = {**json.loads(OURS), "starting": True}
-    (folder / "status.json").write_text(json.dumps(status))
-    with started(folder):
-        assert not list(folder.glob("*.pth")) and not (folder / "metrics.jsonl").exists()
+@pytest.mark.parametrize("name", ["last.pth", "model_best.pth", "metrics.jsonl"])
+def test_what_is_in_a_folder_whose_start_failed_is_not_lost(name):
+    """Only copies of what the run would copy there itself may be replaced."""
+    source = fill_run("source")
+    torch.save(training_state(next_epoch=1), source / "model_best.pth")
+    status = {**json.loads(OURS), "starting": True}  # as versions before 1.1 marked such a folder
+    new = fill("new", status__json=json.dumps(status))
+    (new / name).write_text("precious")
+    before = tree()
+    for resume in (None, source / "last.pth"):
+        with pytest.raises(UserError, match=rf"new: holds a run already \({name}\)"):
+            choose_run_folder("new", resume, "name")
+        assert tree() == before
+    (new / name).write_bytes((source / name).read_bytes())
+    with pytest.raises(UserError, match="holds a run already"):
+        choose_run_folder("new", None, "name")
+    with started("new", source / "last.pth", epoch=1):
+        assert (new / name).read_bytes() == (source / name).read_bytes()
 
 
 # -- links, pipes and folders of a run's names ----------------------------------------------------
@@ -235,7 +255,44 @@ def plant(path, kind):
         path.mkdir()
 
 
-@pytest.mark.parametrize("kind", ["link", "hard link", "dangling link", "pipe", "folder"])
+def test_links_of_the_run_that_is_continued_elsewhere_are_followed():
+    source = fill_run("source")
+    torch.save(training_state(next_epoch=1), source / "model_0000.pth")
+    (source / "model_best.pth").symlink_to("model_0000.pth")
+    (source / "metrics.jsonl").rename("records")
+    (source / "metrics.jsonl").symlink_to("../records")
+    with started("new", source / "last.pth", epoch=1):
+        for name in ("model_best.pth", "metrics.jsonl"):
+            assert not Path("new", name).is_symlink()
+            assert Path("new", name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_run_with_hard_links_goes_on_and_leaves_the_other_files_alone():
+    """As `cp -al` makes them, before the run or during it."""
+    folder, other = fill_run(), Path("other")
+    fill(folder, results__txt="epoch: 0\n", _lock="")
+    (folder / "_lock").rename(folder / ".lock")
+    (folder / ".lock").write_text("1 on host\n")
+
+    def link_all():
+        other.mkdir(exist_ok=True)
+        for name in APPENDED:
+            (other / name).unlink(missing_ok=True)
+            (other / name).hardlink_to(folder / name)
+        return tree(other)
+
+    before = link_all()
+    with started(folder, folder / "last.pth", epoch=1) as run:
+        assert tree(other) == before
+        run.log_epoch({**RECORD, "epoch": 1})
+        assert tree(other) == before
+        records = {k: v for k, v in link_all().items() if "log.txt" not in k}
+        run.log_epoch({**RECORD, "epoch": 2})
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert {k: v for k, v in tree(other).items() if "log.txt" not in k} == records
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
 def test_lines_are_added_to_regular_files_only(kind):
     for name in APPENDED:
         folder = fill_run(f"of {name}")
@@ -293,7 +350,7 @@ def test_records_and_reasons_that_are_no_files_are_not_read(kind):
     with pytest.raises(UserError, match=r"no status\.json of a run"):
         choose_run_folder("run", None, "name")
     fill_run("other")
-    plant(Path("other/metrics.jsonl"), kind)
+    plant(Path("other/metrics.jsonl"), "dangling link" if kind == "link" else kind)
     with pytest.raises(UserError, match=r"other/metrics\.jsonl: cannot be used"):
         choose_run_folder("new", Path("other/last.pth"), "name")
 
@@ -370,6 +427,17 @@ def test_lines_of_metrics_that_are_no_records_are_counted_and_left_out(capsys):
         assert f"{len(others)} line(s) were no epoch's record" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == line + b"\n"
     assert len((folder / "results.txt").read_text().splitlines()) == 1
+
+
+def test_the_records_of_a_very_long_run_are_kept(capsys):
+    folder, line = fill_run(), json.dumps({**RECORD, "val/pad": "x"}).encode()
+    (folder / "metrics.jsonl").write_bytes((json.dumps(RECORD).encode() + b"\n") * 250_000)
+    assert (folder / "metrics.jsonl").stat().st_size > 20_000_000
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"x" * 2_500_000 + line + b"\n")
+    with started("new", folder / "last.pth", epoch=1):
+        assert "line(s) were no epoch's record" in capsys.readouterr().out
+    assert Path("new/metrics.jsonl").read_bytes().count(b"\n") == 250_000
 
 
 def test_a_file_is_read_up_to_a_limit():
@@ -476,6 +544,56 @@ def test_what_came_while_others_were_predicted_is_not_replaced(tmp_path):
     Image.new("L", (8, 8)).save("a.png")
     with pytest.raises(UserError, match=r"a\.png: exists"):
         check_replaceable(Path("a.png"))
+
+
+class OneMap:
+    """A task whose map is a black picture."""
+
+    def render(self, **_):
+        return {"map": Image.new("L", (8, 8))}
+
+
+@pytest.mark.parametrize(("moved", "affected"), [("out", 4), ("out/deep", 1), ("out/clip", 3)])
+def test_a_folder_that_becomes_a_link_during_the_predictions_is_not_followed(
+    moved, affected, monkeypatch
+):
+    """An image, a video of two frames, and the frames that are left of a longer one."""
+    monkeypatch.setattr("train_utils.prediction_files.require_ffmpeg", lambda path: None)
+    monkeypatch.setattr("train_utils.prediction.read_frames", lambda _: (x for x in (None, None)))
+    for name in (
+        "in/deep/a.png",
+        "in/clip.mp4",
+        "elsewhere/000003.png",
+        "elsewhere/clip/000003.png",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        save_image(Image.new("RGB", (8, 8)), Path("a.png"))
+        Path("a.png").rename(name)
+    Path("out/deep").mkdir(parents=True)
+    Path("out/clip").mkdir()
+    jobs = plan(["in", "in/clip.mp4"], Path("out"), ["map"])
+    Path(moved).rename("old")
+    Path(moved).symlink_to(Path("elsewhere").absolute())
+    before = tree("elsewhere")
+    predictor = Predictor(OneMap(), {}, torch.device("cpu"))
+    errors = [job.error or predictor.write(Picture(job)).error for job in frame_by_frame(jobs)]
+    assert (
+        len([error for error in errors if "outside of the folder, by a link" in error]) == affected
+    )
+    assert tree("elsewhere") == before
+
+
+def test_a_prediction_that_was_edited_is_not_replaced():
+    Image.new("RGB", (8, 8)).save("a.jpg")
+    save_image(Image.new("L", (8, 8)), "a.png")
+    with Image.open("a.png") as image:
+        image.load()
+        kept = PngInfo()
+        kept.add_text("Software", image.info["Software"])
+        image.putpixel((0, 0), 255)
+        image.save("a.png", pnginfo=kept)
+    with pytest.raises(UserError, match=r"a\.png: exists and was not written by predict\.py"):
+        plan(["a.jpg"], Path(), ["map"])
 
 
 def test_a_shorter_video_removes_no_links():

@@ -207,9 +207,10 @@ def test_a_named_folder_that_is_not_ours_is_refused_with_one_that_works(files, t
     with pytest.raises(UserError, match=r"scratch: (belongs to|everyone)") as caught:
         opened(files, scratch)
     assert not list(scratch.iterdir())
+    assert "or go without: --cache none" in str(caught.value)
     words = shlex.split(str(caught.value))
     (setting,) = [word for word in words if word.startswith("data.cache_dir=")]
-    filled(files, Path(setting.removeprefix("data.cache_dir=").rstrip(".")))
+    filled(files, Path(setting.removeprefix("data.cache_dir=").rstrip(",")))
 
 
 def test_a_file_named_as_the_folder_is_one_clear_error(files):

@@ -41,7 +41,7 @@ from train_utils.device import (
     resolve_device,
     take_device,
 )
-from train_utils.errors import UserError
+from train_utils.errors import UserError, brief
 from train_utils.metric_logger import MetricLogger, SmoothedValue
 from train_utils.metrics import F1Score, MeanAbsoluteError
 
@@ -89,9 +89,10 @@ def mkdir(path: str | os.PathLike) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be made a folder ({error.strerror}). Choose another --output-dir."
-        ) from error
+        place, problem = Path(error.filename), f"cannot be made a folder ({error.strerror})"
+        if place.is_symlink():
+            problem = f"is a link to {place.readlink()}, which is not there"
+        raise UserError(f"{place}: {problem}. Choose another --output-dir.") from error
 
 
 def save_on_master(state: Any, path: str | os.PathLike) -> None:
@@ -115,13 +116,14 @@ class Launch(NamedTuple):
 def read_launch_environment() -> Launch | None:
     """Read torchrun's variables, or Slurm's under `srun`; None for a plain `python` start.
 
-    Raises UserError when the variables are there in part only.
+    Raises UserError when the variables are there in part only, or malformed.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
+        world = _number("WORLD_SIZE", 1)
         # Launchers that start one process a pod set no LOCAL_ variables.
-        local_rank, local_world = env.get("LOCAL_RANK", "0"), env.get("LOCAL_WORLD_SIZE", "1")
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(local_rank), int(local_world))
+        local_rank, local_world = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+        return Launch(_number("RANK", 0, world - 1), world, local_rank, local_world)
     if _is_srun_task():
         return _read_slurm()
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -132,30 +134,54 @@ def read_launch_environment() -> Launch | None:
     return None
 
 
+def _number(name: str, lowest: int, highest: int = 999_999, otherwise: str | None = None) -> int:
+    """A launcher's number, `lowest` where it is not there; otherwise: a variable to ask then.
+
+    Raises UserError for anything else than a number in the range.
+    """
+    if name not in os.environ and otherwise:
+        return _number(otherwise, lowest, highest)
+    text = os.environ.get(name, str(lowest))
+    if not re.fullmatch("[0-9]{1,6}", text) or not lowest <= int(text) <= highest:
+        raise UserError(
+            f"{name}={brief(text)}: must be a whole number from {lowest} to {highest}. Start with "
+            "torchrun or srun, which set it, or unset it."
+        )
+    return int(text)
+
+
 def _is_srun_task() -> bool:
     """Whether srun started this process; a batch script without srun has SLURM_NTASKS as well."""
-    env = os.environ
-    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-    batch_script = "SLURM_JOB_ID" in env and "SLURM_STEP_NUM_TASKS" not in env
-    return "SLURM_PROCID" in env and int(tasks) > 1 and not batch_script
+    batch_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ
+    return "SLURM_PROCID" in os.environ and not batch_script and _slurm_tasks() > 1
+
+
+def _slurm_tasks() -> int:
+    return _number("SLURM_STEP_NUM_TASKS", 1, otherwise="SLURM_NTASKS")
 
 
 def _read_slurm() -> Launch:
-    env = os.environ
-    world = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
+    env, world = os.environ, _slurm_tasks()
+    nodes = _number("SLURM_STEP_NUM_NODES", 1, otherwise="SLURM_NNODES")
     # "4(x2),3": tasks per node; the plain quotient serves where the variable is missing
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", str(-(-world // nodes)))
     counts = [
         int(count)
-        for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", tasks)
+        for count, _, times in re.findall(r"(\d{1,6})(\(x(\d{1,6})\))?", tasks)
         for _ in range(int(times or 1))
     ]
-    local_world = counts[min(int(env.get("SLURM_NODEID", 0)), len(counts) - 1)]
+    if not counts or min(counts) < 1:
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE={brief(tasks)}: must be numbers of tasks, as 4(x2),3. "
+            "Unset it, or start with srun, which sets it."
+        )
+    local_world = counts[min(_number("SLURM_NODEID", 0), len(counts) - 1)]
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_slurm_host() if nodes > 1 else "127.0.0.1"
     env.setdefault("MASTER_PORT", str(_slurm_port()))
-    return Launch(int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)), local_world)
+    return Launch(
+        _number("SLURM_PROCID", 0, world - 1), world, _number("SLURM_LOCALID", 0), local_world
+    )
 
 
 def _slurm_port() -> int:
@@ -184,7 +210,7 @@ def cpu_cores(local_world_size: int = 1) -> int:
     """This process's share of the node's cores, at least 1."""
     per_task = os.environ.get("SLURM_CPUS_PER_TASK")
     if per_task and "LOCAL_RANK" not in os.environ:  # a task may be a torchrun of several processes
-        return int(per_task)  # srun has bound the task to its own cores already
+        return _number("SLURM_CPUS_PER_TASK", 1)  # srun has bound the task to its own cores already
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -222,6 +248,7 @@ def init_distributed_mode(args: Namespace) -> None:
         _refuse_to_be_an_orphan()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    _number("MASTER_PORT", 1, 65535)
     if sys.platform == "linux" and _on_one_machine(launch):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:

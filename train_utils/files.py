@@ -78,20 +78,26 @@ def open_regular(
     mode: str = "rb",
     limit: int = sys.maxsize,
     links: bool = False,
+    hard_links: bool = False,
     permissions: int = 0o666,
 ) -> IO[Any]:
     """Open a file that others may have put where it is; text is UTF-8, other characters escaped.
 
     links: follow them, as for a file that the user has named. Raises OSError for a link otherwise,
     for whatever else is no regular file (a pipe would be waited for), for more than `limit` bytes
-    and, where it is to be written to, for a file that has a name elsewhere, too (a hard link).
+    and, where it is to be written to, for a file that has a name elsewhere, too (a hard link),
+    unless `hard_links` are fine.
     """
     encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
-    opener = partial(_open_regular, limit=limit, links=links, permissions=permissions)
+    opener = partial(
+        _open_regular, limit=limit, links=links, hard_links=hard_links, permissions=permissions
+    )
     return open(path, mode, encoding=encoding, errors=errors, opener=opener)
 
 
-def _open_regular(path: str, flags: int, limit: int, links: bool, permissions: int) -> int:
+def _open_regular(
+    path: str, flags: int, limit: int, links: bool, hard_links: bool, permissions: int
+) -> int:
     flags |= getattr(os, "O_NONBLOCK", 0)  # neither is there on Windows
     flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
     try:
@@ -103,7 +109,7 @@ def _open_regular(path: str, flags: int, limit: int, links: bool, permissions: i
     about, problem = os.fstat(descriptor), ""
     if not stat.S_ISREG(about.st_mode):
         problem = "not a regular file"
-    elif about.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
+    elif about.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR) and not hard_links:
         problem = "is a hard link: the same file has another name"
     elif about.st_size > limit:
         problem = f"has more than {limit:,} bytes"

@@ -1,5 +1,6 @@
 """From files to files: read, predict and write images, with threads beside the device."""
 
+import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -30,6 +31,7 @@ class Job(NamedTuple):
 
     The outputs of a video are patterns (000001.png is %06d.png); each of its frames becomes a job
     of its own, and so does an error in the middle of it. error: why it is not done at all.
+    root: the resolved folder that no output may leave.
     """
 
     source: Path
@@ -37,6 +39,7 @@ class Job(NamedTuple):
     extras: Mapping[str, Path] = {}  # what lies beside the image, by the task's names for it
     frame: Tensor | None = None
     error: str = ""
+    root: Path | None = None
 
 
 @dataclass
@@ -166,7 +169,8 @@ class Predictor:
                         **picture.images,
                     )
                 for kind, path in job.outputs.items():
-                    check_replaceable(path)  # hours may have passed since `plan` looked
+                    check_inside(path, job.root)  # hours may have passed since `plan` looked
+                    check_replaceable(path)
                     save_image(rendered[kind], path)
             except (UserError, OSError, MemoryError, RuntimeError) as problem:
                 error = f"{job.source}: {problem}"
@@ -196,11 +200,22 @@ def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
 def remove_frames_after(number: int, job: Job) -> None:
     """Remove what an earlier call wrote of a longer video of that name."""
     for pattern in job.outputs.values():
+        check_inside(pattern, job.root)
         for later in count(number + 1):
             path = pattern.with_name(pattern.name % later)
             if not saved_here(path):
                 break
             path.unlink()
+
+
+def check_inside(path: Path, root: Path | None) -> None:
+    """Raise UserError where a link leads out of the folder that no output may leave, if given."""
+    folder = Path(os.path.realpath(path.parent))
+    if root and not folder.is_relative_to(root):
+        raise UserError(
+            f"{path}: would lie outside of the folder, by a link that leads to {folder}. Remove "
+            "the link, or choose another folder with -o."
+        )
 
 
 def check_replaceable(path: Path) -> None:

@@ -56,7 +56,7 @@ def plan(
             stem /= _FRAME
         outputs = {kind: stem.with_name(stem.name + _ending(kind)) for kind in kinds}
         beside = {name: files[source] for name, files in found.items()}
-        jobs.setdefault(source.resolve(), Job(source, outputs, beside))
+        jobs.setdefault(source.resolve(), Job(source, outputs, beside, root=output.resolve()))
     if not any(_exists(job.source) for job in jobs.values()):
         raise UserError(f"{', '.join(inputs)}: no image there. Check the path.")
     _check_outputs(jobs)

@@ -1,18 +1,17 @@
 """A run's folder: what is written where, by rank 0 only."""
 
 import errno
+import filecmp
 import json
 import os
 import re
 import shutil
 import socket
 import stat
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -72,7 +71,8 @@ _TAKEN = re.compile(
     r"|config\.yaml|status\.json|\.lock|samples|events\.out\.tfevents\..*",
     re.IGNORECASE | re.DOTALL,
 )
-_STATUS_SIZE, _METRICS_SIZE = 1_000_000, 20_000_000  # bytes; more is nothing that a run writes
+# Bytes; more is nothing that a run writes. A line of metrics.jsonl has hundreds.
+_STATUS_SIZE, _METRICS_SIZE, _LINE_SIZE = 1_000_000, 1_000_000_000, 1_000_000
 
 
 def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: str) -> Path:
@@ -87,16 +87,26 @@ def choose_run_folder(output_dir: str | None, resume: Path | None, config_name: 
             path = Path(output_dir)
         else:
             path = resume.parent if resume else _new_folder(Path("runs", config_name))
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{path}: is not UTF-8, as TensorBoard needs it. Choose another --output-dir."
+            ) from error
         resumed = resume if resume and _is_same(path, resume.parent) else None
-        _refuse(path, resumed)
+        copies = {}  # by their new names: records and best checkpoint go on in a new folder
+        if resume and not resumed:
+            records = {name: resume.parent / name for name in (_METRICS, BEST)}
+            copies = {name: file for name, file in records.items() if os.path.lexists(file)}
+        if resume and (not resumed or resume.name != LAST):
+            copies[LAST] = resume
+        _refuse(path, resumed, copies)
         mkdir(path)
         with _file_errors(path):
-            _claim(path, resumed)
-            if resume and not resumed:  # its records and best checkpoint go on in the new folder
-                for name, limit in ((_METRICS, _METRICS_SIZE), (BEST, sys.maxsize)):
-                    if os.path.lexists(resume.parent / name):
-                        _copy(resume.parent / name, path / name, limit)
-            if resume and (not resumed or resume.name != LAST):
+            _claim(path, resumed, copies)
+            for name, source in copies.items():
+                _copy(source, path / name, links=True)
+            if resume and resume.name != LAST:
                 _go_back(path, resume)
         return str(path)
 
@@ -129,18 +139,19 @@ def _taken(path: Path) -> dict[str, int]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be listed ({error.strerror}). Choose another --output-dir."
-        ) from error
+        listed = f"cannot be listed ({error.strerror})"
+        problem = "is a file, no folder" if path.is_file() else listed
+        raise UserError(f"{path}: {problem}. Choose another --output-dir.") from error
     # A start that was killed before it wrote its status leaves an empty lock.
     return {n: size for n, size in sizes.items() if _TAKEN.fullmatch(n) and (n != _LOCK or size)}
 
 
-def _refuse(path: Path, resumed: Path | None) -> None:
+def _refuse(path: Path, resumed: Path | None, copies: Mapping[str, Path]) -> None:
     """Raise UserError for a folder with another run, or with files of others under a run's names.
 
     resumed: the checkpoint there that the run continues from. A folder is a run's if it has a run's
-    status.json.
+    status.json. copies: what is about to be copied there, by new names; such copies may be there
+    already, from a start that was killed.
     """
     taken, status = _taken(path), read_status(path)
     foreign = taken.keys() - {resumed.name if resumed else ""}
@@ -152,10 +163,11 @@ def _refuse(path: Path, resumed: Path | None) -> None:
             f"and no {_STATUS} of a run: it was left as it is. Choose another --output-dir."
             f"{elsewhere if resumed or LAST in foreign else ''}"
         )
-    if resumed or status.get("starting"):  # the copies of a start that was killed
+    if resumed:
         return
     run = rf"last\.pth|model_best\.pth|{_NUMBERED}"
     kept = [n for n, size in taken.items() if re.fullmatch(run, n) or (n == _METRICS and size)]
+    kept = [n for n in kept if n not in copies or not _is_alike(path / n, copies[n])]
     if kept:
         raise UserError(
             f"{path}: holds a run already ({shortened(sorted(kept))}). Continue it with --resume "
@@ -163,26 +175,30 @@ def _refuse(path: Path, resumed: Path | None) -> None:
         )
 
 
-def _claim(path: Path, resumed: Path | None) -> None:
+def _is_alike(path: Path, source: Path) -> bool:
+    with suppress(OSError):
+        return filecmp.cmp(path, source, shallow=False)
+    return False
+
+
+def _claim(path: Path, resumed: Path | None, copies: Mapping[str, Path]) -> None:
     """Lock a folder, make it known as a run's, and look whether its files can be used.
 
     Raises UserError for a folder that another run has, and OSError.
     """
     lock = _lock(path)
-    _refuse(path, resumed)  # once more: what another run may have done until it was locked
+    _refuse(path, resumed, copies)  # once more: what another run did until it was locked
     for name in (_LOG, _METRICS, _RESULTS):
         if os.path.lexists(path / name):
-            open_regular(path / name, "a").close()
+            _open_to_append(path / name).close()
     _refuse_link(path / _SAMPLES)
     _warn_of_others(path)
-    if not resumed:  # copies, by a start that was killed
-        for file in files_named(path, r"(last|model_best)\.pth|metrics\.jsonl"):
-            file.unlink()
     if not resumed or not read_status(path):
-        _write_status(path, "running", starting=not resumed)
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+        _write_status(path, "running")
+    if os.fstat(lock.fileno()).st_nlink == 1:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
 
 
 def _refuse_link(path: Path) -> None:
@@ -213,16 +229,22 @@ def _warn_of_others(path: Path) -> None:
             return
 
 
-def _copy(source: Path, target: Path, limit: int = sys.maxsize) -> None:
-    with open_regular(source, limit=limit) as content, written_whole(target) as file:
+def _copy(source: Path, target: Path, links: bool = False) -> None:
+    with open_regular(source, links=links) as content, written_whole(target) as file:
         shutil.copyfileobj(content, file)
 
 
+def _open_to_append(path: Path) -> IO[str]:
+    """Open a record; one with another name (a hard link, by `cp -al`) is parted from that first."""
+    if os.path.lexists(path) and path.lstat().st_nlink > 1:
+        _copy(path, path)
+    return open_regular(path, "a")
+
+
 def _go_back(path: Path, earlier: Path) -> None:
-    """Make an earlier checkpoint the last one of a run folder, and remove a later best one."""
-    _copy(earlier.resolve(), path / LAST)
+    """Remove a best checkpoint that is later than the one to continue from."""
     best = path / BEST
-    if earlier.name != LAST and best.exists() and not _is_same(earlier, best):
+    if best.exists() and not _is_same(earlier, best):
         position = load_training_state(earlier)["next_epoch"]
         if load_training_state(best)["next_epoch"] > position:
             get_logger().info(f"removing {best}, from the epochs that are trained again")
@@ -250,7 +272,7 @@ _locked_files: list[IO] = []  # kept open: closing a file gives its lock up
 
 def _lock(path: Path) -> IO[str]:
     """Keep others from a run folder for the life of this process; UserError names who has it."""
-    file = open_regular(path / _LOCK, "a+")
+    file = open_regular(path / _LOCK, "a+", hard_links=True)
     if fcntl is None:
         return file
     try:
@@ -418,18 +440,20 @@ class RunFolder:
         file = self.path / _METRICS
         if not os.path.lexists(file):
             return
-        lines, results, unread = [], [], 0
-        for line in BytesIO(read_regular(file, _METRICS_SIZE)):
-            record = _parsed(line)
-            unread += record is None
-            if record and record["epoch"] < epoch:
-                lines.append(line.strip() + b"\n")
-                results.append(_result(record))
+        unread = 0
+        with (
+            open_regular(file, limit=_METRICS_SIZE) as lines,
+            written_whole(self.path / _RESULTS) as results,
+            written_whole(file) as records,
+        ):
+            while line := lines.readline(_LINE_SIZE):
+                record = _parsed(line)
+                unread += record is None
+                if record and record["epoch"] < epoch:
+                    records.write(line.strip() + b"\n")
+                    results.write(_result(record).encode(errors="backslashreplace"))
         if unread:
             get_logger().info(f"{file}: {unread} line(s) were no epoch's record, and are left out")
-        with written_whole(file) as whole:
-            whole.writelines(lines)
-        write_text(self.path / _RESULTS, "".join(results))
 
     @property
     def writes(self) -> bool:
@@ -503,7 +527,7 @@ class RunFolder:
             return
         lines = {_METRICS: json.dumps(record) + "\n", _RESULTS: _result(record)}
         for name, line in lines.items():
-            with _file_errors(self.path / name), open_regular(self.path / name, "a") as file:
+            with _file_errors(self.path / name), _open_to_append(self.path / name) as file:
                 file.write(line)
         for name, value in record.items():
             if "/" in name or name == "img_per_s":

@@ -225,7 +225,7 @@ def _otherwise(place: Path, kind: str, named: bool) -> str:
         return "use --cache disk"
     known = named and place.is_dir()
     own = typed(place / _own_name()) if known else "DIR"
-    return f"name a folder of your own: --set data.cache_dir={own}"
+    return f"name a folder of your own: --set data.cache_dir={own}, or go without: --cache none"
 
 
 def _remove_unused(place: Path, prefix: str) -> None:

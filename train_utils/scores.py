@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from train_utils.errors import UserError, typed
-from train_utils.files import write_text
+from train_utils.files import read_regular, write_text
 from train_utils.log import get_logger
 from train_utils.metrics import ExactMetric, all_remarks, all_scores
+
+_LARGEST = 1_000_000  # bytes of a file of scores
 
 
 def scores_of(metrics: Sequence[ExactMetric]) -> dict[str, Any]:
@@ -38,8 +40,27 @@ def report(scores: dict[str, Any]) -> None:
         get_logger().info(remark)
 
 
+def check_json(path: Path) -> None:
+    """Raise UserError for a file that `write_json` may not replace: any but one of scores."""
+    problem = "holds something else than scores"
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device
+            return
+        content = read_regular(path, _LARGEST)
+        if not content or type(json.loads(content).get("n")) is int:
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        problem = str(error.strerror)
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise UserError(f"--json {typed(path)}: {problem}. Choose another file.")
+
+
 def write_json(path: Path, scores: dict[str, Any]) -> None:
-    """Write the scores, whole or not at all."""
+    """Write the scores, whole or not at all; UserError for a file of something else."""
+    check_json(path)
     finite = {name: None if score != score else score for name, score in scores.items()}
     text = json.dumps(finite, indent=2) + "\n"
     try:

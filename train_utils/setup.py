@@ -226,21 +226,19 @@ def clean_errors() -> Iterator[None]:
         if not lost_peers(error):
             raise
         _exit_with(f"lost the other processes; their errors tell why ({str(error)[:200]})")
-    except PermissionError as error:
-        _exit_with(f"{error.filename}: {error.strerror}. Check the permissions.")
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        remedy = "Check the path and its permissions."
+        if error.errno in FULL_DISK:
+            remedy = "Files are as last saved: free disk space, then continue with --resume auto."
+        elif error.filename is None:
             raise
-        _exit_with(
-            f"{error.filename or 'disk'}: {error.strerror}. Files are as last saved: free disk "
-            "space, then continue with --resume auto."
-        )
+        _exit_with(f"{error.filename or 'disk'}: {error.strerror}. {remedy}")
     except KeyboardInterrupt:
         tell("interrupted: stopped at once; checkpoints are as last saved")
         sys.exit(130)
 
 
 def _exit_with(message: str) -> NoReturn:
-    rank = int(os.environ.get("RANK", 0))
-    tell(f"error{f' (rank {rank})' if rank else ''}: {message}")
+    rank = os.environ.get("RANK", "0")
+    tell(f"error{f' (rank {rank})' if rank != '0' else ''}: {message}")
     sys.exit(1)
