@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from train_utils.data import collate, unwrap_subset
-from train_utils.errors import UserError, shortened
+from train_utils.errors import UserError, printable, shortened
 from train_utils.image_io import (
     image_size,
     list_images,
@@ -168,8 +168,8 @@ class PairDataset(Dataset):
         return *self.pairs[index], *also_reads(self.pairs[index][1])
 
     def name(self, index: int) -> str:
-        """The path of the image."""
-        return str(self.pairs[index][0])
+        """The path of the image, as it may be printed."""
+        return printable(self.pairs[index][0])
 
 
 def as_tv_tensor(tensor: Tensor) -> tv_tensors.TVTensor:
