@@ -31,6 +31,7 @@ from train_utils.collectives import call_on_main, get_rank, is_main_process, los
 from train_utils.config import dump_yaml
 from train_utils.distributed_utils import launcher_ids, mkdir
 from train_utils.errors import (
+    FREE_DISK,
     FULL_DISK,
     UserError,
     plain_message,
@@ -127,7 +128,7 @@ def _file_errors(path: Path) -> Iterator[None]:
         place = path if place.name.startswith(".pixtrain-") else place
         remedy = "Remove or mend it, or choose another --output-dir."
         if error.errno in FULL_DISK:
-            remedy = "Files are as last saved: free disk space, then continue with --resume auto."
+            remedy = FREE_DISK
         raise UserError(f"{place}: cannot be used ({error.strerror}). {remedy}") from error
 
 

@@ -27,6 +27,7 @@ from train_utils.distributed_utils import (
 )
 from train_utils.ema import ExponentialMovingAverage
 from train_utils.errors import (
+    FREE_DISK,
     FULL_DISK,
     UserError,
     is_out_of_memory,
@@ -229,7 +230,7 @@ def clean_errors() -> Iterator[None]:
     except OSError as error:
         remedy = "Check the path and its permissions."
         if error.errno in FULL_DISK:
-            remedy = "Files are as last saved: free disk space, then continue with --resume auto."
+            remedy = FREE_DISK
         elif error.filename is None:
             raise
         _exit_with(f"{error.filename or 'disk'}: {error.strerror}. {remedy}")
