@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
@@ -161,6 +161,17 @@ def soak(args: argparse.Namespace, folder: Path) -> str | int:
     return int(wrong > 0)
 
 
+def end_as(outcome: str | int, module: dict[str, Any]) -> None:
+    """End a soak by its exit code, or a process forked from it as the script that it is to run.
+
+    module: the globals of the soak, in which the script runs: both end with the interpreter.
+    """
+    if isinstance(outcome, int):
+        sys.exit(outcome)
+    module["__file__"] = outcome
+    exec(compile(Path(outcome).read_text(encoding="utf-8"), outcome, "exec"), module)
+
+
 def main() -> str | int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--launches", type=int, default=100)
@@ -176,8 +187,4 @@ def main() -> str | int:
 
 
 if __name__ == "__main__":
-    outcome = main()
-    if isinstance(outcome, int):
-        sys.exit(outcome)
-    __file__ = outcome
-    exec(compile(Path(outcome).read_text(encoding="utf-8"), outcome, "exec"), globals())
+    end_as(main(), globals())

@@ -36,6 +36,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from soak_exits import end_as  # noqa: E402
 from test_fuzz_loaders import ENCODED, RECIPES, damage, mutated  # noqa: E402
 
 import predict  # noqa: E402, F401
@@ -606,8 +607,4 @@ def main() -> str | int:
 
 
 if __name__ == "__main__":
-    outcome = main()
-    if isinstance(outcome, int):
-        sys.exit(outcome)
-    __file__ = outcome
-    exec(compile(Path(outcome).read_text(encoding="utf-8"), outcome, "exec"), globals())
+    end_as(main(), globals())
