@@ -12,6 +12,7 @@ given to write. Wrong trials keep their folder. Exit code 1 if there was one.
 """
 
 import argparse
+import atexit
 import gc
 import hashlib
 import os
@@ -28,7 +29,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
@@ -36,7 +37,6 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from soak_exits import end_as  # noqa: E402
 from test_fuzz_loaders import ENCODED, RECIPES, damage, mutated  # noqa: E402
 
 import predict  # noqa: E402, F401
@@ -606,5 +606,29 @@ def main() -> str | int:
     return soak(args, folder)
 
 
+def run_as(script: str, module: dict[str, Any]) -> NoReturn:
+    """Run a script in this forked process, and end it without taking the interpreter apart.
+
+    That would take longer than most trials, since all that the process shares is copied for it.
+    module: the globals of the soak, in which the script runs.
+    """
+    code: Any = 0
+    module["__file__"] = script
+    try:
+        exec(compile(Path(script).read_text(encoding="utf-8"), script, "exec"), module)
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 if __name__ == "__main__":
-    end_as(main(), globals())
+    outcome = main()
+    if isinstance(outcome, int):
+        sys.exit(outcome)
+    run_as(outcome, globals())
