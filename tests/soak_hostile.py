@@ -309,7 +309,7 @@ def run_trial(place: Path, base: Path, rng: random.Random) -> Trial:
             lay_trap(run / name, place / "given" / "precious.txt", rng)
     run.mkdir(exist_ok=True)
     for name in rng.sample(DECOYS, rng.randrange(0, 4)):
-        if not (run / name).parent.exists():
+        if not os.path.lexists((run / name).parent):  # a link that leads nowhere is there
             (run / name).parent.mkdir()
         if (run / name).parent.is_dir() and not (run / name).parent.is_symlink():
             (run / name).write_text("mine")
