@@ -62,7 +62,11 @@ from torchvision import tv_tensors
 from train_utils.errors import UserError
 from train_utils.files import read_regular, written_whole
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".mpo")
+IMAGE_SUFFIXES = (
+    *JPEG_SUFFIXES,
+    *(".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
+)
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535  # as a JPEG's; Pillow needs far more memory for thin rows than for their pixels
 

@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 
 from train_utils.errors import UserError, require, shortened
 from train_utils.image_io import (
+    JPEG_SUFFIXES,
     PathLike,
     decode,
     grey_step,
@@ -207,7 +208,7 @@ def _code(colour: Sequence[int]) -> int:
 
 
 def _is_jpeg(path: PathLike) -> bool:
-    return Path(path).suffix.lower() in (".jpg", ".jpeg")
+    return Path(path).suffix.lower() in JPEG_SUFFIXES
 
 
 def _pixels(count: int) -> str:
