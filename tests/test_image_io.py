@@ -953,6 +953,8 @@ def test_any_name_works(tmp_path, name):
 
 def test_list_images(tmp_path):
     names = ["b.png", "a.JPG", "B.tiff", "c.WebP", "sub/a.bmp", "sub/deep/x.jpeg", "sub.png"]
+    others = ["d.apng", "d.dib", "d.gif", "d.jfi", "d.jfif", "d.jif", "d.jpe", "d.MPO", "d.tif"]
+    names += others
     ignored = [
         ".hidden.png",
         "._a.JPG",
@@ -966,7 +968,7 @@ def test_list_images(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    top = ["B.tiff", "a.JPG", "b.png", "c.WebP", "sub.png"]
+    top = sorted(["B.tiff", "a.JPG", "b.png", "c.WebP", "sub.png", *others])
     assert list_images(tmp_path) == [tmp_path / name for name in top]
     everything = [*top, "sub/a.bmp", "sub/deep/x.jpeg"]
     assert list_images(tmp_path, recursive=True) == [tmp_path / name for name in everything]

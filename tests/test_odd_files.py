@@ -18,7 +18,10 @@ from test_image_io import (
     rows,
     within,
 )
+from test_predict import predictor
+from test_refusals import refused
 
+import train
 from tasks.matting.data import read_foreground
 from tasks.segmentation.label_maps import LabelReader
 from train_utils import colour_profiles, image_io
@@ -35,6 +38,7 @@ from train_utils.image_io import (
     save_image,
     saved_here,
 )
+from train_utils.prediction_files import plan
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 DISC = np.where((np.indices((16, 16)) - 7.5).__pow__(2).sum(0) < 30, 255, 0).astype(np.uint8)
@@ -298,35 +302,52 @@ def test_what_keeps_its_bits(tmp_path):
         assert np.array_equal(read_image(path)[0], np.array(image.convert("L")))
 
 
-def grey_profile(curve: bytes) -> bytes:
-    """A grey profile of version 2: white point and curve."""
-    tags = {b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061), b"kTRC": curve}
+def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """A profile of version 2."""
     start = 132 + 12 * len(tags)
     table, data = struct.pack(">I", len(tags)), b""
     for name, value in tags.items():
         table += struct.pack(">4sII", name, start + len(data), len(value))
         data += value + bytes(-len(value) % 4)
     head = bytearray(128)
-    head[:24] = struct.pack(
-        ">I4sI4s4s4s", start + len(data), b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ "
-    )
+    size = start + len(data)
+    head[:24] = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, kind, space, connection)
     head[36:40] = b"acsp"
-    head[68:80] = struct.pack(">3i", 63190, 65536, 54061)
+    head[68:80] = D50
     return bytes(head) + table + data
 
 
+D50 = struct.pack(">3i", 63190, 65536, 54061)
+
+
 def test_grey_and_16_bits_by_a_grey_profile(tmp_path):
-    linear = grey_profile(b"curv\0\0\0\0\0\0\0\0")
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + D50, b"kTRC": b"curv\0\0\0\0\0\0\0\0"}  # y = x
+    linear = icc(b"mntr", b"GRAY", b"XYZ ", tags)
     wanted = [srgb_of_linear(value) for value in (10, 100, 200)]
     levels = np.uint8([[10, 100, 200]])
     for image in (grey(levels), grey(levels.astype(np.uint16) * 257, np.uint16)):
         path = png(tmp_path / "a.png", image, icc_profile=linear)
         assert np.allclose([pixel[0] for pixel in rows(read_image(path))[0]], wanted, atol=1)
         assert rows(read_mask(path)) == levels.tolist()
-    path = png(tmp_path / "la.png", Image.merge("LA", [grey(levels), grey([[255, 255, 0]])]))
-    with Image.open(path) as image:
-        image.save(path, icc_profile=linear)
+    both = Image.merge("LA", [grey(levels), grey([[255, 255, 0]])])
+    path = png(tmp_path / "la.png", both, icc_profile=linear)
     assert np.allclose([p[0] for p in rows(read_image(path))[0]], [*wanted[:2], 255], atol=1)
+
+
+def test_cmyk_by_its_profile(tmp_path):
+    """Of four inks only black shows: L* falls from 100 to 0, which is sRGB 119 in the middle."""
+    identity = struct.pack(">9i", *[65536 * (n % 4 == 0) for n in range(9)])
+    corners = b"".join(bytes([0 if n % 2 else 255, 128, 128]) for n in range(16))
+    table = b"mft1\0\0\0\0\4\3\2\0" + identity + bytes(range(256)) * 4 + corners
+    table += bytes(range(256)) * 3
+    profile = icc(b"prtr", b"CMYK", b"Lab ", {b"A2B0": table})
+    inks = Image.fromarray(np.uint8([[(255, 0, 0, 0), (0, 0, 0, 255), (9, 9, 9, 128)]]), "CMYK")
+    inks.save(tmp_path / "a.tif", icc_profile=profile)
+    wanted = [[(255,) * 3, (0,) * 3, (119,) * 3]]
+    assert np.allclose(rows(read_image(tmp_path / "a.tif")), wanted, atol=2)
+    inks.resize((96, 32), Image.Resampling.NEAREST).save(tmp_path / "a.jpg", icc_profile=profile)
+    assert abs(read_image(tmp_path / "a.jpg")[:, 16, 80].int() - 119).max() <= 3
+    assert rows(read_colours(tmp_path / "a.tif"))[0][0] == (0, 255, 255)
 
 
 def test_without_little_cms_a_profile_is_refused_by_name(tmp_path, monkeypatch):
@@ -345,3 +366,55 @@ def test_transforms_are_kept_and_serve_several_threads(tmp_path):
         read = list(pool.map(read_image, [path] * 16))
     assert all(image.equal(read[0]) for image in read)
     assert colour_profiles.to_srgb.cache_info().currsize == 1
+
+
+# --- frames -------------------------------------------------------------------------------------
+
+
+def test_training_refuses_frames_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            Image.fromarray(DISC).save(f"{folder}/{number}.png")
+    frames = [Image.fromarray(DISC), Image.fromarray(255 - DISC)]
+    (tmp_path / "images/0.png").unlink()
+    frames[0].save("images/0.gif", save_all=True, append_images=frames[1:])
+    message = refused(train, "--images", "images", "--masks", "masks", "--device", "cpu")
+    assert "images/0.gif: has 2 frames. Save each as a file of its own" in message
+
+
+def test_predict_does_every_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (10, 20, 30)]
+    for name, options in (("a.gif", {}), ("b.tif", {}), ("c.webp", {"lossless": True})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    frames[0].save(tmp_path / "d.gif")  # a still
+    out = tmp_path / "out"
+
+    def predict():
+        jobs = plan([str(tmp_path)], out, ["map", "cutout"])
+        done = list(predictor("cpu").run(jobs))
+        assert not [picture.error for picture in done if picture.error]
+        return sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+
+    kinds = [f"00000{n}{kind}.png" for n in (1, 2, 3) for kind in ("", "_cutout")]
+    expected = [f"{stem}/{name}" for stem in "abc" for name in kinds]
+    assert predict() == sorted([*expected, "d.png", "d_cutout.png"])
+    for stem in "abc":
+        maps = [Image.open(out / stem / f"00000{n}.png").getextrema() for n in (1, 2, 3)]
+        assert maps == [(10, 10), (20, 20), (30, 30)], stem
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:2])
+    assert "a/000003.png" not in predict()  # nothing is left of what was longer
+    with pytest.raises(UserError, match=r"its frames need a trimap each"):
+        plan([str(tmp_path / "a.gif")], out, ["map"], {"trimap": str(tmp_path / "d.gif")})
+
+
+def test_a_file_whose_later_frames_are_damaged_gives_those_before(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    first, *others = map(Image.fromarray, noise)
+    path = tmp_path / "a.gif"
+    first.save(path, save_all=True, append_images=others)
+    path.write_bytes(path.read_bytes()[:-500])
+    done = list(predictor("cpu").run(plan([str(path)], tmp_path / "out", ["map"])))
+    assert [bool(picture.error) for picture in done] == [False, False, True]
+    assert "a.gif: damaged or truncated" in done[2].error

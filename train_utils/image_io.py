@@ -191,7 +191,7 @@ class MaskReader:
         # Many tools write the truth values 0 and 1. Read as grey levels they are 0 and 1/255: a
         # network would learn, without any error, to answer black. In a lossy file a 1 can be noise.
         if lossless and grey.max() == 1:
-            grey = grey.astype(np.uint8) * 255
+            grey, rules = grey.astype(np.uint8) * 255, [*rules, "0 and 1"]
         if grey.dtype == np.uint16:
             grey = _to_8_bits(grey)
         if self.threshold is not None:
@@ -199,7 +199,7 @@ class MaskReader:
         return grey, rules
 
 
-MASK_RULES = ("alpha", "opaque alpha", "colours", "coloured palette")
+MASK_RULES = ("alpha", "opaque alpha", "colours", "coloured palette", "0 and 1")
 _READ_MASK = MaskReader()
 
 

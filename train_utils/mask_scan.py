@@ -153,6 +153,11 @@ class GreyScan:
                 f"{self.rules['opaque alpha']} others it is opaque. Say where all of them have it: "
                 "--set data.mask_channel=alpha, or luminance."
             )
+        if self.rules["0 and 1"] and self.dark:
+            return (
+                f"{self.rules['0 and 1']} masks hold 0 and 1 only, taken as 0 and 255, but "
+                f"{self.dark} others are as dark: {self._levels()}. {too_dark.format(level=1)}"
+            )
         if self.object == self.pixels:
             return f"all pixels of all masks are object. Check that these are the masks.{other}"
         if self.object:
@@ -185,9 +190,11 @@ def check_grey_masks(
 ) -> None:
     """Say what the masks behind datasets hold, and refuse those that nothing can be learned from.
 
-    too_dark: see `GreyScan.problem`. Validation masks that are all black are warned of only where
-    there is a training set: a few that are held out can well be. Datasets without files pass.
+    too_dark: see `GreyScan.problem`. Masks to validate with are only warned of where all is object,
+    and where nothing is, if they are held out of the training's: a few can well be so. Datasets
+    without files pass.
     """
+    learned_from: set[Path] = set()
     for dataset, part in ((train_set, "training"), (val_set, "validation")):
         pairs = pairs_of(dataset) if dataset is not None else []
         masks = list(dict.fromkeys(mask for _, mask in pairs))
@@ -195,11 +202,14 @@ def check_grey_masks(
             scan = scan_grey_masks(masks, reader)
             get_logger().info(f"{part} {scan.line()}")
             remarks, problem = scan.remarks(), scan.problem(too_dark)
-            held_out = part == "validation" and train_set is not None
-            if problem and not (held_out and scan.empty == scan.files and not scan.dark):
+            held_out = masks[0].parent in learned_from
+            spared = scan.object == scan.pixels or (held_out and not scan.object)
+            if problem and (dataset is train_set or not spared):
                 raise UserError(f"{masks[0].parent}: {problem}")
-            if remarks:
+            if problem or remarks:
+                remarks += [problem] if problem else []
                 get_logger().warning(f"warning: {part} masks: {'; '.join(remarks)}")
+            learned_from.update(mask.parent for mask in masks)
 
 
 def scan_grey_masks(
