@@ -138,6 +138,7 @@ def test_a_mask_without_alpha_has_none_to_take(tmp_path):
         path = png(tmp_path / "a.png", image)
         with pytest.raises(UserError, match=r"a\.png: has no alpha channel.*Set it to null"):
             MaskReader("alpha")(path)
+        assert np.array_equal(read_map(path, "alpha")[0], DISC)
 
 
 def test_a_map_of_colours_is_refused(tmp_path):

@@ -215,10 +215,10 @@ def read_mask(path: PathLike) -> tv_tensors.Mask:
 def read_map(path: PathLike, channel: Channel | None = None) -> tv_tensors.Mask:
     """As `MaskReader`, but 0 and 1 are taken as they are stored: a prediction may be that dark.
 
-    Raises UserError for colours, too.
+    A file without alpha is taken, whatever the channel. Raises UserError for colours, too.
     """
     with within_memory(path):
-        grey, _, rules = _grey(path, channel)
+        grey, _, rules = _grey(path, channel, needs_alpha=False)
         if "colours" in rules or "coloured palette" in rules:
             raise UserError(f"{path}: a map is grey, but this file holds colours. Save the map.")
         grey = _to_8_bits(grey) if grey.dtype == np.uint16 else grey
@@ -669,24 +669,30 @@ def to_rgba(image: Image.Image) -> Image.Image:
     return image.convert("RGBA")
 
 
-def _grey(path: PathLike, channel: Channel | None) -> tuple[np.ndarray, bool, list[str]]:
+def _grey(
+    path: PathLike, channel: Channel | None, needs_alpha: bool = True
+) -> tuple[np.ndarray, bool, list[str]]:
     """The grey levels of a mask, uint8 or uint16 [H, W]; whether lossless; by which MASK_RULES."""
     image, lossless, _ = decode(path)
-    if is_wide(image):
-        _require_alpha(path, channel, False)
-        return _wide_values(path, image, _BLACK), lossless, []
     palette = image.mode in ("P", "PA")
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
         palette and image.has_transparency_data
     )
-    _require_alpha(path, channel, has_alpha)
+    if channel == "alpha" and needs_alpha and not has_alpha:
+        raise UserError(
+            f"{path}: has no alpha channel, in which data.mask_channel=alpha looks for the mask. "
+            "Set it to null if the masks are grey."
+        )
+    if is_wide(image):
+        return _wide_values(path, image, _BLACK), lossless, []
     rules = []
     if has_alpha and channel != "luminance":
         rgba = to_rgba(image)
         alpha = np.array(rgba.getchannel("A"))
         if channel == "alpha" or alpha.min() < 255:
-            also = _also_look_like_a_mask(rgba) or (palette and _also_names_classes(image, alpha))
-            if channel is None and also:
+            if channel is None and (
+                _also_look_like_a_mask(rgba) or (palette and _also_names_classes(image, alpha))
+            ):
                 raise UserError(
                     f"{path}: its alpha varies, and its colours look like a mask as well. Say "
                     "which of them is the mask: --set data.mask_channel=alpha, or luminance."
@@ -704,14 +710,6 @@ def _grey(path: PathLike, channel: Channel | None) -> tuple[np.ndarray, bool, li
             rules = [*rules, "colours"]
     grey = np.array(image if image.mode == "L" else image.convert("L"))
     return grey, lossless, rules
-
-
-def _require_alpha(path: PathLike, channel: Channel | None, has_alpha: bool) -> None:
-    if channel == "alpha" and not has_alpha:
-        raise UserError(
-            f"{path}: has no alpha channel, in which data.mask_channel=alpha looks for the mask. "
-            "Set it to null if the masks are grey."
-        )
 
 
 def _also_look_like_a_mask(rgba: Image.Image) -> bool:

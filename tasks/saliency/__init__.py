@@ -111,7 +111,7 @@ class _Maps(PairFolderDataset):
     """Maps that any program wrote, in the place of images, and their masks."""
 
     def read_image(self, path: Path) -> Tensor:
-        return read_map(path)
+        return read_map(path, getattr(self.read_target, "channel", None))
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         return read_pair(self.pairs[index], self.read_image, self.read_target)
