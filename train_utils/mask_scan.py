@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from train_utils.datasets import pairs_of, try_all
 from train_utils.errors import UserError, shortened
 from train_utils.files import hash_of_files, user_cache
-from train_utils.image_io import MASK_RULES, MaskReader, PathLike
+from train_utils.image_io import MASK_RULES, MaskReader, PathLike, within_memory
 from train_utils.log import get_logger
 from train_utils.private_files import new_private_file, open_private, private_folder
 
@@ -110,7 +110,8 @@ class GreyScan:
     @staticmethod
     def measure(path: PathLike, reader: MaskReader) -> np.ndarray:
         """The numbers of one mask, int64 [SIZE]; those of several are their sum."""
-        grey, rules = reader.levels(path)
+        with within_memory(path):
+            grey, rules = reader.levels(path)
         histogram = np.bincount(grey.ravel(), minlength=256)
         inside = histogram[_OBJECT:].sum()
         counts = [1, grey.size, inside, not inside, not inside and histogram[1:].any()]
