@@ -142,18 +142,24 @@ class GreyScan:
         remarks += [text.format(self.rules[rule]) for rule, text in texts if self.rules[rule]]
         return remarks
 
+    def mixture(self) -> str:
+        """Cause and fix where alpha is the mask of some files, and opaque in others; else ""."""
+        taken, opaque = self.rules["alpha"], self.rules["opaque alpha"]
+        if not (taken and opaque):
+            return ""
+        return (
+            f"of {taken} masks the alpha channel varies and so is the mask, of {opaque} others it "
+            "is opaque. Say where all of them have it: --set data.mask_channel=alpha, or luminance."
+        )
+
     def problem(self, too_dark: str) -> str:
         """Cause and fix of masks from which nothing can be learned; "" for others.
 
         too_dark: the fix where there is something, but no object, with a {level} to cut at.
         """
         other = " Or set data.mask_channel=luminance." if self.rules["alpha"] else ""
-        if self.rules["alpha"] and self.rules["opaque alpha"]:
-            return (
-                f"of {self.rules['alpha']} masks the alpha channel varies and so is the mask, of "
-                f"{self.rules['opaque alpha']} others it is opaque. Say where all of them have it: "
-                "--set data.mask_channel=alpha, or luminance."
-            )
+        if mixture := self.mixture():
+            return mixture
         if self.rules["0 and 1"] and self.dark:
             return (
                 f"{self.rules['0 and 1']} masks hold 0 and 1 only, taken as 0 and 255, but "
