@@ -70,6 +70,7 @@ class DUTSDataset(PairFolderDataset):
         train: bool = True,
         transforms: JointTransform | None = None,
         at_least: int | None = None,
+        read_target: Reader | None = None,
     ) -> None:
         part = "DUTS-TR" if train else "DUTS-TE"
         images, masks = (Path(root, part, f"{part}-{kind}") for kind in ("Image", "Mask"))
@@ -79,7 +80,7 @@ class DUTSDataset(PairFolderDataset):
                 f"{found_in(Path(root))}. Give the folder that holds {part}, or your own pairs by "
                 "--images DIR --masks DIR."
             )
-        super().__init__(images, masks, transforms, at_least=at_least)
+        super().__init__(images, masks, transforms, read_target, at_least)
 
 
 class ShapesDataset(Dataset):

@@ -322,6 +322,7 @@ def folders(tmp_path) -> tuple[Path, Path, Path]:
 
 def settings(folders, **values) -> SimpleNamespace:
     defaults = {"per_foreground": 6, "val_per_foreground": 3, "val_fraction": 0.25, "seed": 0}
+    defaults |= {"mask_channel": None}
     return SimpleNamespace(composed_folders=lambda: folders, **(defaults | values))
 
 
@@ -450,7 +451,8 @@ def test_damaged_backgrounds_are_found_at_once(folders):
 
 
 def ready(images, masks, **values) -> SimpleNamespace:
-    defaults = dict.fromkeys(["val_images", "val_masks", "trimaps", "val_trimaps"])
+    keys = ["val_images", "val_masks", "trimaps", "val_trimaps", "mask_channel"]
+    defaults = dict.fromkeys(keys)
     return SimpleNamespace(
         images=images, masks=masks, val_fraction=0.25, seed=0, **(defaults | values)
     )

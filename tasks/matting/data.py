@@ -28,12 +28,13 @@ from train_utils.datasets import (
 from train_utils.errors import UserError
 from train_utils.image_io import (
     MAX_PIXELS,
+    MaskReader,
     decode,
     image_size,
     image_tensor,
+    in_srgb,
     list_images,
     read_image,
-    read_mask,
     to_rgb,
     within_memory,
 )
@@ -63,6 +64,7 @@ class CompositionDataset(Dataset):
         per_foreground: int = 20,
         transforms: JointTransform | None = None,
         train: bool = True,
+        read_alpha: MaskReader | None = None,
     ) -> None:
         folders = PairFolderDataset(foregrounds, alphas)
         self.foregrounds, self.per_foreground = folders, per_foreground
@@ -71,7 +73,7 @@ class CompositionDataset(Dataset):
         self.folder = Path(backgrounds)
         self.backgrounds = list_images(self.folder, recursive=True)
         self.transforms, self.train = transforms, train
-        self.read_image, self.read_target = read_foreground, read_mask
+        self.read_image, self.read_target = read_foreground, read_alpha or MaskReader()
 
     @property
     def ingredients(self) -> list[str]:
@@ -125,8 +127,9 @@ def read_foreground(path: str | PathLike[str]) -> Tensor:
     """
     with within_memory(path):
         image = decode(path).image
-        cut_out = image.mode in ("RGBA", "LA")
-        return image_tensor(image.convert("RGB") if cut_out else to_rgb(path, image))
+        if image.mode not in ("RGBA", "LA"):
+            return image_tensor(to_rgb(path, image))
+        return image_tensor(in_srgb(path, image).convert("RGB"))
 
 
 def matting_pairs(
@@ -137,13 +140,14 @@ def matting_pairs(
     `data` also names `trimaps`, of `masks`, and `val_trimaps`, of `val_masks`. Training makes its
     own. Raises UserError if a trimap is missing.
     """
+    read_alpha = MaskReader(data.mask_channel)
     if data.val_images:
         images, alphas, trimaps = data.val_images, data.val_masks, data.val_trimaps
     else:
         images, alphas, trimaps = data.images, data.masks, data.trimaps
     if train or not trimaps:
-        return folder_pairs(data, train, transforms, all_pairs=all_pairs)
-    reader = TrimapReader(alphas, trimaps)
+        return folder_pairs(data, train, transforms, read_alpha, all_pairs)
+    reader = TrimapReader(alphas, trimaps, read_alpha)
     dataset = folder_pairs(data, train, transforms, reader, all_pairs)
     reader.require(pairs_of(dataset), images)
     return dataset
@@ -159,7 +163,8 @@ def composition_pairs(
     """
     count = data.per_foreground if train else data.val_per_foreground
     foregrounds, alphas, backgrounds = data.composed_folders()
-    dataset = CompositionDataset(foregrounds, alphas, backgrounds, count, transforms, train)
+    how = transforms, train, MaskReader(data.mask_channel)
+    dataset = CompositionDataset(foregrounds, alphas, backgrounds, count, *how)
     if all_pairs:
         return dataset
     if len(dataset.foregrounds) == 1:

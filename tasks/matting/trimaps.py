@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from train_utils.datasets import Pair, files_by_stem, read_pair, require_masks
 from train_utils.errors import UserError, shortened
-from train_utils.image_io import decode, is_wide, read_mask, to_rgba, within_memory
+from train_utils.image_io import MaskReader, decode, is_wide, to_rgba, within_memory
 from transforms import BACKGROUND, FOREGROUND, UNKNOWN
 
 _MAX_COLOURS = 1024  # that are counted for a message
@@ -90,15 +90,22 @@ def _most_frequent(values: Sequence | np.ndarray, counts: np.ndarray) -> str:
 class TrimapReader:
     """Reads an alpha and the trimap of its name as one target, uint8 [2, H, W].
 
-    A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both.
+    A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both. `read_alpha`: None
+    is `MaskReader()`.
     """
 
-    def __init__(self, alphas: str | PathLike[str], trimaps: str | PathLike[str]) -> None:
+    def __init__(
+        self,
+        alphas: str | PathLike[str],
+        trimaps: str | PathLike[str],
+        read_alpha: MaskReader | None = None,
+    ) -> None:
         self.alphas, self.trimaps = Path(alphas), Path(trimaps)
+        self.read_alpha = read_alpha or MaskReader()
         self.files = files_by_stem(self.trimaps)
 
     def __call__(self, alpha: Path) -> tv_tensors.Mask:
-        parts = read_pair((alpha, self.files[self._stem(alpha)]), read_mask, read_trimap)
+        parts = read_pair((alpha, self.files[self._stem(alpha)]), self.read_alpha, read_trimap)
         return tv_tensors.Mask(torch.cat([part.as_subclass(Tensor) for part in parts]))
 
     def also_reads(self, alpha: Path) -> tuple[Path]:
