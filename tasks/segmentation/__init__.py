@@ -4,6 +4,7 @@ Masks are class indices, and 255 (`IGNORE`) marks pixels that count nowhere. Wha
 are logits [B, classes, h, w]; the class of a pixel is their arg-max at the image's own size.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -362,6 +363,11 @@ class Task(BaseTask):
                 )
             network.freeze_backbone()
         return {"model": network}
+
+    def with_classes(self, count: int) -> "Task":
+        task = type(self)(copy.deepcopy(self.cfg))
+        task.cfg.data.class_names = [f"class {index}" for index in range(count)]
+        return task
 
     def initialise(self, models: dict[str, nn.Module]) -> None:
         """Give the encoder its ImageNet weights, if the recipe asks for them."""
