@@ -1,6 +1,7 @@
 """The segmentation task: its recipes, data, step, scores and pictures."""
 
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from tasks import load_models, read_config, segmentation, start_models
 from tasks.segmentation import voc_palette
 from train_utils import shapes
-from train_utils.config import build, dump_yaml, load_yaml, to_dict
+from train_utils.config import build, dump_yaml, load_yaml, merge, parse_assignments, to_dict
 from train_utils.data import collate
 from train_utils.errors import UserError
 from train_utils.train_and_eval import Sample, evaluate
@@ -103,7 +104,7 @@ def test_voc_palette():
     ("sections", "message"),
     [
         ({"data": {"name": "voc"}}, "data.class_names: name the classes"),
-        ({"data": {"name": "voc", "class_names": ["a"]}}, "data.class_names: must be 2 to 255"),
+        ({"data": {"name": "voc", "class_names": ["a"]}}, "data.class_names: one class alone"),
         ({"data": {"name": "voc", "class_names": ["a", "a"]}}, "class_names: each must be another"),
         ({"data": {"palette": [[0, 0, 0]]}}, "data.palette: 1 colours for 6 classes"),
         ({"data": {"scale": [2.0, 1.0]}}, "data.scale"),
@@ -123,6 +124,16 @@ def test_voc_palette():
 def test_settings_that_make_no_sense_are_refused(sections, message):
     with pytest.raises(UserError, match=message):
         config(**sections)
+
+
+@pytest.mark.parametrize("name", ["car", "it's 1", "no"])
+def test_one_class_alone_is_refused_with_the_line_that_names_two(name):
+    folders = {"name": "folders", "images": "a", "masks": "b"}
+    with pytest.raises(UserError, match=r"class_names: one class alone .* --set ") as caught:
+        config(data={**folders, "class_names": [name]})
+    (assignment,) = shlex.split(str(caught.value).partition(" --set ")[2])
+    values = merge({"data": folders}, parse_assignments([assignment]))
+    assert build(segmentation.Config, values, "f").data.class_names == ["background", name]
 
 
 def test_a_root_decides_its_layout(tmp_path):

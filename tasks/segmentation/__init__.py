@@ -6,6 +6,7 @@ are logits [B, classes, h, w]; the class of a pixel is their arg-max at the imag
 
 import copy
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -32,7 +33,7 @@ from tasks.segmentation.mask_scan import MaskScan, scan_masks, summary
 from train_utils import shapes
 from train_utils.data import unwrap_subset
 from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
-from train_utils.errors import UserError, require, require_between
+from train_utils.errors import UserError, require, require_between, typed
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
 from train_utils.metrics import ExactMetric
@@ -93,6 +94,12 @@ class DataConfig(PhotoData):
         super().__post_init__()
         self.class_names = self.class_names or self._default_names()
         count = self.num_classes
+        if count == 1:
+            names = json.dumps(["background", *self.class_names], ensure_ascii=False)
+            raise ValueError(
+                "class_names: one class alone has nothing to be told from. Name the background, "
+                f"too: --set {typed(f'data.class_names={names}')}"
+            )
         if self.background is not None:
             require(0 <= self.background < count, "background", "must be a class, or null")
         require(len(set(self.class_names)) == count, "class_names", "each must be another")
