@@ -123,13 +123,21 @@ def read_config(
 ) -> BaseTask:
     """The task, with its typed config, that `values` describe under the command line's `overrides`.
 
-    `values` are checked on their own first, so that their faults are reported under the name of
-    their `source`; then they are laid over those of a checkpoint, the `base`, if there is one.
+    `values` are laid over those of a checkpoint, the `base`, if there is one. Faults that they have
+    by themselves are reported under the name of their `source`.
     """
     module = load_task(str(merge(values, overrides).get("task", DEFAULT_TASK)), source)
-    sources = build(module.Config, values, source).data.sources
+    sources, where = module.Config().data.sources, "command line"
     overrides = {**overrides, "data": without_replaced(overrides.get("data", {}), sources)}
-    return module.Task(build(module.Config, merge(base or {}, values, overrides), "command line"))
+    try:
+        return module.Task(build(module.Config, merge(base or {}, values, overrides), where))
+    except UserError as error:
+        try:
+            build(module.Config, values, source)
+        except UserError as own:
+            if str(own).removeprefix(source) == str(error).removeprefix(where):
+                raise own from None
+        raise
 
 
 def without_replaced(data: Any, sources: Iterable[str]) -> Any:

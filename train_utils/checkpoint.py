@@ -83,8 +83,8 @@ def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> Non
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{path}: the checkpoint could not be written ({_file_error(error)}). The earlier "
-            "files are kept; free disk space or choose another --output-dir, then continue with "
-            "--resume auto."
+            "files are kept; free disk space, then continue with --resume auto, or elsewhere with "
+            f"--resume {typed(path.parent)} --output-dir DIR."
         ) from error
 
 

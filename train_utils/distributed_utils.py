@@ -301,8 +301,9 @@ def init_distributed_mode(args: Namespace) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"{address}: rank {rank} of {world} could not join the process group ({error}). "
-            "Check that the port is free (--master-port), that all nodes use the same address, and "
-            "that the host's name resolves (else export GLOO_SOCKET_IFNAME)."
+            "Check that the port is free (MASTER_PORT, torchrun --master-port), that all nodes use "
+            "the same address, and that the host's name resolves (else, on one machine: torchrun "
+            "--local-addr=127.0.0.1; on several: export GLOO_SOCKET_IFNAME)."
         ) from error
 
 

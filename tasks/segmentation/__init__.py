@@ -492,7 +492,10 @@ class Task(BaseTask):
         shown = (classes != (IGNORE if background is None else background))[..., None]
         if "cutout" in kinds:
             if background is None:
-                raise UserError("--cutout: no class is background. Name one by data.background.")
+                raise UserError(
+                    "--cutout: no class is background. Name the index of one: --set "
+                    "data.background=0"
+                )
             alpha = shown.to(torch.uint8) * 255
             pictures["cutout"] = Image.fromarray(torch.cat([rgb, alpha], dim=2).numpy())
         if "overlay" in kinds:
