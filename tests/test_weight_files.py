@@ -12,9 +12,13 @@ import zipfile
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
+import tasks
+from src.u2net import _official_names, u2net_lite
 from train_utils.checkpoint import load_file, load_training_state, load_weights
 from train_utils.errors import UserError
+from train_utils.pretrained import backbone_state
 
 
 def safetensors(header, data=b"", length=None) -> bytes:
@@ -171,3 +175,51 @@ def test_weights_in_torchscript_are_had_by_what_the_error_proposes(tmp_path, mon
     exec(words[2])
     saved, _ = load_weights(tmp_path / "weights.pth")
     assert torch.equal(saved["conv.weight"], network.conv.weight)
+
+
+# -- networks that are recognised by their weights ------------------------------------------------
+
+
+def official(own):
+    """Weights by their authors' names, as before 2018."""
+    names = _official_names().items()
+    return {theirs: own[ours] for theirs, ours in names if not ours.endswith("num_batches_tracked")}
+
+
+WAYS = {
+    "Lightning's, with a loss": lambda own: {
+        "state_dict": {
+            **{f"criterion.{n}.weight": torch.ones(1) for n in range(50)},
+            **{f"model.{key}": value for key, value in official(own).items()},
+        },
+        "pytorch-lightning_version": "2.4.0",
+    },
+    "an average beside": lambda own: {
+        **{f"net.{key}": value + 1 for key, value in own.items()},
+        **{f"net_ema.module.{key}": value for key, value in own.items()},
+    },
+    "nested prefixes": lambda own: {f"a.module.b.{key}": value for key, value in own.items()},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_is_recognised_under_any_prefix(tmp_path, way, capsys):
+    own = u2net_lite().state_dict()
+    torch.save(WAYS[way](own), tmp_path / "w.pth")
+    task, networks = tasks.load_models(tmp_path / "w.pth", {})
+    assert task.cfg.model.name == "u2net_lite"
+    loaded = networks["model"].state_dict()
+    assert all(torch.equal(loaded[key], own[key]) for key in own)
+    said = capsys.readouterr().out
+    assert "is removed from all names" in said
+    beside = {"Lightning's, with a loss": 50, "an average beside": len(own)}.get(way)
+    assert (f"left out beside them: {beside} tensors" in said) == (beside is not None)
+
+
+def test_an_encoder_s_weights_may_have_a_prefix(tmp_path):
+    with torch.device("meta"):
+        whole = models.vgg16().state_dict()
+    encoder = [key for key in whole if key.startswith("features.")]
+    state = {f"backbone.{key}": torch.ones(whole[key].shape) for key in encoder}
+    torch.save({**state, "head.weight": torch.ones(1)}, tmp_path / "w.pth")
+    assert list(backbone_state(str(tmp_path / "w.pth"), "vgg16")) == encoder
