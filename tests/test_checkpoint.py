@@ -333,6 +333,19 @@ class Attributes(dict):
         self.__dict__ = self
 
 
+class Names(list):
+    """A list of other code."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("key", ["", "model"])
+def test_a_whole_network_is_no_weights(tmp_path, model, key, zipped):
+    content = {key: model} if key else model
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"w\.pth: holds a whole network, .*state_dict\(\)"):
+        load_weights(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_objects_of_other_code_stay_unread_and_are_named(tmp_path, model, zipped, capsys):
     """argparse's, numpy's and any other: nothing of them runs, and the weights are read."""
@@ -344,6 +357,7 @@ def test_objects_of_other_code_stay_unread_and_are_named(tmp_path, model, zipped
         "config": Attributes(width=1, sizes=[2], lr=Attributes(a=1)),
         "history": defaultdict(list, loss=[1.0]),
         "time": datetime.now(),
+        "names": Names(["a"]),
     }
     path, known = tmp_path / "w.pth", set(torch.serialization.get_safe_globals())
     torch.save(content, path, _use_new_zipfile_serialization=zipped)

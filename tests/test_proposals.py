@@ -23,7 +23,8 @@ from train_utils.arguments import parse_args
 from train_utils.checkpoint import save_checkpoint
 from train_utils.config import build, merge, parse_assignments, parse_value, to_dict
 from train_utils.errors import UserError
-from train_utils.run_folder import find_resume
+from train_utils.run_folder import choose_run_folder, find_resume
+from train_utils.settings import deciding_metric
 from train_utils.training_state import resumed_global_batch
 
 PARSERS = {
@@ -223,6 +224,32 @@ def test_a_folder_without_a_layout_gets_flags_that_train_knows(tmp_path):
         segmentation_layout(str(tmp_path))
     args = PARSERS["train"](re.findall(r"--\w+ DIR", str(caught.value))[0].split())
     assert vars(args)["data.images"] == "DIR"
+
+
+def test_a_metric_and_a_key_are_taken_from_those_that_are_offered():
+    task = tasks.read_config({"train": {"best": "accuracy"}}, "f", {})
+    with pytest.raises(UserError, match="Use one of ") as caught:
+        deciding_metric(task.cfg, task.METRICS)
+    for name in str(caught.value).partition("Use one of ")[2].partition(", or")[0].split(", "):
+        task = tasks.read_config({}, "f", parse_assignments([f"train.best={name}"]))
+        assert deciding_metric(task.cfg, task.METRICS)[0] == name
+    with pytest.raises(UserError, match="Did you mean ") as caught:
+        tasks.read_config({}, "f", parse_assignments(["train.epoch=3"]))
+    key = str(caught.value).partition("Did you mean ")[2].rstrip("?")
+    assert tasks.read_config({}, "f", parse_assignments([f"{key}=3"])).cfg.train.epochs == 3
+
+
+@pytest.mark.parametrize("status", [True, False])
+def test_a_folder_with_a_run_is_continued_as_is_proposed(tmp_path, monkeypatch, status):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint({"epoch": 1}, Path("out/last.pth"))
+    if status:
+        Path("out/status.json").write_text('{"state": "failed", "pid": 1, "time": 1.5}')
+    with pytest.raises(UserError, match="--resume ") as caught:
+        choose_run_folder("out", None, "name")
+    words = re.findall(r"--resume \S+", str(caught.value))[0].rstrip(",.").split()
+    args = PARSERS["train"]([*words, "--output-dir", "out" if status else "new"])
+    assert find_resume(args.resume, args.output_dir, "name") == Path("out/last.pth")
 
 
 def test_a_key_of_the_command_line_is_given_as_the_refusal_shows():

@@ -21,7 +21,7 @@ from train_utils.device import pins_memory
 from train_utils.errors import UserError, brief, shortened, typed
 from train_utils.files import open_regular, written_whole
 from train_utils.log import say_once
-from train_utils.outline import read_outline
+from train_utils.outline import WHOLE, Unread, read_outline
 from train_utils.weight_files import is_safetensors, other_kind, read_safetensors
 
 FORMAT = 1
@@ -371,6 +371,9 @@ def _found_weights(content: Any, path: str | Path, ours: bool) -> dict[str, Tens
     if itself and all(len(itself) >= len(_tensors(inner)) for inner in holders.values()):
         holders = {"": content}
     if not holders:
+        parts = dict.values(content) if isinstance(content, dict) else [content]
+        if any(isinstance(part, Unread) for part in parts):
+            raise UserError(f"{path}: {WHOLE}")
         raise UserError(
             f"{path}: holds no network weights (expected a state_dict, alone or under one of "
             f"{', '.join(_STATE_KEYS)}). Save one: torch.save(model.state_dict(), …)."

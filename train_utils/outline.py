@@ -60,6 +60,7 @@ _CONTAINERS = (
 )
 _MAX_UNREAD = 1000  # names of other code's objects
 _SAVE_WEIGHTS = "Save its state_dict alone: torch.save(model.state_dict(), …)."
+WHOLE = f"holds a whole network, whose code is not run, and not its weights alone. {_SAVE_WEIGHTS}"
 
 
 class TensorOutline:
@@ -81,28 +82,39 @@ def _unread_dict(*_: Any) -> OrderedDict:
     return OrderedDict()
 
 
-_unread_dict.__new__ = _unread_dict  # type: ignore  # how torch makes an instance of a class
+def _unread_list(*_: Any) -> list:
+    """Likewise for a list."""
+    return []
+
+
+for _made in (_unread_dict, _unread_list):
+    _made.__new__ = _made  # type: ignore  # how torch makes an instance of a class
 
 
 class _UnreadName:
     """A name of other code's while an outline is read; calling it makes an instance."""
 
     def __init__(self) -> None:
-        self.has_items = False
+        self.stand_in: Any = Unread
 
     def __call__(self, *_: Any) -> "_UnreadItems":
         return _UnreadItems(self)
 
 
 class _UnreadItems(dict):
-    """Stands for what other code makes; it notes whether it is filled as a dict is."""
+    """Stands for what other code makes; it notes whether that is filled as a dict or list is."""
 
     def __init__(self, name: _UnreadName) -> None:
         self.name = name
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.name.has_items = True
+        self.name.stand_in = _unread_dict
         super().__setitem__(key, value)
+
+    def append(self, item: Any) -> None:
+        """As a list, whose items are kept by their places."""
+        super().__setitem__(len(self), item)
+        self.name.stand_in = _unread_list
 
 
 class _OrderedDict(dict):
@@ -186,6 +198,8 @@ class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pi
     def persistent_load(self, pid: Any) -> _Size:
         """A storage: how many elements it has."""
         types = [type(each) for each in pid]
+        if pid[:1] == ("module",):
+            raise UserError(WHOLE)
         if types[:5] != [str, _Size, str, str, int] or any(each is not None for each in pid[5:]):
             raise ValueError("holds a storage that torch does not write")
         kind, itemsize, name, _location, count = pid[:5]
@@ -347,10 +361,4 @@ def read_outline(file: IO[bytes], size: int) -> Outline:
     if sum(reader.storages.values()) > size:
         raise ValueError("claims more data than the file has bytes")
     check_size(content, most(_MAX_WRITTEN), most(_MAX_WRITTEN))
-    return Outline(
-        content,
-        {
-            name: _unread_dict if found.has_items else Unread
-            for name, found in reader.unread.items()
-        },
-    )
+    return Outline(content, {name: found.stand_in for name, found in reader.unread.items()})
