@@ -193,20 +193,23 @@ def networks_with(
 
     new_head: of a file that differs in the number of classes only, and as the network itself would
     with that number, the tensors that depend on it are left out and start anew; a line names them.
-    Raises UserError for weights that do not fit, before networks are made that are larger.
+    Raises UserError for other weights that do not fit, before networks are made that are larger.
     """
     plan = _plan(task)
     networks = task.build_models() if plan is None else {}
     plan = plan or as_one_module(networks)
     own = plan.state_dict()
     state_dict = with_counters(own, named_alike(own, state_dict, source), source)
-    head = _head_of_other_classes(task, own, state_dict) if new_head else []
+    head = _head_of_other_classes(task, own, state_dict)
     if head:
         shapes = [f"{k} {tuple(state_dict[k].shape)} → {tuple(own[k].shape)}" for k in head]
-        get_logger().info(
-            f"{source}: is for another number of classes: {len(head)} tensors start anew, "
-            f"{shortened(shapes)}"
-        )
+        about = f"{source}: is for another number of classes: {len(head)} tensors"
+        if not new_head:
+            raise UserError(
+                f"{about} do not fit, {shortened(shapes)}. Name the classes that it was trained "
+                "on, in their order, by data.class_names."
+            )
+        get_logger().info(f"{about} start anew, {shortened(shapes)}")
     check_fits(plan, {**state_dict, **{key: own[key] for key in head}}, source)
     networks = networks or task.build_models()
     own = as_one_module(networks).state_dict()
