@@ -6,6 +6,7 @@
     python predict.py clip.mp4                              → predictions/clip/000001.png … (ffmpeg)
     python predict.py loop.gif scan.tif                     each frame or page, likewise
     python predict.py photo.jpg --weights u2netp.pth --set data.mean=[0,0,0] --set data.std=[1,1,1]
+    torchrun --nproc_per_node=4 predict.py photos           each file done once, by one process
     python predict.py photo.jpg --trimap photo_trimap.png --cutout       matting
     python predict.py photos --trimap trimaps                            trimaps of the same names
 
@@ -28,14 +29,15 @@ from pathlib import Path
 import tasks
 from train_utils.amp import choose_amp_dtype
 from train_utils.arguments import new_parser
+from train_utils.collectives import all_gather, get_world_size, is_main_process
 from train_utils.config import parse_assignments
 from train_utils.device import allow_tf32, resolve_device, take_device
 from train_utils.errors import UserError, printable, tell
 from train_utils.inference import prepare
-from train_utils.prediction import Picture, Predictor
+from train_utils.prediction import Picture, Predictor, share_of
 from train_utils.prediction_files import plan
 from train_utils.run_folder import newest_best_checkpoint
-from train_utils.setup import clean_errors
+from train_utils.setup import launched
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +69,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Predict on every input; returns the number of files (of a video: frames) that failed."""
+    """Predict on every input; returns the number of files (of a video: frames) that failed.
+
+    Of several processes each does its share of the files, and all return the number of all.
+    """
     jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.extras)
 
     device = resolve_device(args.device)
@@ -78,16 +83,22 @@ def main(args: argparse.Namespace) -> int:
     cfg = task.cfg
     allow_tf32(cfg.eval.tf32)
     models = prepare(models, device, choose_amp_dtype(cfg.eval.amp, device, "eval.amp"))
-    print(printable(f"{weights} → {len(jobs)} file(s)"), flush=True)
+    share = share_of(jobs)
+    if is_main_process():
+        processes = f" on {get_world_size()} processes" if get_world_size() > 1 else ""
+        print(printable(f"{weights} → {len(jobs)} file(s){processes}"), flush=True)
 
     done = failed = 0
     predictor = Predictor(task, models, device, args.threshold)
-    with closing(predictor.run(jobs)) as pictures:
+    with closing(predictor.run(share)) as pictures:
         for picture in pictures:
             report(picture)
             failed += bool(picture.error)
             done += not picture.error
-    print(f"{done} done, {failed} failed", flush=True)
+    counts = all_gather((done, failed), patient=True)
+    done, failed = (sum(each) for each in zip(*counts, strict=True))
+    if is_main_process():
+        print(f"{done} done, {failed} failed", flush=True)
     return failed
 
 
@@ -127,5 +138,6 @@ def report(picture: Picture) -> None:
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        sys.exit(1 if main(parse_args()) else 0)
+    args = parse_args()
+    with launched(args):
+        sys.exit(1 if main(args) else 0)

@@ -6,7 +6,7 @@ A folder's module defines `Config`, the typed sections of its YAML, and `Task`, 
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from train_utils.checkpoint import (
     as_one_module,
     check_fits,
-    in_own_names,
+    inner_parts,
     load_training_state,
     load_weights,
+    named_alike,
+    say_prefix,
     split_states,
+    with_counters,
 )
 from train_utils.collectives import broadcast_tensors, call_on_main
 from train_utils.config import build, load_yaml, merge, parse_assignments, to_dict
@@ -34,6 +37,7 @@ from train_utils.task import BaseTask
 
 DEFAULT_TASK = "saliency"  # of a recipe that names none
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "shapes.yaml"
+_MOST_CLASSES = 2**16  # that a file of weights is tried for
 
 # -- the tasks that there are ---------------------------------------------------------------------
 
@@ -119,13 +123,21 @@ def read_config(
 ) -> BaseTask:
     """The task, with its typed config, that `values` describe under the command line's `overrides`.
 
-    `values` are checked on their own first, so that their faults are reported under the name of
-    their `source`; then they are laid over those of a checkpoint, the `base`, if there is one.
+    `values` are laid over those of a checkpoint, the `base`, if there is one. Faults that they have
+    by themselves are reported under the name of their `source`.
     """
     module = load_task(str(merge(values, overrides).get("task", DEFAULT_TASK)), source)
-    sources = build(module.Config, values, source).data.sources
+    sources, where = module.Config().data.sources, "command line"
     overrides = {**overrides, "data": without_replaced(overrides.get("data", {}), sources)}
-    return module.Task(build(module.Config, merge(base or {}, values, overrides), "command line"))
+    try:
+        return module.Task(build(module.Config, merge(base or {}, values, overrides), where))
+    except UserError as error:
+        try:
+            build(module.Config, values, source)
+        except UserError as own:
+            if str(own).removeprefix(source) == str(error).removeprefix(where):
+                raise own from None
+        raise
 
 
 def without_replaced(data: Any, sources: Iterable[str]) -> Any:
@@ -163,7 +175,7 @@ def load_models(
         )
     if recipe:
         task = read_config(load_yaml(recipe), recipe, overrides)
-        state_dict = _in_own_names(task, state_dict)
+        state_dict = _in_own_names(task, state_dict, str(weights))
     else:
         if values is None:
             values, state_dict = _recognise(state_dict, weights)
@@ -175,18 +187,52 @@ def load_models(
 
 
 def networks_with(
-    task: BaseTask, state_dict: dict[str, Tensor], source: str
+    task: BaseTask, state_dict: dict[str, Tensor], source: str, new_head: bool = False
 ) -> dict[str, nn.Module]:
     """A task's networks with the weights of a file.
 
-    Raises UserError for weights that do not fit, before networks are made that are larger.
+    new_head: of a file that differs in the number of classes only, and as the network itself would
+    with that number, the tensors that depend on it are left out and start anew; a line names them.
+    Raises UserError for other weights that do not fit, before networks are made that are larger.
     """
-    if plan := _plan(task):
-        state_dict = in_own_names(plan, state_dict, source)
-        check_fits(plan, state_dict, source)
-    networks = task.build_models()
-    split_states(networks, state_dict, source)
+    plan = _plan(task)
+    networks = task.build_models() if plan is None else {}
+    plan = plan or as_one_module(networks)
+    own = plan.state_dict()
+    state_dict = with_counters(own, named_alike(own, state_dict, source), source)
+    head = _head_of_other_classes(task, own, state_dict)
+    if head:
+        shapes = [f"{k} {tuple(state_dict[k].shape)} → {tuple(own[k].shape)}" for k in head]
+        about = f"{source}: is for another number of classes: {len(head)} tensors"
+        if not new_head:
+            raise UserError(
+                f"{about} do not fit, {shortened(shapes)}. Name the classes that it was trained "
+                "on, in their order, by data.class_names."
+            )
+        get_logger().info(f"{about} start anew, {shortened(shapes)}")
+    check_fits(plan, {**state_dict, **{key: own[key] for key in head}}, source)
+    networks = networks or task.build_models()
+    own = as_one_module(networks).state_dict()
+    split_states(networks, {**state_dict, **{key: own[key] for key in head}}, source)
     return networks
+
+
+def _head_of_other_classes(
+    task: BaseTask, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of weights that fit another number of classes; none where more than that differs.
+
+    own: the network's. The number is read off the smallest tensor that differs, such as a bias.
+    """
+    theirs = {key: value.shape for key, value in state_dict.items()}
+    odd = [key for key in own if theirs.get(key, own[key].shape) != own[key].shape]
+    smallest = min(odd, key=lambda key: state_dict[key].numel(), default="")
+    for classes in theirs.get(smallest, ()):
+        other = task.with_classes(classes) if 0 < classes <= _MOST_CLASSES else None
+        plan = _plan(other) if other else None
+        if plan and theirs == {key: value.shape for key, value in plan.state_dict().items()}:
+            return odd
+    return []
 
 
 def _plan(task: BaseTask) -> nn.Module | None:
@@ -220,12 +266,24 @@ def read_weights(task: BaseTask, weights: str) -> dict[str, Tensor]:
             f"{weights}: holds weights of {str(values['task'])[:80]}, and this recipe is for "
             f"{task.name}. Choose other weights, or a recipe of their task with --config."
         )
-    return _in_own_names(task, state_dict)
+    return _in_own_names(task, state_dict, weights)
 
 
-def _in_own_names(task: BaseTask, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    adopted = task.adopt_weights(state_dict)
+def _in_own_names(task: BaseTask, state_dict: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    adopted = _adopted(type(task), state_dict, source)
     return adopted[1] if adopted else state_dict
+
+
+def _adopted(
+    task: type[BaseTask], state_dict: dict[str, Tensor], source: str
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What a task recognises of weights, without a prefix before all names: see `adopt_weights`."""
+    for prefix, inner in inner_parts(state_dict):
+        if adopted := task.adopt_weights(inner):
+            if prefix:
+                say_prefix(source, prefix, state_dict)
+            return adopted
+    return None
 
 
 def _recognise(
@@ -233,7 +291,7 @@ def _recognise(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config, and the weights in the task's names, of a file that says nothing of itself."""
     for name, task in all_tasks().items():
-        if adopted := task.adopt_weights(state_dict):
+        if adopted := _adopted(task, state_dict, str(weights)):
             return {"task": name, **adopted[0]}, adopted[1]
     raise UserError(
         f"{weights}: says nothing of its network and is none that is recognised; it has "
@@ -251,18 +309,20 @@ def start_models(
     """
     weights = task.cfg.train.weights
     if weights and not resume:
-        return networks_with(task, read_weights(task, weights), weights)
-    plan = _plan(task)
-    if plan and saved:
-        check_fits(plan, saved["model"], str(resume))
-    networks = task.build_models()
+        networks = networks_with(task, read_weights(task, weights), weights, new_head=True)
+    else:
+        plan = _plan(task)
+        if plan and saved:
+            check_fits(plan, saved["model"], str(resume))
+        networks = task.build_models()
     if resume:
         if weights:
             get_logger().info(
                 f"--weights {typed(weights)}: not used, the run continues from {resume}"
             )
-    else:
+        return networks
+    if not weights:
         call_on_main(lambda: task.initialise(networks))  # one download for all processes
-        for network in networks.values():
-            broadcast_tensors(list(network.state_dict().values()))
+    for network in networks.values():
+        broadcast_tensors(list(network.state_dict().values()))
     return networks

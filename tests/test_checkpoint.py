@@ -4,32 +4,36 @@ import copy
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from argparse import Namespace
+from collections import Counter, defaultdict
+from datetime import datetime
 from pathlib import Path
 
 import faults
+import numpy as np
 import pytest
 import torch
 from distributed import Script, fork_server
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from train_utils import checkpoint, save_on_master
+from train_utils import checkpoint, outline, save_on_master
 from train_utils.checkpoint import (
     CheckpointWriter,
-    in_own_names,
     load_file,
     load_training_state,
     load_weights,
+    named_alike,
     save_checkpoint,
     split_states,
-    strip_prefixes,
+    with_counters,
 )
 from train_utils.errors import UserError
 from train_utils.files import remove_temporaries
@@ -188,21 +192,44 @@ def test_code_in_a_pickle_is_refused_unexecuted(tmp_path):
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("wrap", ["bare", "model", "state_dict", "module.", "_orig_mod.", "both"])
-def test_weights_in_every_usual_wrapping(tmp_path, model, wrap):
-    state = model.state_dict()
-    content = {
-        "bare": state,
-        "model": {"model": state, "epoch": 1},
-        "state_dict": {"state_dict": state},
-        "module.": {f"module.{k}": v for k, v in state.items()},
-        "_orig_mod.": {f"_orig_mod.{k}": v for k, v in state.items()},
-        "both": {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
-    }[wrap]
-    torch.save(content, tmp_path / "w.pth")
+WRAPPINGS = {
+    "bare": lambda own: own,
+    "model": lambda own: {"model": own, "epoch": 1},
+    "state_dict": lambda own: {"state_dict": own},
+    "module.": lambda own: {f"module.{k}": v for k, v in own.items()},
+    "_orig_mod.": lambda own: {f"_orig_mod.{k}": v for k, v in own.items()},
+    "both": lambda own: {"model": {f"module._orig_mod.{k}": v for k, v in own.items()}},
+    "both, in the other order": lambda own: {f"_orig_mod.module.{k}": v for k, v in own.items()},
+    "in a part": lambda own: {k.replace("0.", "0._orig_mod."): v for k, v in own.items()},
+    "parallel in a part": lambda own: {k.replace("1.", "1.module."): v for k, v in own.items()},
+    "nested": lambda own: {"checkpoint": {"net": {f"a.b.{k}": v for k, v in own.items()}}},
+    "student": lambda own: {f"student.net.{k}": v for k, v in own.items()},
+    "averaged": lambda own: (
+        {f"ema.module.{k}": v for k, v in own.items()}
+        | {f"model.{k}": v + 1 for k, v in own.items()}
+    ),
+    "halves": lambda own: {k: v.half() if v.is_floating_point() else v for k, v in own.items()},
+    "bfloat16": lambda own: {
+        k: v.bfloat16() if v.is_floating_point() else v for k, v in own.items()
+    },
+    "parameters": lambda own: {
+        k: nn.Parameter(v) if v.is_floating_point() else v for k, v in own.items()
+    },
+    "in a dict of other code": lambda own: defaultdict(list, state_dict=own),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS)
+def test_weights_in_every_usual_wrapping(tmp_path, model, wrap, capsys):
+    own = model.state_dict()
+    torch.save(WRAPPINGS[wrap](own), tmp_path / "w.pth")
     loaded, config = load_weights(tmp_path / "w.pth")
-    assert loaded.keys() == state.keys()
-    assert config is None
+    loaded = named_alike(own, loaded, f"{wrap}.pth")
+    assert loaded.keys() == own.keys() and config is None
+    split_states({"model": model}, loaded, "w.pth")
+    assert torch.allclose(model[0].weight, own["0.weight"], atol=2e-2)
+    said = capsys.readouterr().out
+    assert ("model.0.weight" in said) == (wrap == "averaged")  # beside what is taken
 
 
 @pytest.mark.parametrize("wrap", ["model", "ema", "generator", "params_ema"])
@@ -213,33 +240,134 @@ def test_the_only_state_dict_is_taken_and_what_is_no_tensor_left_out(tmp_path, m
         "loss": torch.ones(1),
     }
     torch.save(content, tmp_path / "w.pth")
-    loaded, _ = load_weights(tmp_path / "w.pth")
+    loaded = named_alike(model.state_dict(), load_weights(tmp_path / "w.pth")[0], f"{wrap}.pth")
     assert loaded.keys() == model.state_dict().keys()
     said = capsys.readouterr().out
     assert "w.pth: left out, since they are no tensors: module._extra_state\n" in said
+    assert "module. is removed from all names; left out beside them: 1 tensors, n_av" in said
     assert (f"the weights of {wrap} are taken\n" in said) == (wrap not in ("model", "ema"))
 
 
-def test_of_several_networks_none_is_guessed(tmp_path, model):
-    weights = model.state_dict()
-    torch.save({"generator": weights, "critic": weights, "epoch": 1}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"several networks' weights, generator, critic\. Save the"):
+@pytest.mark.parametrize(
+    ("keys", "taken"),
+    [
+        ("params params_ema", "params_ema"),
+        ("model model_ema optimizer", "model_ema"),
+        ("net state_dict", "state_dict"),
+        ("state_dict ema_state_dict", "ema_state_dict"),
+        ("generator critic swa_model", "swa_model"),
+        ("model anything", "model"),
+        ("generator critic", None),
+        ("ema_generator ema_critic generator critic", None),
+    ],
+)
+def test_of_several_state_dicts_averages_and_usual_keys_go_first(
+    tmp_path, monkeypatch, keys, taken, capsys
+):
+    """Where nothing says which is meant, none is guessed, and the command makes a file of one."""
+    path = tmp_path / "it's 1.pth"
+    content = {key: {"w": torch.full((1,), float(n))} for n, key in enumerate(keys.split())}
+    torch.save({**content, "epoch": 1}, path)
+    if taken:
+        assert torch.equal(load_weights(path)[0]["w"], content[taken]["w"])
+        said = capsys.readouterr().out
+        assert f"the weights of {taken} are taken, not those of " in said
+        return
+    with pytest.raises(UserError, match="holds several networks' weights, ") as caught:
+        load_weights(path)
+    command = str(caught.value).partition("e.g. the first: ")[2]
+    words = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    assert words[:2] == ["python", "-c"]
+    exec(words[2])
+    first = next(iter(content))
+    assert torch.equal(load_weights(tmp_path / f"{first}.pth")[0]["w"], content[first]["w"])
+
+
+def test_a_state_dict_with_a_small_one_in_it_is_taken_itself(tmp_path, model):
+    content = {**model.state_dict(), "normalisation": {"mean": torch.zeros(3)}, "names": ["a"]}
+    torch.save(content, tmp_path / "w.pth")
+    assert load_weights(tmp_path / "w.pth")[0].keys() == model.state_dict().keys()
+
+
+def test_what_lies_beside_a_network_is_left_out_and_counted(model, capsys):
+    own = model.state_dict()
+    inner = {f"model.net.{key}": value for key, value in own.items()}
+    beside = {f"criterion.{n}.weight": own["0.weight"] for n in range(20)}
+    assert named_alike(own, {**beside, **inner}, "w.pth").keys() == own.keys()
+    said = capsys.readouterr().out
+    assert "w.pth: model.net. is removed from all names; left out beside them: 20 tensors, " in said
+    wrapped = torch.nn.ModuleDict({"model": model}).state_dict()
+    assert named_alike(wrapped, wrapped, "w.pth") == wrapped
+    assert named_alike(wrapped, own, "w.pth") == own  # does not fit, and is not made to
+    extra = {**own, "extra": own["0.bias"]}
+    assert named_alike(own, extra, "w.pth") == extra  # nothing inside the network is left out
+    short = dict(list(inner.items())[1:])
+    assert "0.bias" in named_alike(own, short, "w.pth")  # so that the one that is missing is named
+    twice = {
+        f"{part}.{key}": value for part in ("student", "teacher") for key, value in own.items()
+    }
+    with pytest.raises(
+        UserError, match=r"several times, under student\., teacher\.\. Save the one"
+    ):
+        named_alike(own, twice, "w.pth")
+
+
+def test_weights_from_before_batch_norm_counted(model, capsys):
+    own = model.state_dict()
+    old = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
+    assert with_counters(own, old, "w.pth")["1.num_batches_tracked"] == 0
+    assert "w.pth: has no num_batches_tracked, as before torch 0.4.1; 1 start at 0" in (
+        capsys.readouterr().out
+    )
+    two = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1)).state_dict()
+    del two["1.num_batches_tracked"]  # one of two is damage
+    assert with_counters(two | own, two, "w.pth") is two
+
+
+class Attributes(dict):
+    """As EasyDict and others: a dict whose items are attributes, too."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__ = self
+
+
+class Names(list):
+    """A list of other code."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("key", ["", "model"])
+def test_a_whole_network_is_no_weights(tmp_path, model, key, zipped):
+    content = {key: model} if key else model
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"w\.pth: holds a whole network, .*state_dict\(\)"):
         load_weights(tmp_path / "w.pth")
 
 
-def test_a_prefix_of_all_names_is_removed_where_the_rest_fits(model):
-    own = model.state_dict()
-    inner = {f"model.net.{key}": value for key, value in own.items()}
-    assert in_own_names(model, inner, "w.pth").keys() == own.keys()
-    assert in_own_names(model, {**inner, "loss.weight": own["0.weight"]}, "w.pth").keys() > set(
-        inner
-    )
-    wrapped = torch.nn.ModuleDict({"model": model})
-    as_is = wrapped.state_dict()
-    assert in_own_names(wrapped, as_is, "w.pth") is as_is
-    assert in_own_names(wrapped, own, "w.pth") is own
-    counter_alone = {"n_averaged": torch.ones(1)}
-    assert strip_prefixes(counter_alone) == counter_alone
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_of_other_code_stay_unread_and_are_named(tmp_path, model, zipped, capsys):
+    """argparse's, numpy's and any other: nothing of them runs, and the weights are read."""
+    content = {
+        "model": model.state_dict(),
+        "args": Namespace(lr=0.1, path=Path("x")),
+        "best": np.float64(0.5),
+        "curve": np.ones(3),
+        "config": Attributes(width=1, sizes=[2], lr=Attributes(a=1)),
+        "history": defaultdict(list, loss=[1.0]),
+        "time": datetime.now(),
+        "names": Names(["a"]),
+    }
+    path, known = tmp_path / "w.pth", set(torch.serialization.get_safe_globals())
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    loaded, config = load_weights(path)
+    assert config is None and loaded.keys() == model.state_dict().keys()
+    said = capsys.readouterr().out
+    assert "w.pth: left unread, since they are objects of other code: argparse.Namespace, " in said
+    assert set(torch.serialization.get_safe_globals()) == known
+    with pytest.raises(UserError, match="could run code"):
+        load_file(path)  # what a training continues from is ours alone
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -269,6 +397,29 @@ def test_what_a_large_network_saves_is_read(tmp_path):
     assert load_file(tmp_path / "last.pth")["loss"] == content["loss"]
 
 
+def test_what_a_network_of_any_size_saves_is_read(tmp_path, monkeypatch):
+    """The limits of a checkpoint without its tensors grow with the file.
+
+    Here they are those of files of a thousandth, and the network is as small as can be.
+    """
+    limits = ("_FILE", "_MAX_PICKLE", "_MAX_READS", "_MAX_CONTAINERS", "_MAX_TENSORS")
+    for name in (*limits, "_MAX_WRITTEN"):
+        monkeypatch.setattr(outline, name, getattr(outline, name) // 1000)
+    layers = [layer for _ in range(40) for layer in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))]
+    net = nn.Sequential(*layers)
+    adam = torch.optim.AdamW(net.parameters())
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    average = copy.deepcopy(net)
+    content = {"model": net.state_dict(), "optimizer": adam.state_dict()}
+    save_checkpoint({**content, "ema": average.state_dict()}, tmp_path / "last.pth")
+    assert load_file(tmp_path / "last.pth").keys() == {*content, "ema"}
+    torch.save({"a": [[0]] * 1000 + [[1] for _ in range(1000)]}, tmp_path / "small.pth")
+    with pytest.raises(UserError, match=r"has more than [\d,]+ (parts|containers)"):
+        load_file(tmp_path / "small.pth")
+
+
 def test_another_pickle_protocol_is_named(tmp_path, model):
     torch.save(model.state_dict(), tmp_path / "w.pth", pickle_protocol=4)
     with pytest.raises(UserError, match=r"w\.pth: saved with another pickle protocol \(4\)"):
@@ -292,11 +443,6 @@ def test_settings_that_are_no_more_do_not_keep_a_checkpoint_from_loading(tmp_pat
     save_checkpoint({**state, "next_epoch": 1}, tmp_path / "last.pth")
     _, config = load_weights(tmp_path / "last.pth")
     assert config == {"task": "saliency", "train": {"epochs": 3}}
-
-
-def test_prefix_that_only_some_names_have_is_kept():
-    state = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
-    assert strip_prefixes(state) == state
 
 
 def test_misfit_lists_everything_and_copies_nothing(model):

@@ -470,6 +470,49 @@ def test_unions_and_optional_fields_take_each_of_their_types(tmp_path):
     assert from_text(tmp_path, "data: {sizes: [], scales: []}").data == Data(sizes=(), scales=[])
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        ["no", "yes"],
+        ["1", "2.50", "0x10", "1_000"],
+        ["null", "~", "on"],
+        ["True", "off", "1e-3", ".inf"],
+        ["road", "'007'", '"a, b"'],
+    ],
+)
+def test_a_list_of_texts_has_them_as_they_are_written(tmp_path, written):
+    """In a file, flat and line by line, and on the command line."""
+
+    @dataclass
+    class Names:
+        names: list[str] = field(default_factory=list)
+        pair: tuple[str, ...] = ()
+
+    expected = [word.strip("'\"") for word in written]
+    flow, block = f"names: [{', '.join(written)}]", "names:\n- " + "\n- ".join(written)
+    for text in (flow, block, flow.replace("names", "pair")):
+        built = cfg.build(Names, cfg.load_yaml(write(tmp_path, text)), "f")
+        assert expected in (built.names, list(built.pair))
+    values = cfg.parse_assignments([flow.replace(": ", "=", 1)])
+    assert cfg.build(Names, cfg.merge({"names": ["a"]}, values), "f") == Names(expected)
+    for wrong in ("[[a]]", "[{a: b}]"):
+        message = refusal(cfg.build, Names, cfg.load_yaml(write(tmp_path, f"names: {wrong}")), "f")
+        assert message.startswith("f: names[0]: expected text, got ")
+    message = refusal(cfg.build, Names, {"names": [True]}, "f")
+    assert message == "f: names[0]: expected text, got True (bool)."
+
+
+@pytest.mark.parametrize("word", ["2012", "yes", "off", "1.50"])
+def test_the_proposed_fix_for_a_text_is_read_as_text(word):
+    """What a value was before YAML took it for a number or a truth value is not known here."""
+    values = cfg.parse_assignments([f"data.root={word}"])
+    message = refusal(cfg.build, Config, values, "f")
+    flag, proposed = shlex.split(message[message.index("--set ") :].rstrip(")."))
+    assert flag == "--set"
+    fixed = cfg.build(Config, cfg.parse_assignments([proposed]), "f").data.root
+    assert fixed == {"off": "no", "1.50": "1.5"}.get(word, word)
+
+
 @pytest.mark.parametrize("word", ["off", "Off", "no", "false", "'off'"])
 def test_off_is_the_choice_off_although_yaml_reads_a_boolean(tmp_path, word):
     assert from_text(tmp_path, f"amp: {word}").amp == "off"

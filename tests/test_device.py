@@ -34,7 +34,14 @@ from train_utils.normalize import normalize_images
 from train_utils.setup import place_models, worker_count, wrap_models
 
 MPS, XPU, CUDA = (torch.device(kind, 0) for kind in ("mps", "xpu", "cuda"))
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+)
 BINDINGS = ("SLURM_GPUS_PER_TASK", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
 

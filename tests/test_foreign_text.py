@@ -117,7 +117,7 @@ def test_all_that_the_product_prints_goes_through_the_gate():
 # -- commands that are proposed -------------------------------------------------------------------
 
 # Numbers, and names that torch or this code gave.
-OURS = ("max(1, images // 2)", "saved // world_size or 1", "device.type", "kind", "dotted")
+OURS = ("max(1, images // 2)", "train['batch_size']", "device.type", "kind", "dotted")
 
 
 def test_every_value_behind_a_flag_in_a_message_is_quoted():
@@ -350,6 +350,13 @@ HAND_WRITTEN = {
     "a memo of gigabytes": b"\x80\x02}r\xff\xff\xff\x7f.",
     "code": b"\x80\x02cos\nsystem\nX\x06\0\0\0touch \x85R.",
     "attributes": b"\x80\x02" + _OD + b")R}X\x05\0\0\0itemsK\1sb.",
+    "attributes over methods": b"\x80\x02cshop\nThing\n)\x81X\1\0\0\0aK\1s"
+    + b"}(X\5\0\0\0itemsK\1X\4\0\0\0keysK\1X\3\0\0\0getK\1ub.",
+    "things of other code": b"\x80\x02]"
+    + b"".join(b"cshop\nThing%d\n)Ra" % n for n in range(2000))
+    + b".",
+    "what torch would make": b"\x80\x02ctorch._utils\n_rebuild_meta_tensor_no_storage\n"
+    + b"(ctorch\nfloat32\nJ\xff\xff\xff\x7f\x85K\1\x85\x89tR.",
     "no end": b"\x80\x02}",
     "deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
 }
@@ -405,7 +412,7 @@ def test_bombs_are_refused_within_300_mb_and_by_a_line(tmp_path):
         [sys.executable, *limit], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    lines = [line.split("|") for line in done.stdout.splitlines()]
+    lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
     assert len(lines) == len(RECIPES) + len(PICKLES) + len(HAND_WRITTEN)
     for _, name, *said in lines:
         for text in said:

@@ -162,7 +162,7 @@ def test_binary_and_jpeg_masks_in_index_mode_are_recognised(tmp_path):
     with pytest.raises(UserError, match=fix):
         LabelReader(2, ignore_index=None)(path)
     blurred = save(tmp_path / "a.jpg", np.kron(np.eye(9), np.full((5, 5), 255)))
-    with pytest.raises(UserError, match=r"JPEG blurs labels\. If the mask has two levels, set"):
+    with pytest.raises(UserError, match=r"JPEG blurs labels\. If the mask has two levels: --set"):
         LabelReader(2)(blurred)
 
 

@@ -87,7 +87,7 @@ def test_an_output_that_cannot_be_written_fails_alone(device, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "beside"])
 def test_few_images_are_in_memory_whatever_their_number(device, tmp_path, monkeypatch):
     """Jobs are drawn as they are needed, while the consumer has what came before."""
-    monkeypatch.setattr("train_utils.prediction.cpu_cores", lambda: 2)
+    monkeypatch.setattr("train_utils.prediction.own_cores", lambda: 2)
     path = tmp_path / "a.png"
     save_image(Image.new("RGB", (8, 8)), path)
     drawn = 0

@@ -18,7 +18,7 @@ import validation
 from src import u2net_full, u2net_lite
 from tasks import saliency
 from tasks.matting.trimaps import read_trimap
-from train_utils import init_distributed_mode
+from train_utils import distributed_utils, init_distributed_mode
 from train_utils.amp import choose_amp_dtype
 from train_utils.device import resolve_device
 from train_utils.distributed_utils import cpu_cores, read_launch_environment
@@ -37,7 +37,7 @@ TINY = ["--set", "data.image_size=48", "--set", "data.train_size=4", "--set", "d
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -104,17 +104,17 @@ def test_unknown_device_and_half_an_environment(monkeypatch):
         ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=x", "LOCAL_RANK"),
         ("RANK=0 WORLD_SIZE=1 MASTER_PORT=99999", "MASTER_PORT"),
         ("RANK=0 WORLD_SIZE=1 MASTER_PORT=x", "MASTER_PORT"),
-        ("SLURM_PROCID=x SLURM_NTASKS=2", "SLURM_PROCID"),
-        ("SLURM_PROCID=2 SLURM_NTASKS=2", "SLURM_PROCID"),
-        ("SLURM_PROCID=0 SLURM_NTASKS=x", "SLURM_NTASKS"),
-        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_NNODES=0", "SLURM_NNODES"),
-        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=x", "SLURM_LOCALID"),
-        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_NODEID=-1", "SLURM_NODEID"),
+        ("SLURM_PROCID=x SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID"),
+        ("SLURM_PROCID=2 SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID"),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=x", "SLURM_STEP_NUM_TASKS"),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=2 SLURM_NNODES=0", "SLURM_NNODES"),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=x", "SLURM_LOCALID"),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=2 SLURM_NODEID=-1", "SLURM_NODEID"),
         (
-            "SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE=x",
+            "SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=x",
             "SLURM_STEP_TASKS_PER_NODE",
         ),
-        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_CPUS_PER_TASK=x", "SLURM_CPUS_PER_TASK"),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=2 SLURM_CPUS_PER_TASK=x", "SLURM_CPUS_PER_TASK"),
     ],
 )
 def test_malformed_numbers_of_a_launcher(monkeypatch, variables, wrong):
@@ -192,11 +192,78 @@ def test_slurm_tasks_agree_on_a_port_that_others_cannot_guess(monkeypatch):
     assert os.environ["MASTER_PORT"] == "29500"
 
 
-def test_batch_script_without_srun_is_one_process(monkeypatch):
-    """Slurm sets most variables there too; waiting for the other tasks would hang."""
-    for name, value in {"JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NTASKS": "4"}.items():
+# What Slurm sets, from its sources (src/common/env.c, srun, slurmstepd) and from jobs' listings.
+JOB = {"JOB_ID": "7", "NTASKS": "4", "NPROCS": "4", "NNODES": "1", "TASKS_PER_NODE": "4"}
+TASK = {"PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+PTY = {"PTY_PORT": "44152", "PTY_WIN_COL": "144", "PTY_WIN_ROW": "38"}
+
+
+def step(number, tasks):
+    sizes = dict.fromkeys(("STEP_NUM_TASKS", "STEP_TASKS_PER_NODE"), tasks)
+    return {"STEP_ID": number, "STEPID": number, "STEP_NUM_NODES": "1", **sizes}
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        pytest.param(JOB, None, id="salloc, its shell where it was called"),
+        pytest.param({**JOB, **TASK, **PTY, **step("4294967290", "1")}, None, id="salloc's step"),
+        pytest.param({**JOB, **TASK, **PTY, **step("0", "1")}, None, id="srun -n1 --pty bash"),
+        pytest.param({**JOB, **TASK, **PTY, **step("0", "4")}, None, id="srun -n4 --pty bash"),
+        pytest.param({**JOB, **TASK}, None, id="sbatch without srun, or a server that it starts"),
+        pytest.param({**TASK, "NTASKS": "4"}, None, id="a rank and the job's tasks alone"),
+        pytest.param({**JOB, **TASK, **step("0", "1")}, None, id="srun -n1 in a job of several"),
+        pytest.param({**JOB, **TASK, **step("0", "4")}, 4, id="srun -n4"),
+        pytest.param({**JOB, **TASK, "NTASKS": "1", **step("1", "2")}, 2, id="srun --overcommit"),
+    ],
+)
+def test_a_step_of_several_tasks_is_known_by_the_step_s_own_variables(
+    variables, tasks, monkeypatch
+):
+    """Whoever else is taken for a task would wait ten minutes for others that never come."""
+    for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert read_launch_environment() is None
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what the call sets is undone after the test
+        monkeypatch.delenv(name)
+    launch = read_launch_environment()
+    assert (launch and launch.world_size) == tasks
+    if not launch:
+        args = Namespace(device="cpu")
+        init_distributed_mode(args)
+        assert (args.world_size, args.distributed) == (1, False)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+@pytest.mark.parametrize(
+    ("task", "terminal", "alone"),
+    [
+        ("another group", True, True),  # typed into the shell that is the task
+        ("another group", False, False),  # `timeout 60 python …` by srun from such a shell
+        ("own group", True, False),  # srun -n4 --pty python …
+        ("own group", False, False),  # srun -n4 python … from such a shell
+        ("gone", True, True),  # in a container that does not see the task
+        ("gone", False, False),
+    ],
+)
+def test_srun_from_a_shell_of_a_step_starts_tasks_though_it_inherits_variables(
+    task, terminal, alone, monkeypatch
+):
+    groups = {101: os.getpgrp(), 102: os.getpgrp() + 1}
+    number = {"own group": 101, "another group": 102, "gone": 2**22 + 1}[task]
+
+    def group_of(pid):
+        if pid not in groups:
+            raise ProcessLookupError
+        return groups[pid]
+
+    monkeypatch.setattr(os, "getpgid", group_of)
+    monkeypatch.setattr(distributed_utils, "_has_terminal", lambda: terminal)
+    for name, value in {**JOB, **TASK, **PTY, **step("1", "4"), "TASK_PID": str(number)}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    assert (read_launch_environment() is None) == alone
 
 
 def test_srun_with_one_gpu_and_some_cores_per_task(accelerator, monkeypatch):

@@ -393,7 +393,7 @@ def test_srun_variables_launch_without_torchrun(tmp_path):
     with held_port() as port:
         tasks = []
         for rank in ("0", "1"):
-            env = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2"}
+            env = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}
             env["MASTER_PORT"] = str(port)
             tasks.append(Script(tmp_path, "train_multi_GPU.py", *args, **env))
         first, second = (task.wait() for task in tasks)

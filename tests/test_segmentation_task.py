@@ -1,6 +1,7 @@
 """The segmentation task: its recipes, data, step, scores and pictures."""
 
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import steps
 import torch
 from PIL import Image
 
-from tasks import read_config, segmentation
+from tasks import load_models, read_config, segmentation, start_models
 from tasks.segmentation import voc_palette
 from train_utils import shapes
-from train_utils.config import build, load_yaml, to_dict
+from train_utils.config import build, dump_yaml, load_yaml, merge, parse_assignments, to_dict
 from train_utils.data import collate
 from train_utils.errors import UserError
 from train_utils.train_and_eval import Sample, evaluate
@@ -103,7 +104,7 @@ def test_voc_palette():
     ("sections", "message"),
     [
         ({"data": {"name": "voc"}}, "data.class_names: name the classes"),
-        ({"data": {"name": "voc", "class_names": ["a"]}}, "data.class_names: must be 2 to 255"),
+        ({"data": {"name": "voc", "class_names": ["a"]}}, "data.class_names: one class alone"),
         ({"data": {"name": "voc", "class_names": ["a", "a"]}}, "class_names: each must be another"),
         ({"data": {"palette": [[0, 0, 0]]}}, "data.palette: 1 colours for 6 classes"),
         ({"data": {"scale": [2.0, 1.0]}}, "data.scale"),
@@ -123,6 +124,16 @@ def test_voc_palette():
 def test_settings_that_make_no_sense_are_refused(sections, message):
     with pytest.raises(UserError, match=message):
         config(**sections)
+
+
+@pytest.mark.parametrize("name", ["car", "it's 1", "no"])
+def test_one_class_alone_is_refused_with_the_line_that_names_two(name):
+    folders = {"name": "folders", "images": "a", "masks": "b"}
+    with pytest.raises(UserError, match=r"class_names: one class alone .* --set ") as caught:
+        config(data={**folders, "class_names": [name]})
+    (assignment,) = shlex.split(str(caught.value).partition(" --set ")[2])
+    values = merge({"data": folders}, parse_assignments([assignment]))
+    assert build(segmentation.Config, values, "f").data.class_names == ["background", name]
 
 
 def test_a_root_decides_its_layout(tmp_path):
@@ -270,6 +281,48 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     cfg = config(model={"name": "unet_vgg16", "channels": 64, "weights": weights})
     with pytest.raises(UserError, match=r"other\.pth: .*Use weights of torchvision's vgg16"):
         segmentation.Task(cfg).initialise(segmentation.Task(cfg).build_models())
+
+
+@pytest.mark.parametrize("name", ["unet", "fcn8s", "u2net_lite"])
+def test_a_training_may_start_from_weights_for_other_classes(name, tmp_path, capsys):
+    """What fits is kept and the head starts anew, which a line says; scoring stays strict."""
+    of_six = segmentation.Task(config(model={"name": name}))
+    network = of_six.build_models()["model"]
+    before = {f"model.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": before}, tmp_path / "w.pth")
+    names = {"class_names": ["bg", "object"], "name": "folders", "images": "a", "masks": "b"}
+    weights = {"train": {"weights": str(tmp_path / "w.pth")}}
+    of_two = segmentation.Task(config(model={"name": name}, data=names, **weights))
+    started = start_models(of_two, None)["model"].state_dict()
+    changed = {key for key, value in started.items() if value.shape != before[f"model.{key}"].shape}
+    assert {key: len(started[key]) for key in changed} == dict.fromkeys(changed, 2)
+    assert all(key.startswith(("classifier.", "side.", "out_conv.")) for key in changed)
+    kept = started.keys() - changed
+    assert len(kept) > 20
+    assert all(torch.equal(started[key], before[f"model.{key}"]) for key in kept)
+    said = f"is for another number of classes: {len(changed)} tensors start anew, "
+    assert said in capsys.readouterr().out
+    recipe = tmp_path / "two.yaml"
+    dump_yaml(of_two.cfg, recipe)
+    with pytest.raises(UserError, match=f"{len(changed)} tensors do not fit, .*data.class_names"):
+        load_models(tmp_path / "w.pth", {}, str(recipe))
+
+
+@pytest.mark.parametrize("change", ["a layer", "a missing tensor", "a width", "an odd head"])
+def test_only_the_head_may_differ_at_the_start_of_a_training(change, tmp_path):
+    weights = segmentation.Task(config()).build_models()["model"].state_dict()
+    model = {"channels": 6} if change == "a width" else {}
+    if change == "a layer":
+        weights["backbone.0.0.conv.weight"] = torch.zeros(4, 4, 3, 3)
+    elif change == "a missing tensor":
+        del weights["classifier.bias"]
+    elif change == "an odd head":
+        weights["classifier.bias"] = torch.zeros(5)
+    torch.save(weights, tmp_path / "w.pth")
+    names = {"class_names": ["bg", "object"], "name": "folders", "images": "a", "masks": "b"}
+    cfg = config(data=names, model=model, train={"weights": str(tmp_path / "w.pth")})
+    with pytest.raises(UserError, match="these weights do not fit UNet"):
+        start_models(segmentation.Task(cfg), None)
 
 
 def test_batches_on_which_batch_norm_cannot_train_are_refused():

@@ -3,8 +3,10 @@
 import copy
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 
 from train_utils.config import saved_settings
 from train_utils.device import pins_memory
-from train_utils.errors import UserError, shortened, typed
+from train_utils.errors import UserError, brief, shortened, typed
 from train_utils.files import open_regular, written_whole
 from train_utils.log import say_once
-from train_utils.outline import read_outline
+from train_utils.outline import WHOLE, Unread, read_outline
+from train_utils.weight_files import is_safetensors, other_kind, read_safetensors
 
 FORMAT = 1
 # What training continues from, and what not every run or older version has saved.
@@ -56,11 +59,13 @@ _NAMED: dict[str, Callable[[Any], bool]] = {  # what they hold by name
 }
 # Settings of earlier versions, which changed neither samples nor steps.
 _RETIRED = (("train", "bucket_mb"), ("train", "compress_gradients"))
-_PREFIXES = ("module.", "_orig_mod.")
-_MOST_PREFIXES = 4  # of other kinds
-_COUNTER = "n_averaged"  # of torch's AveragedModel, beside the names of the network in it
-# Keys under which other projects' files keep a network's state_dict, as may any other key.
-_STATE_KEYS = ("model", "state_dict", "model_state_dict", "net")
+# Keys under which other projects' files keep a network's state_dict: those of averaged weights go
+# before all others, then these in this order, then any key that is the only one.
+_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)", re.IGNORECASE)
+_STATE_KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "params", "weights")
+# What torch puts into names where it wraps a part of a network, or all of it.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_COUNTER = ".num_batches_tracked"  # of batch norm, since torch 0.4.1
 
 
 def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> None:
@@ -78,8 +83,8 @@ def save_checkpoint(state: Any, path: Path, links: tuple[Path, ...] = ()) -> Non
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{path}: the checkpoint could not be written ({_file_error(error)}). The earlier "
-            "files are kept; free disk space or choose another --output-dir, then continue with "
-            "--resume auto."
+            "files are kept; free disk space, then continue with --resume auto, or elsewhere with "
+            f"--resume {typed(path.parent)} --output-dir DIR."
         ) from error
 
 
@@ -155,22 +160,36 @@ def _file_error(error: BaseException) -> str:
     return _first_line(error)
 
 
-def load_file(path: str | Path, check: Callable[[IO[bytes]], None] | None = None) -> Any:
+def load_file(
+    path: str | Path,
+    check: Callable[[IO[bytes]], None] | None = None,
+    foreign: bool = False,
+) -> Any:
     """Read a file written by torch.save on the CPU, after its checksums, without executing it.
 
     It is opened once, so that what was checked is what is read. check: of the open file, first.
+    foreign: also read safetensors, and leave objects of other code unread, which a line names.
     Raises UserError for a missing, damaged or truncated file, for one that is none, for a pickle
     with code in it, and for one that would take more memory than it has bytes.
     """
     path = Path(path)
     with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if check:
             check(file)
+        if is_safetensors(file, size):
+            if not foreign:
+                start = "Start anew from them with --weights."
+                raise UserError(f"{path}: holds weights only, as safetensors. {start}")
+            return _safetensors(path, file, size)
         _check_intact(path, file)
         try:
-            read_outline(file, os.fstat(file.fileno()).st_size)
+            outline = read_outline(file, size)
+            if outline.unread and not foreign:
+                raise pickle.UnpicklingError(shortened(list(outline.unread)))
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with outline.stand_ins():
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except pickle.UnpicklingError as error:
@@ -184,6 +203,21 @@ def load_file(path: str | Path, check: Callable[[IO[bytes]], None] | None = None
                 f"{path}: not a readable checkpoint ({_first_line(error)}). It may be cut off or "
                 "of another kind; use another file."
             ) from error
+    if outline.unread:
+        names = shortened(sorted(outline.unread), 5)
+        say_once(f"{path}: left unread, since they are objects of other code: {names}")
+    return content
+
+
+def _safetensors(path: Path, file: IO[bytes], size: int) -> dict[str, Tensor]:
+    try:
+        tensors, metadata = read_safetensors(file, size)
+    except ValueError as error:
+        fix = "Download it again, or use another file."
+        raise UserError(f"{path}: not readable as safetensors ({error}). {fix}") from error
+    if metadata:
+        say_once(f"{path}: says of itself {brief(metadata)}")
+    return tensors
 
 
 def _opened(path: Path) -> IO[Any]:
@@ -198,11 +232,15 @@ def _opened(path: Path) -> IO[Any]:
 def _check_intact(path: Path, file: IO[bytes]) -> None:
     # torch.load skips the CRCs of the zip archive: a flipped bit would load as wrong weights.
     try:
+        kind = other_kind(file, path)
+        file.seek(0)
         head = file.read(2)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
     if not head:
         raise UserError(f"{path}: the file is empty. Use an earlier checkpoint.")
+    if kind:
+        raise UserError(f"{path}: not a checkpoint but {kind}")
     if head[:1] == b"\x80":
         return  # a bare pickle, torch's old format, which has no checksums
     if head != b"PK":
@@ -297,7 +335,7 @@ def offer_another(refused: Path) -> str:
     for path in refused.parent.glob("*.pth"):
         with suppress(Exception), open_regular(path, links=True) as file:
             # Without the tensors of what may be many large files, damaged, or of another kind.
-            state = read_outline(file, os.fstat(file.fileno()).st_size)
+            state = read_outline(file, os.fstat(file.fileno()).st_size).content
             found.append((int(state["next_epoch"]), int(state["next_step"]), path))
     for epoch, step, path in sorted(found, reverse=True):
         if path.name != refused.name:
@@ -315,55 +353,82 @@ def load_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a network's state_dict from any file that holds one, and the run's config if it is ours.
 
-    Takes this project's checkpoints (their moving average, if one was kept), bare state_dicts, and
-    state_dicts under the usual keys or as the only one; `module.` and `_orig_mod.` prefixes and
-    entries that are no tensors are left out. check: as in `load_file`.
+    Takes this project's checkpoints (their moving average, if one was kept), bare state_dicts, also
+    as safetensors, and state_dicts under any key. Of several, averaged weights go first, then those
+    of the usual keys; a line says which are taken, and what is left out. Prefixes of the names
+    stay: see `named_alike`. check: as in `load_file`.
     """
-    content = load_file(path, check)
+    content = load_file(path, check, foreign=True)
     ours = isinstance(content, dict) and "next_epoch" in content
     config = content.get("args") if ours else None
-    found = strip_prefixes(_found_weights(content, path, ours))
+    found = _unwrapped(_found_weights(content, path, ours))
     return found, _config(config, path) if isinstance(config, dict) else None
 
 
 def _found_weights(content: Any, path: str | Path, ours: bool) -> dict[str, Tensor]:
     """The one state_dict of a file that is meant. Raises UserError if it holds none, or several."""
-    items = content.items() if isinstance(content, dict) else ()
-    holders = [
-        key
-        for key, item in items
-        if isinstance(key, str) and not key.endswith("_extra_state") and _tensors(item)
-    ]
-    known = [key for key in ("ema", *_STATE_KEYS) if key in holders]
-    if not known and len(holders) > 1:
-        raise UserError(
-            f"{path}: holds several networks' weights, {shortened(holders)}. Save the one that is "
-            "meant alone: torch.save(torch.load(file)[name], …)."
-        )
-    name = next(iter(known or holders), None)
-    found = content if name is None else content[name]
-    tensors = _tensors(found)
-    if not tensors:
+    holders, itself = _state_dicts(content), _tensors(content)
+    if itself and all(len(itself) >= len(_tensors(inner)) for inner in holders.values()):
+        holders = {"": content}
+    if not holders:
+        parts = dict.values(content) if isinstance(content, dict) else [content]
+        if any(isinstance(part, Unread) for part in parts):
+            raise UserError(f"{path}: {WHOLE}")
         raise UserError(
             f"{path}: holds no network weights (expected a state_dict, alone or under one of "
-            f"{', '.join(_STATE_KEYS)})."
+            f"{', '.join(_STATE_KEYS)}). Save one: torch.save(model.state_dict(), …)."
         )
-    if holders[1:] and not ours:
+    name = _meant(holders)
+    if name is None:
+        first = next(iter(holders))
+        place = "".join(f"[{key!r}]" for key in first.split("."))
+        load = f"torch.load({str(path)!r}, map_location='cpu'){place}"
+        code = f"import torch; torch.save({load}, {f'{first}.pth'!r})"
+        raise UserError(
+            f"{path}: holds several networks' weights, {shortened(list(holders))}. Save the one "
+            f"that is meant alone, e.g. the first: python -c {typed(code)}"
+        )
+    tensors, found = _tensors(holders[name]), holders[name]
+    if holders.keys() - {name} and not ours:
         others = shortened([key for key in holders if key != name])
         say_once(f"{path}: the weights of {name} are taken, not those of {others}")
-    elif name and not known:
+    elif name not in ("", "ema", *_STATE_KEYS):
         say_once(f"{path}: the weights of {name} are taken")
-    if left := [key for key in found if key not in tensors]:
+    if left := [key for key in dict.keys(found) if key not in tensors]:
         say_once(f"{path}: left out, since they are no tensors: {shortened(left)}")
     return tensors
 
 
+def _meant(holders: Mapping[str, Any]) -> str | None:
+    """The name of the state_dict that goes first; None where that is not said."""
+    averaged = [name for name in holders if _AVERAGED.search(name)]
+    known = [key for key in _STATE_KEYS if key in holders]
+    for names in (averaged, known[:1], list(holders)):
+        if names:
+            return names[0] if len(names) == 1 else None
+    return None
+
+
+def _state_dicts(content: Any) -> dict[str, Any]:
+    """The state_dicts under a file's keys, by name; `a.b` of one within another dict."""
+    found: dict[str, Any] = {}
+    for key, item in dict.items(content) if isinstance(content, dict) else ():
+        if not isinstance(key, str) or key.endswith("_extra_state"):
+            continue
+        if _tensors(item):
+            found[key] = item
+        elif (inner := _state_dicts(item)) and (name := _meant(inner)):
+            found[f"{key}.{name}"] = inner[name]
+    return found
+
+
 def _tensors(value: Any) -> dict[str, Tensor]:
     """The tensors of a state_dict; none of what has other keys than text, or mostly other items."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    items = dict(dict.items(value)) if isinstance(value, dict) else {}
+    if not all(isinstance(key, str) for key in items):
         return {}
-    tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
-    return tensors if 2 * len(tensors) > len(value) else {}
+    tensors = {key: item for key, item in items.items() if isinstance(item, Tensor)}
+    return tensors if 2 * len(tensors) > len(items) else {}
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -375,33 +440,99 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that DistributedDataParallel and torch.compile put before every name.
+def _unwrapped(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict without the names of torch's wrappers, unless two names would become one."""
+    clean = {_WRAPPERS.sub("", key).lstrip("."): value for key, value in state_dict.items()}
+    return clean if len(clean) == len(state_dict) else state_dict
 
-    So does torch's AveragedModel, whose counter is removed too.
+
+def inner_parts(state_dict: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """A state_dict, then what is under the first name of most of its keys, or of an average, …
+
+    Each with the prefix that is taken off its names: where a network of unknown names may be.
     """
-    clean = dict(state_dict)
-    if len(clean) > 1 and all(k.startswith("module.") != (k == _COUNTER) for k in clean):
-        clean.pop(_COUNTER, None)
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in clean)), None):
-        clean = {key.removeprefix(prefix): value for key, value in clean.items()}
-    return clean
+    prefix, inner = "", state_dict
+    while True:
+        yield prefix, inner
+        heads = Counter(key.partition(".")[0] for key in inner if "." in key)
+        names = [head for head in heads if _AVERAGED.search(head)]
+        if len(names) != 1:
+            names = [head for head, count in heads.items() if 2 * count > len(inner)]
+        if not names:
+            return
+        prefix += f"{names[0]}."
+        inner = _under(f"{names[0]}.", inner)
 
 
-def in_own_names(model: nn.Module, state_dict: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """A state_dict without the prefix, such as Lightning's `model.`, that keeps it from fitting."""
-    own = model.state_dict().keys()
-    shorter = state_dict
-    for _ in range(_MOST_PREFIXES):
-        heads = {key.partition(".")[0] for key in shorter}
-        if shorter.keys() == own or len(heads) != 1 or not all("." in key for key in shorter):
-            break
-        shorter = {key.partition(".")[2]: value for key, value in shorter.items()}
-    if shorter is state_dict or shorter.keys() != own:
+def _under(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
+
+
+def named_alike(
+    own: Iterable[str], state_dict: dict[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """The part of a state_dict with a network's `own` names, without a prefix before all of them.
+
+    A line names the prefix, such as Lightning's `model.`, and counts what lies beside it, such as a
+    loss's weights. Where some of the names are missing under any prefix, the part with most of them
+    is returned, for `check_fits` to say which. Raises UserError where several prefixes fit, of
+    which none is an average's.
+    """
+    needed = [key for key in own if not key.endswith(_COUNTER)]
+    names, prefixes = state_dict, _prefixes(needed, state_dict)
+    if not prefixes:
+        names = _without_parallel_parts(state_dict)
+        prefixes = _prefixes(needed, names)
+    if not prefixes:
+        names, known = state_dict, set(needed)
+        parts = {prefix: len(known & part.keys()) for prefix, part in inner_parts(state_dict)}
+        prefixes = [max(parts, key=parts.__getitem__)]
+    prefix = "" if "" in prefixes else _meant(dict.fromkeys(prefixes))
+    if prefix is None:
+        raise UserError(
+            f"{source}: holds the network several times, under {shortened(prefixes)}. Save the one "
+            "that is meant alone, without the prefix before its names."
+        )
+    if prefix:
+        say_prefix(source, prefix, names)
+    return _under(prefix, names)
+
+
+def _prefixes(needed: list[str], state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The prefixes under which a state_dict has all the names that are needed."""
+    last = max(needed, key=len, default="")  # which few others end with
+    before = [key.removesuffix(last) for key in state_dict if f".{key}".endswith(f".{last}")]
+    return [prefix for prefix in before if all(prefix + key in state_dict for key in needed)]
+
+
+def say_prefix(source: str, prefix: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Say which prefix is removed from a network's names, and what is left out beside them."""
+    beside = [key for key in state_dict if not key.startswith(prefix)]
+    left = f"; left out beside them: {len(beside)} tensors, {shortened(beside, 5)}"
+    say_once(f"{source}: {prefix} is removed from all names{left if beside else ''}")
+
+
+def _without_parallel_parts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without DataParallel's `module.`, which may wrap a part of a network only."""
+    clean = {f".{key}".replace(".module.", ".")[1:]: value for key, value in state_dict.items()}
+    return clean if len(clean) == len(state_dict) else state_dict
+
+
+def with_counters(
+    own: Mapping[str, Tensor], state_dict: dict[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """A state_dict with batch norm's counters at 0, if it was saved before torch had them."""
+    missing = [key for key in own if key.endswith(_COUNTER) and key not in state_dict]
+    if not missing or any(key.endswith(_COUNTER) for key in state_dict):
         return state_dict
-    prefix = next(iter(state_dict)).removesuffix(next(iter(shorter)))
-    say_once(f"{source}: {prefix} is removed from all names")
-    return shorter
+    say_once(
+        f"{source}: has no num_batches_tracked, as before torch 0.4.1; {len(missing)} start at 0"
+    )
+    return {**state_dict, **{key: torch.zeros((), dtype=torch.int64) for key in missing}}
 
 
 def check_fits(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:

@@ -36,24 +36,26 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def all_gather(data: Any) -> list[Any]:
+def all_gather(data: Any, patient: bool = False) -> list[Any]:
     """Gather plain values, or tensors of any sizes, from all ranks into a list ordered by rank.
 
     What may be sent, also in lists, tuples and dicts: `messages.encode`. No rank's code is run, and
-    tensors arrive on the CPU. Raises UserError, on all ranks, where one sends anything else.
+    tensors arrive on the CPU. patient: wait for the others however long it takes. Raises UserError,
+    on all ranks, where one sends anything else.
     """
     world = get_world_size()
     if world == 1:
         return [data]
-    device = collective_device()
+    group = _patient_group() if patient else None
+    device = torch.device("cpu") if patient else collective_device()
     mine = _as_tensor(outcome(lambda: data)).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     with waiting("gathering"):
-        dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
+        dist.all_gather(sizes, torch.tensor([len(mine)], device=device), group=group)
         counts = [_verified(rank, size) for rank, size in enumerate(sizes)]
         padded = nn.functional.pad(mine, (0, max(counts) - len(mine)))
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=group)
     return [_read(rank, part[: counts[rank]]) for rank, part in enumerate(parts)]
 
 
@@ -99,6 +101,7 @@ def _patient_group() -> Any:
     world = dist.group.WORLD
     if world not in patient_groups:
         patient_groups.clear()  # of a process group that is gone
+        sum_over_ranks([0])  # ends where a process is gone, for which new_group would wait
         patient_groups[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return patient_groups[world]
 

@@ -14,7 +14,7 @@ import difflib
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -90,6 +90,22 @@ class _Loader(yaml.SafeLoader):
                     raise ValueError(f"line {line}: merges of too many keys. Write fewer.")
         super().flatten_mapping(node)
         node.value = list({key.value: (key, value) for key, value in node.value}.values())
+
+
+class _List(list):
+    """A list of a recipe, with its items as they are written: YAML takes no and 1 for no texts."""
+
+    texts: Sequence[str | None] = ()
+
+
+def _list_with_texts(loader: _Loader, node: yaml.SequenceNode) -> Iterator[_List]:
+    items = _List()
+    yield items
+    items.extend(loader.construct_sequence(node))
+    items.texts = [part.value if isinstance(part, yaml.ScalarNode) else None for part in node.value]
+
+
+_Loader.add_constructor(_TAG + "seq", _list_with_texts)
 
 
 class _CommandLineLoader(_Loader):
@@ -304,9 +320,11 @@ def _convert(hint: Any, value: Any, key: str, known: list[str]) -> Any:
     if isinstance(value, hint):
         return value
     fix = "Write true or false." if hint is bool else ""
-    if hint is str and isinstance(value, (bool, int, float)):
-        quoted = f'"{value}"'
+    if hint is str and isinstance(value, (bool, int, float)) and not key.endswith("]"):
+        word = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+        quoted = f'"{word}"'
         fix = f"Put it in quotes ({key}: {quoted}, or --set {typed(f'{key}={quoted}')})."
+        fix = fix.replace("it in quotes (", "the word in quotes (e.g. ") if word != value else fix
     raise _wrong(key, _SCALARS[hint], value, fix)
 
 
@@ -334,9 +352,10 @@ def _sequence(hint: Any, value: Any, key: str, known: list[str]) -> Any:
         parts = parts[:1] * len(value)
     if len(value) != len(parts):
         raise _wrong(key, f"a list of {len(parts)} values", value, f"It has {len(value)}.")
+    texts = getattr(value, "texts", ()) or [None] * len(value)
     return kind(
-        _convert(part, v, f"{key}[{i}]", known)
-        for i, (part, v) in enumerate(zip(parts, value, strict=True))
+        _convert(part, (part is str and text) or item, f"{key}[{i}]", known)
+        for i, (part, item, text) in enumerate(zip(parts, value, texts, strict=True))
     )
 
 
@@ -371,7 +390,8 @@ def _number(kind: Any, value: Any, key: str) -> Any:
 
 
 def _wrong(key: str, expected: str, value: Any, fix: str = "") -> ValueError:
-    got = "nothing (null)" if value is None else f"{brief(value)} ({type(value).__name__})"
+    kind = "list" if isinstance(value, list) else type(value).__name__
+    got = "nothing (null)" if value is None else f"{brief(value)} ({kind})"
     return ValueError(f"{key}: expected {expected}, got {got}. {fix}".rstrip())
 
 

@@ -142,7 +142,7 @@ def _number(name: str, lowest: int, highest: int = 999_999, otherwise: str | Non
     if name not in os.environ and otherwise:
         return _number(otherwise, lowest, highest)
     text = os.environ.get(name, str(lowest))
-    if not re.fullmatch("[0-9]{1,6}", text) or not lowest <= int(text) <= highest:
+    if not re.fullmatch("[0-9]{1,10}", text) or not lowest <= int(text) <= highest:
         raise UserError(
             f"{name}={brief(text)}: must be a whole number from {lowest} to {highest}. Start with "
             "torchrun or srun, which set it, or unset it."
@@ -151,13 +151,40 @@ def _number(name: str, lowest: int, highest: int = 999_999, otherwise: str | Non
 
 
 def _is_srun_task() -> bool:
-    """Whether srun started this process; a batch script without srun has SLURM_NTASKS as well."""
-    batch_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ
-    return "SLURM_PROCID" in os.environ and not batch_script and _slurm_tasks() > 1
+    """Whether this is one of several processes that srun has started.
+
+    The step's own number says so. A batch script, and a shell of salloc's, have the job's number of
+    tasks and the rank 0 as well, but their step has no number, or 1.
+    """
+    return "SLURM_PROCID" in os.environ and _slurm_tasks() > 1 and not _in_shell_of_a_step()
 
 
 def _slurm_tasks() -> int:
-    return _number("SLURM_STEP_NUM_TASKS", 1, otherwise="SLURM_NTASKS")
+    return _number("SLURM_STEP_NUM_TASKS", 1)
+
+
+def _in_shell_of_a_step() -> bool:
+    """Whether this was typed into a shell that is the task, by `srun -n4 --pty bash`.
+
+    Only task 0 of such a step is left. A shell gives what is typed a process group of its own, on
+    its terminal. What srun itself starts is in the task's group or has no terminal, though it
+    inherits the variables of the shell that it is called from.
+    """
+    if "SLURM_PTY_PORT" not in os.environ or sys.platform == "win32":
+        return False
+    if "SLURM_TASK_PID" not in os.environ:
+        return True
+    with suppress(OSError):  # a container may not see the task
+        if os.getpgid(_number("SLURM_TASK_PID", 1, 2**31)) == os.getpgrp():
+            return False
+    return _has_terminal()
+
+
+def _has_terminal() -> bool:
+    with suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+        return True
+    return False
 
 
 def _read_slurm() -> Launch:
@@ -218,6 +245,12 @@ def cpu_cores(local_world_size: int = 1) -> int:
     return max(1, cores // local_world_size)
 
 
+def own_cores() -> int:
+    """This process's share of the node's cores, by what its launcher says."""
+    launch = read_launch_environment()
+    return cpu_cores(launch.local_world_size if launch else 1)
+
+
 def init_distributed_mode(args: Namespace) -> None:
     """Join the process group that torchrun or srun asks for; a plain start is world size 1.
 
@@ -268,8 +301,9 @@ def init_distributed_mode(args: Namespace) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"{address}: rank {rank} of {world} could not join the process group ({error}). "
-            "Check that the port is free (--master-port), that all nodes use the same address, and "
-            "that the host's name resolves (else export GLOO_SOCKET_IFNAME)."
+            "Check that the port is free (MASTER_PORT, torchrun --master-port), that all nodes use "
+            "the same address, and that the host's name resolves (else, on one machine: torchrun "
+            "--local-addr=127.0.0.1; on several: export GLOO_SOCKET_IFNAME)."
         ) from error
 
 

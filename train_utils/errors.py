@@ -22,7 +22,10 @@ _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, _SHOWN, _SHOWN
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FREE_DISK = "Files are as last saved: free disk space, then continue with --resume auto."
+FREE_DISK = (
+    "Files are as last saved: free disk space, and start again; a training continues with "
+    "--resume auto."
+)
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train_utils.distributed_utils import cpu_cores, read_launch_environment
+from train_utils.distributed_utils import own_cores
 from train_utils.folding import CONVS, folded, is_plain
 from train_utils.threads import Item, Result, in_threads
 
@@ -124,9 +124,7 @@ def in_order(
     if finish is None:
         yield from results
     else:
-        launch = read_launch_environment()
-        cores = cpu_cores(launch.local_world_size if launch else 1)
-        yield from in_threads(inference(finish), results, min(cores, _FINISHING))
+        yield from in_threads(inference(finish), results, min(own_cores(), _FINISHING))
 
 
 @contextmanager

@@ -3,22 +3,30 @@
 `torch.load(weights_only=True)` runs no code of a file's, but the few functions that it does run can
 still be asked for terabytes by a file of some hundred bytes. So the pickle is read first with
 stand-ins for those functions: what it would allocate is counted, and what `torch.save` does not
-write of tensors and plain types is refused.
+write of tensors and plain types is refused, or stays unread where it is an object of other code.
 """
 
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from io import BytesIO
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, NamedTuple
 
 import torch
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, as pickles have them
+from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
 
 from train_utils.config import check_size
 from train_utils.errors import UserError
 
-# 2,000 convolutions, each with BatchNorm, AdamW and an average, have 4.8 million bytes, read in
-# 2.6 million pieces, and 304,059 containers.
+# What a file of up to _FILE bytes may hold, and a larger one in proportion: whatever a network's
+# size, what is saved of it can be read, in memory that is a small multiple of the file's bytes.
+# 2,000 convolutions of one channel, each with BatchNorm, AdamW and an average, make a file of 19
+# million bytes. 4.8 million of them are a pickle, read in 2.6 million pieces, with 304,059
+# containers.
+_FILE = 10_000_000
 _MAX_PICKLE = 2**25  # bytes
 _MAX_READS = 3_000_000  # pieces, which take about a microsecond each
 _MAX_CONTAINERS = 400_000
@@ -50,11 +58,63 @@ _CONTAINERS = (
     *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.MARK, pickle.TUPLE1, pickle.TUPLE2),
     *(pickle.TUPLE3, pickle.REDUCE, pickle.NEWOBJ),
 )
+_MAX_UNREAD = 1000  # names of other code's objects
 _SAVE_WEIGHTS = "Save its state_dict alone: torch.save(model.state_dict(), …)."
+WHOLE = f"holds a whole network, whose code is not run, and not its weights alone. {_SAVE_WEIGHTS}"
 
 
 class TensorOutline:
     """Stands for a tensor."""
+
+
+class Unread:
+    """Stands for an object of other code: its content is dropped, and nothing of it runs."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Unread":
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        """Drop it."""
+
+
+def _unread_dict(*_: Any) -> OrderedDict:
+    """Stands for the class of a dict of other code, of which the items are read."""
+    return OrderedDict()
+
+
+def _unread_list(*_: Any) -> list:
+    """Likewise for a list."""
+    return []
+
+
+for _made in (_unread_dict, _unread_list):
+    _made.__new__ = _made  # type: ignore  # how torch makes an instance of a class
+
+
+class _UnreadName:
+    """A name of other code's while an outline is read; calling it makes an instance."""
+
+    def __init__(self) -> None:
+        self.stand_in: Any = Unread
+
+    def __call__(self, *_: Any) -> "_UnreadItems":
+        return _UnreadItems(self)
+
+
+class _UnreadItems(dict):
+    """Stands for what other code makes; it notes whether that is filled as a dict or list is."""
+
+    def __init__(self, name: _UnreadName) -> None:
+        self.name = name
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.name.stand_in = _unread_dict
+        super().__setitem__(key, value)
+
+    def append(self, item: Any) -> None:
+        """As a list, whose items are kept by their places."""
+        super().__setitem__(len(self), item)
+        self.name.stand_in = _unread_list
 
 
 class _OrderedDict(dict):
@@ -68,20 +128,22 @@ class _Size(int):
 class _Pickle(BytesIO):
     """A pickle's bytes, read in so many pieces at most: what it costs is how many, not what."""
 
-    reads = 0
+    def __init__(self, content: bytes, most: int) -> None:
+        super().__init__(content)
+        self.reads, self.most = 0, most
 
     def read(self, size: int | None = -1) -> bytes:
         self.reads += 1
-        if self.reads > _MAX_READS:
-            raise UserError(f"its pickle has more than {_MAX_READS:,} parts. {_SAVE_WEIGHTS}")
+        if self.reads > self.most:
+            raise UserError(f"its pickle has more than {self.most:,} parts. {_SAVE_WEIGHTS}")
         return super().read(size)
 
 
 def _counted(handler: Callable[["_Reader"], None]) -> Callable[["_Reader"], None]:
     def handle(reader: "_Reader") -> None:
         reader.containers += 1
-        if reader.containers > _MAX_CONTAINERS:
-            raise UserError(f"it has more than {_MAX_CONTAINERS:,} containers. {_SAVE_WEIGHTS}")
+        if reader.containers > (most := reader.most(_MAX_CONTAINERS)):
+            raise UserError(f"it has more than {most:,} containers. {_SAVE_WEIGHTS}")
         handler(reader)
 
     return handle
@@ -96,9 +158,11 @@ class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pi
     stack: list[Any]
     read: Callable[[int], bytes]
 
-    def __init__(self, file: BytesIO) -> None:
+    def __init__(self, file: BytesIO, most: Callable[[int], int]) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
+        self.most = most
         self.storages: dict[str, int] = {}  # bytes by name
+        self.unread: dict[str, _UnreadName] = {}
         self.tensors = self.copied = self.containers = self.odd_keys = 0
 
     def find_class(self, module: str, name: str) -> Any:
@@ -121,14 +185,21 @@ class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pi
             "torch.Size": self.size,
             "torch.device": self.device,
         }
-        known = f"{module}.{name}".replace("__builtin__.", "builtins.")
-        if known not in stand_ins:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return stand_ins[known]
+        own = IMPORT_MAPPING.get(module, module), name
+        known = ".".join(NAME_MAPPING.get((module, name), own))
+        if known in stand_ins:
+            return stand_ins[known]
+        if known in _get_allowed_globals() or known in _get_user_allowed_globals():
+            raise pickle.UnpicklingError(known)  # it would run there
+        if len(self.unread) >= _MAX_UNREAD:
+            raise ValueError(f"holds objects of more than {_MAX_UNREAD:,} names")
+        return self.unread.setdefault(known, _UnreadName())
 
     def persistent_load(self, pid: Any) -> _Size:
         """A storage: how many elements it has."""
         types = [type(each) for each in pid]
+        if pid[:1] == ("module",):
+            raise UserError(WHOLE)
         if types[:5] != [str, _Size, str, str, int] or any(each is not None for each in pid[5:]):
             raise ValueError("holds a storage that torch does not write")
         kind, itemsize, name, _location, count = pid[:5]
@@ -141,8 +212,8 @@ class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pi
         self, stored: _Size, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
     ) -> TensorOutline:
         self.tensors += 1
-        if self.tensors > _MAX_TENSORS:
-            raise ValueError(f"holds more than {_MAX_TENSORS:,} tensors")
+        if self.tensors > (most := self.most(_MAX_TENSORS)):
+            raise ValueError(f"holds more than {most:,} tensors")
         if type(stored) is not _Size or not type(size) is type(stride) is tuple:
             raise ValueError("holds a tensor that torch does not write")
         if not len(size) == len(stride) <= _MAX_DIMENSIONS or not _are_ints(offset, *size, *stride):
@@ -226,6 +297,8 @@ class _Reader(pickle._Unpickler):  # in Python: C's takes as much memory as a pi
     def build(self) -> None:
         """An object's attributes, of which only a state_dict's are known."""
         state, thing = self.stack.pop(), self.stack[-1]
+        if isinstance(thing, _UnreadItems):
+            return
         if isinstance(thing, _OrderedDict) and state.keys() == {"_metadata"}:
             return
         if not isinstance(thing, TensorOutline):  # a Parameter of torch's first years
@@ -250,27 +323,42 @@ def _are_ints(*values: Any) -> bool:
     return all(type(value) is int and -(2**63) <= value < 2**63 for value in values)
 
 
-def read_outline(file: IO[bytes], size: int) -> Any:
-    """What is pickled in a checkpoint of so many bytes, with `TensorOutline`s for its tensors.
+class Outline(NamedTuple):
+    """A checkpoint's content with `TensorOutline`s for its tensors, and names of other code."""
 
-    Raises pickle.UnpicklingError for other objects, UserError, which does not name the file, for
-    another protocol and too much besides tensors, ValueError for what is too large, deep or
-    numerous, or takes more memory than the file has bytes, and anything for damage.
+    content: Any
+    unread: dict[str, Any]  # name → what stands for it, for torch
+
+    def stand_ins(self) -> AbstractContextManager[None]:
+        """A block in which torch takes what stands for other code by the names of that."""
+        return torch.serialization.safe_globals([(new, name) for name, new in self.unread.items()])
+
+
+def read_outline(file: IO[bytes], size: int) -> Outline:
+    """What is pickled in a checkpoint of so many bytes.
+
+    Raises pickle.UnpicklingError for attributes of other objects, UserError, which does not name
+    the file, for another protocol and too much besides tensors, ValueError for what is too large,
+    deep or numerous, or takes more memory than the file has bytes, and anything for damage.
     """
+
+    def most(of_small_files: int) -> int:
+        return max(of_small_files, of_small_files * size // _FILE)
+
     file.seek(0)
     if file.read(2) == b"PK":
         file.seek(0)
         archive = torch._C.PyTorchFileReader(file)  # finds in it what torch.load will find
-        if (found := archive.get_record_size("data.pkl")) > _MAX_PICKLE:
+        if (found := archive.get_record_size("data.pkl")) > most(_MAX_PICKLE):
             raise UserError(f"{found:,} of its bytes are no tensors. {_SAVE_WEIGHTS}")
-        pickles, number = _Pickle(archive.get_record("data.pkl")), 1
+        pickles, number = _Pickle(archive.get_record("data.pkl"), most(_MAX_READS)), 1
     else:  # torch's old format: magic number, version, sizes of types, the content, storages
         file.seek(0)
-        pickles, number = _Pickle(file.read(_MAX_PICKLE)), 4
+        pickles, number = _Pickle(file.read(most(_MAX_PICKLE)), most(_MAX_READS)), 4
     for _ in range(number):
-        reader = _Reader(pickles)
+        reader = _Reader(pickles, most)
         content = reader.load()
     if sum(reader.storages.values()) > size:
         raise ValueError("claims more data than the file has bytes")
-    check_size(content, _MAX_WRITTEN, _MAX_WRITTEN)
-    return content
+    check_size(content, most(_MAX_WRITTEN), most(_MAX_WRITTEN))
+    return Outline(content, {name: found.stand_in for name, found in reader.unread.items()})

@@ -1,5 +1,6 @@
 """From files to files: read, predict and write images, with threads beside the device."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train_utils.distributed_utils import cpu_cores
+from train_utils.collectives import all_gather, get_rank, get_world_size
+from train_utils.distributed_utils import own_cores
 from train_utils.errors import UserError, is_out_of_memory
 from train_utils.image_io import frames_of, image_size, read_image, save_image, saved_here
 from train_utils.inference import GPU_CHUNK, SPARE_MEMORY, chunk_size, forward_chunk, in_order
@@ -41,6 +43,23 @@ class Job(NamedTuple):
     error: str = ""
     root: Path | None = None
     has_frames: bool = False
+
+
+def share_of(jobs: list[Job]) -> list[Job]:
+    """This process's share of the jobs, which all processes must have planned alike.
+
+    No output has been written yet, and none is written twice. Raises UserError, on all of them,
+    where they see different files.
+    """
+    files = ascii([(job.source, job.outputs) for job in jobs])
+    plans = all_gather((len(jobs), hashlib.sha256(files.encode()).hexdigest()), patient=True)
+    for rank, other in enumerate(plans):
+        if other != plans[0]:
+            raise UserError(
+                f"rank {rank} finds {other[0]} file(s), and rank 0 {plans[0][0]}, or others. Start "
+                "all processes in one folder, on a disk that their machines share."
+            )
+    return jobs[get_rank() :: get_world_size()]
 
 
 @dataclass
@@ -76,7 +95,7 @@ class Predictor:
             if self.device.type == "cpu":
                 yield from in_order(self._all_steps, singly, self.device)
                 return
-            write, threads = torch.inference_mode()(self.write), min(_THREADS, cpu_cores())
+            write, threads = torch.inference_mode()(self.write), min(_THREADS, own_cores())
             with (
                 closing(in_threads(self.read, singly, threads)) as pictures,
                 closing(self._predicted(pictures, GPU_CHUNK)) as predicted,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 
+from train_utils.collectives import is_main_process
 from train_utils.errors import UserError, tell, typed
 from train_utils.image_io import count_frames, list_images
 from train_utils.prediction import Job, check_replaceable
@@ -173,7 +174,8 @@ def _sources(inputs: Iterable[str], output: Path) -> Iterator[Source]:
             inside = output.resolve()
             if videos := sum(is_video(file) for file in path.rglob("*")):
                 left_out = f"{videos} video(s) in {path} are left out"
-                tell(f"note: {left_out}: name each to have it done.")
+                if is_main_process():
+                    tell(f"note: {left_out}: name each to have it done.")
             for file in list_images(path, recursive=True):
                 if inside == path.resolve() or inside not in file.resolve().parents:
                     yield file, file.relative_to(path)

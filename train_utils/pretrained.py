@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision import models
 
-from train_utils.checkpoint import load_weights
+from train_utils.checkpoint import load_weights, named_alike
 from train_utils.errors import UserError
 from train_utils.log import get_logger
 
@@ -25,13 +25,16 @@ def backbone_state(spec: str, arch: Arch) -> dict[str, Tensor]:
     `spec` is "DEFAULT", torchvision's recommended weights, kept in torch hub's cache and downloaded
     if not there, or the path of a file. Raises UserError if they cannot be had or are damaged.
     """
-    if spec != "DEFAULT":
-        return load_weights(spec)[0]
-    weights = models.get_model_weights(arch).DEFAULT
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    if not path.is_file():  # what else lies there, such as a pipe, is replaced
-        _download(weights.url, path)
-    return load_weights(path, lambda file: _check_hash(file, path, weights.url))[0]
+    if spec == "DEFAULT":
+        weights = models.get_model_weights(arch).DEFAULT
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        if not path.is_file():  # what else lies there, such as a pipe, is replaced
+            _download(weights.url, path)
+        return load_weights(path, lambda file: _check_hash(file, path, weights.url))[0]
+    with torch.device("meta"):
+        own = models.get_model(arch, weights=None).state_dict()
+    encoder = [key for key in own if not key.startswith(("classifier.", "fc."))]
+    return named_alike(encoder, load_weights(spec)[0], spec)
 
 
 def _download(url: str, path: Path) -> None:

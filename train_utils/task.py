@@ -157,6 +157,13 @@ class BaseTask:
         """(settings, weights in our names) of another project's weights that fit; else None."""
         return None
 
+    def with_classes(self: Self, count: int) -> Self | None:
+        """The task for another number of classes, of whose networks only the head differs.
+
+        A training may then start from weights for another number. None: the number is fixed.
+        """
+        return None
+
     # -- training -----------------------------------------------------------------------------
 
     def losses(self, models: Models, batch: Batch) -> Losses | Iterable[tuple[str, Losses]]:

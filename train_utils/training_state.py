@@ -251,8 +251,8 @@ def resumed_global_batch(state: Mapping[str, Any], requested: int, world_size: i
     if requested != saved and not as_before and state["world_size"] == world_size:
         raise UserError(
             f"--batch-size: the run has a global batch of {saved} images per step, these settings "
-            f"ask for {requested}. Continue with -b {saved // world_size or 1} and the same "
-            "train.accumulate, or start a new run with --weights."
+            f"ask for {requested}. Continue with -b {train['batch_size']} --set "
+            f"train.accumulate={train['accumulate']}, or start a new run with --weights."
         )
     return saved
 

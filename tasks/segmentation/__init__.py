@@ -4,7 +4,9 @@ Masks are class indices, and 255 (`IGNORE`) marks pixels that count nowhere. Wha
 are logits [B, classes, h, w]; the class of a pixel is their arg-max at the image's own size.
 """
 
+import copy
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -32,7 +34,7 @@ from tasks.segmentation.mask_scan import MaskScan, scan_masks, summary
 from train_utils import shapes
 from train_utils.data import unwrap_subset
 from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
-from train_utils.errors import UserError, require, require_between
+from train_utils.errors import UserError, require, require_between, typed
 from train_utils.image_io import Channel, MaskReader
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
@@ -96,6 +98,12 @@ class DataConfig(PhotoData):
         super().__post_init__()
         self.class_names = self.class_names or self._default_names()
         count = self.num_classes
+        if count == 1:
+            names = json.dumps(["background", *self.class_names], ensure_ascii=False)
+            raise ValueError(
+                "class_names: one class alone has nothing to be told from. Name the background, "
+                f"too: --set {typed(f'data.class_names={names}')}"
+            )
         if self.background is not None:
             require(0 <= self.background < count, "background", "must be a class, or null")
         require(len(set(self.class_names)) == count, "class_names", "each must be another")
@@ -376,6 +384,11 @@ class Task(BaseTask):
             network.freeze_backbone()
         return {"model": network}
 
+    def with_classes(self, count: int) -> "Task":
+        task = type(self)(copy.deepcopy(self.cfg))
+        task.cfg.data.class_names = [f"class {index}" for index in range(count)]
+        return task
+
     def initialise(self, models: dict[str, nn.Module]) -> None:
         """Give the encoder its ImageNet weights, if the recipe asks for them."""
         if not self.cfg.model.weights:
@@ -492,7 +505,10 @@ class Task(BaseTask):
         shown = (classes != (IGNORE if background is None else background))[..., None]
         if "cutout" in kinds:
             if background is None:
-                raise UserError("--cutout: no class is background. Name one by data.background.")
+                raise UserError(
+                    "--cutout: no class is background. Name the index of one: --set "
+                    "data.background=0"
+                )
             alpha = shown.to(torch.uint8) * 255
             pictures["cutout"] = Image.fromarray(torch.cat([rgb, alpha], dim=2).numpy())
         if "overlay" in kinds:

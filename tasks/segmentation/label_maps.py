@@ -26,7 +26,6 @@ from transforms import IGNORE
 VOC_VOID = (224, 224, 192)  # the colour of the borders between PASCAL VOC's objects
 
 MAX_VALUES = 3  # an error names so many values of a file and counts the others
-USE_BRIGHT = "--set data.mask_values=threshold --set data.mask_object=bright"
 _SAVE_LABELS = "Save it as a grey or palette PNG of class indices."
 
 
@@ -155,11 +154,11 @@ class LabelReader:
             return
         found = [f"{value} on {_pixels(beyond[value])}" for value in wrong]
         if not histogram[1:255].any():
-            fix = f"The only values are 0 and 255, as in a binary mask: {USE_BRIGHT}."
+            fix = f"The only values are 0 and 255, as in a binary mask: {use_bright(self)}."
         elif _is_jpeg(path):
             fix = (
-                "JPEG blurs labels. If the mask has two levels, set data.mask_values=threshold "
-                "and data.mask_object=dark or bright; else save labels as PNG."
+                f"JPEG blurs labels. If the mask has two levels: {use_bright(self)} (or dark); "
+                "else save labels as PNG."
             )
         else:
             fix = (
@@ -202,6 +201,12 @@ class LabelReader:
             f"{path}: colour {colour} at x={x}, y={y} is not in data.palette; "
             f"in all, {all_pixels} of colours that are no class ({pixels} of this one). {fix}"
         )
+
+
+def use_bright(reader: LabelReader) -> str:
+    """What to type where masks have two levels, of which the bright one is the object."""
+    two = "" if reader.num_classes == 2 else " --set data.class_names=[background,object]"
+    return f"--set data.mask_values=threshold{two} --set data.mask_object=bright"
 
 
 def _code(colour: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.segmentation.label_maps import MAX_VALUES, USE_BRIGHT, LabelReader
+from tasks.segmentation.label_maps import MAX_VALUES, LabelReader, use_bright
 from train_utils.errors import UserError, shortened
 from train_utils.image_io import PathLike
 from train_utils.mask_scan import count_masks
@@ -173,6 +173,8 @@ def _single_class(scan: MaskScan) -> str:
     index = next(index for index, count in enumerate(scan.class_counts) if count)
     cause = f"all pixels that count are class {index} ({reader.class_names[index]})"
     if reader.mode == "index" and levels.tolist() == [0, 255]:
-        return f"{cause}, the others are 255: these look like binary masks. Use {USE_BRIGHT}."
+        return (
+            f"{cause}, the others are 255: these look like binary masks. Use {use_bright(reader)}."
+        )
     ignored = f", and what is ignored{scan._ignored_values()}" if scan.ignored else ""
     return f"{cause}, so there is nothing to learn. Check that these are the masks{ignored}."
