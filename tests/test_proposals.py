@@ -32,8 +32,8 @@ PARSERS = {
     "validation": validation.parse_args,
     "predict": predict.parse_args,
 }
-OF_OTHER_PROGRAMS = {  # torchrun, docker
-    *("--nproc_per_node", "--master-port", "--local-addr", "--shm-size"),
+OF_OTHER_PROGRAMS = {  # torchrun, docker, pip
+    *("--nproc_per_node", "--master-port", "--local-addr", "--shm-size", "--force-reinstall"),
 }
 SECTIONS = "(?:data|model|loss|optim|optim_d|train|eval)"
 KEY = rf"(?<![\w./])({SECTIONS}\.(?!py\b)[a-z_]+)(?![\w(])(?:=(\[[^]]*\]|[^\s,;)]+))?"
