@@ -67,12 +67,6 @@ def configure(args: Namespace) -> tuple[BaseTask, Path | None, dict[str, Any] | 
 
     Precedence: defaults, the checkpoint's settings, --config, flags, --set.
     """
-    overrides = parse_assignments(args.set)
-    for name, value in vars(args).items():
-        section, dot, key = name.partition(".")
-        if dot:
-            overrides = merge({section: {key: value}}, overrides)
-
     name = args.run_name = Path(args.config or DEFAULT_CONFIG).stem
     if not args.test_only and (run := restarted_run(args.resume, args.output_dir, name)):
         args.output_dir = str(run)
@@ -81,14 +75,29 @@ def configure(args: Namespace) -> tuple[BaseTask, Path | None, dict[str, Any] | 
     saved = load_training_state(resume) if resume else None
 
     if saved is None:
-        source = str(args.config or DEFAULT_CONFIG)
-        task = read_config(load_yaml(source), source, overrides)
+        task = new_task(args)
     else:
-        task = _continued_task(saved, str(resume), args.config, overrides)
+        task = _continued_task(saved, str(resume), args.config, _overrides(args))
     deciding_metric(task.cfg, task.METRICS)  # refuses a metric that is not tracked
     if args.test_only and not (saved or task.cfg.train.weights):
         raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
     return task, resume, saved
+
+
+def new_task(args: Namespace) -> BaseTask:
+    """The task of a training that begins, with its config."""
+    source = str(args.config or DEFAULT_CONFIG)
+    return read_config(load_yaml(source), source, _overrides(args))
+
+
+def _overrides(args: Namespace) -> dict[str, Any]:
+    """The settings of a command line, those by --set before those of other flags."""
+    overrides = parse_assignments(args.set)
+    for name, value in vars(args).items():
+        section, dot, key = name.partition(".")
+        if dot:
+            overrides = merge({section: {key: value}}, overrides)
+    return overrides
 
 
 def _continued_task(

@@ -49,7 +49,17 @@ def _value(text: str) -> Any:
 def parse_args(
     argv: list[str] | None = None, description: str | None = None, flags: Mapping[str, str] = {}
 ) -> argparse.Namespace:
-    """The command line of a training; a flag whose dest has a dot sets that key of the config.
+    """The command line of a training; flags: see `training_parser`."""
+    parser = training_parser(description, flags)
+    add = parser.add_argument
+    add("--resume", metavar="auto|PATH", help="continue a run")
+    add("--output-dir", metavar="DIR", help="default runs/<config>/<time>")
+    add("--test-only", action="store_true", help="evaluate and exit")
+    return parser.parse_args(argv)
+
+
+def training_parser(description: str | None, flags: Mapping[str, str]) -> argparse.ArgumentParser:
+    """What a new training takes; a flag whose dest has a dot sets that key of the config.
 
     flags: keys for which tasks want a flag (`BaseTask.TRAIN_FLAGS`) → what --help says.
     """
@@ -101,11 +111,8 @@ def parse_args(
     add("--print-freq", dest="train.print_freq", type=int, metavar="STEPS")
     add("--eval-interval", dest="train.eval_interval", type=int, metavar="EPOCHS")
     add("--weights", dest="train.weights", metavar="FILE", help="start from these weights")
-    add("--resume", default=None, metavar="auto|PATH", help="continue a run")
-    add("--output-dir", default=None, metavar="DIR", help="default runs/<config>/<time>")
-    add("--test-only", default=False, action="store_true", help="evaluate and exit")
     add("--set", default=[], action="append", metavar="KEY=VALUE", help="any other config key")
-    return parser.parse_args(argv)
+    return parser
 
 
 def parse_validation_args(

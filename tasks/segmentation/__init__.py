@@ -272,6 +272,7 @@ class Task(BaseTask):
         "loss": "min",
     }
     LABELS: ClassVar = True
+    TARGETS: ClassVar = "classes"
     PREDICT_FLAGS: ClassVar = {"cutout": False, "overlay": False}
 
     cfg: Config

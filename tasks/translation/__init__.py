@@ -153,6 +153,7 @@ class Task(BaseTask):
     """pix2pix on pairs of source and target."""
 
     METRICS: ClassVar = {"L1": "min", "PSNR": "max", "SSIM": "max"}
+    TARGETS: ClassVar = "pictures"
     TRAIN_FLAGS: ClassVar = {"data.direction": "AtoB or BtoA: what is made of what"}
 
     cfg: Config

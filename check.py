@@ -1,0 +1,70 @@
+"""Look at data and set-up before a training: what is wrong, how it is mended, how to train.
+
+    python check.py --images photos --masks masks          all headers, the pixels of 200 pairs
+    python check.py --images photos --masks masks --full   all pixels: near duplicates, damage
+    python check.py --config configs/unet_voc.yaml --data-path DIR --full
+    python check.py --images photos --masks masks --setup  the network, memory and speed, too
+
+It takes what train.py takes: write check.py in its place. Data are read only. Findings are printed,
+the worst first, and written to check/<name>/ with a page of pictures (index.html) and list files of
+a split without leaks. Exit 1: something must be mended before a training.
+"""
+
+from launch.heap import keep_freed_memory
+
+keep_freed_memory()  # before the imports that take seconds
+
+import argparse
+import sys
+from pathlib import Path
+
+import tasks
+from train_utils.arguments import training_parser
+from train_utils.check.data import check_data
+from train_utils.check.findings import Report
+from train_utils.check.output import CheckFolder
+from train_utils.distributed_utils import refuse_launcher
+from train_utils.errors import printable
+from train_utils.files import write_text
+from train_utils.setup import clean_errors
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line: a training's, and what to look at."""
+    parser = training_parser(__doc__, tasks.train_flags())
+    add = parser.add_argument
+    add("--full", action="store_true", help="decode every file, on all cores")
+    add("-o", "--output-dir", metavar="DIR", help="default check/<name of the recipe>")
+    add("--json", metavar="FILE", help="write the report there, too")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Arguments → task → data → findings → page → verdict; returns the number of errors."""
+    task = tasks.new_task(args)
+    recipe = Path(args.config or tasks.DEFAULT_CONFIG)
+    folder = CheckFolder(Path(args.output_dir or Path("check", recipe.stem)))
+    folder.require("report.json")
+    report = check_data(task, args.full)
+    folder.write("report.json", report.to_json())
+    if args.json:
+        write_text(Path(args.json), report.to_json())
+    return tell_verdict(report)
+
+
+def tell_verdict(report: Report) -> int:
+    """Print the findings and the command to train with; returns the number of errors."""
+    findings = report.ranked()
+    for finding in findings:
+        print(finding.line())
+    errors = sum(finding.severity == "error" for finding in findings)
+    print(f"{errors} to be mended, {len(findings) - errors} more to know of")
+    if report.command:
+        print(printable(f"{'Then train' if errors else 'Train'} with:\n{report.command}"))
+    return errors
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        refuse_launcher("check.py")
+        sys.exit(1 if main(parse_args()) else 0)
