@@ -144,7 +144,7 @@ def _trainable(networks: Models) -> Iterator[tuple[str, nn.Parameter]]:
 
 def leaves_of(values: Iterable[Tensor]) -> set[int]:
     """The ids of the tensors that would get a gradient in a backward pass from some values."""
-    todo = [value.grad_fn for value in values]
+    todo: list[Any] = [value.grad_fn for value in values]
     seen, leaves = set(todo), set[int]()
     while todo:
         node = todo.pop()

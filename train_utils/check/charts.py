@@ -61,10 +61,14 @@ def curve(chart: Curve) -> str:
     drawn = f'<polyline class="raw" points="{_points(place, xs, chart.y)}"/>'
     if chart.smooth:
         drawn += f'<polyline class="smooth" points="{_points(place, xs, chart.smooth)}"/>'
-    for label, x in chart.marks.items():
-        at = place(math.log10(x) if chart.log_x else x, low).partition(",")[0]
-        drawn += f'<path class="mark" d="M{at},{_TOP}V{_HEIGHT - _BOTTOM}"/>'
-        drawn += f'<text x="{at}" y="{_TOP + 8}" text-anchor="middle">{escape(label)}</text>'
+    for number, (label, x) in enumerate(chart.marks.items()):
+        at = float(place(math.log10(x) if chart.log_x else x, low).partition(",")[0])
+        before = at > _WIDTH / 2  # so that a label stays within the picture
+        drawn += f'<path class="mark" d="M{at:g},{_TOP}V{_HEIGHT - _BOTTOM}"/>'
+        drawn += (
+            f'<text x="{at - 3 if before else at + 3:g}" y="{_TOP + 8 + 11 * number}" '
+            f'text-anchor="{"end" if before else "start"}">{escape(label)}</text>'
+        )
     marked = "".join(f"; {label} at {_short(x)}" for label, x in chart.marks.items())
     about = f"{chart.y_name} against {chart.x_name}{marked}"
     ends = _short(chart.x[0]), _short(chart.x[-1])

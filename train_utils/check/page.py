@@ -71,11 +71,13 @@ figure img { display: block; max-width: 100%; height: auto; background: var(--so
 table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; font-weight: bold; padding: .25rem 0; }
 th, td { text-align: left; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: normal; }
+  vertical-align: top; white-space: nowrap; }
+details { margin: .5rem 0; }
 .swatch { display: inline-block; width: 1em; height: 1em; border: 1px solid var(--line);
   vertical-align: -.1em; margin-right: .4em; }
 svg { width: 100%; height: auto; max-width: 32rem; }
-svg text { fill: var(--ink); font-size: 10px; }
+svg text { fill: var(--ink); font-size: 10px; stroke: var(--paper); stroke-width: 3px;
+  paint-order: stroke; }
 .axis { stroke: var(--line); fill: none; } .mark { stroke: var(--ink); stroke-dasharray: 3; }
 .series0 { fill: var(--one); opacity: .6; } .series1 { stroke: var(--two); fill: none;
   stroke-width: 1.5; }
@@ -95,18 +97,18 @@ def render(report: Report, name: str) -> str:
     pictures = _Pictures(report)
     parts = {
         "Findings": _findings(report, pictures),
-        "Set-up": "".join(_section(section) for section in report.sections),
+        **{section.title: _section(section) for section in report.sections},
         "Pairs at random": _at_random(report, pictures),
         "Alike": "".join(_alike(group, report, pictures) for group in report.alike[:_GROUPS]),
         "Extremes": _extremes(report, pictures),
         "Distributions": _distributions(report),
     }
-    shown = {title: content for title, content in parts.items() if content}
-    links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in shown)
+    shown = [(_text(title), content) for title, content in parts.items() if content]
+    links = "".join(f'<a href="#part{n}">{title}</a>' for n, (title, _) in enumerate(shown))
     body = [_head(report, name), f'<nav aria-label="Parts">{links}</nav>']
     body += [
-        f'<section id="{_anchor(title)}"><h2>{title}</h2>{content}</section>'
-        for title, content in shown.items()
+        f'<section id="part{number}"><h2>{title}</h2>{content}</section>'
+        for number, (title, content) in enumerate(shown)
     ]
     if pictures.left_out:
         body.append(
@@ -122,10 +124,6 @@ def render(report: Report, name: str) -> str:
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
     return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
 
 
 def _text(value: str) -> str:
@@ -181,9 +179,7 @@ class _Pictures:
 
     def __init__(self, report: Report) -> None:
         self.report, self.bytes, self.left_out = report, 0, 0
-        palette = [tuple(colour) for colour in report.palette]
-        if not palette:
-            palette = [(0, 0, 0), *_CLASS_COLOURS * 37][:_IGNORE]
+        palette = list(report.palette) or [(0, 0, 0), *_CLASS_COLOURS * 37][:_IGNORE]
         self.colours = np.full((256, 3), _IGNORED_COLOUR, dtype=np.float32)
         self.colours[: len(palette)] = palette
 
@@ -226,7 +222,9 @@ class _Pictures:
         if self.report.targets == "pictures":
             right = np.asarray(Image.fromarray(target).resize(image.shape[1::-1]))
         else:
-            target = np.asarray(Image.fromarray(target).resize(image.shape[1::-1], Image.NEAREST))
+            target = np.asarray(
+                Image.fromarray(target).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+            )
             right = self._covered(image, target)
         gap = np.full((len(image), 4, 3), 128, dtype=np.uint8)
         return np.concatenate([image, gap, right], axis=1)
@@ -235,7 +233,10 @@ class _Pictures:
         if self.report.targets == "classes":
             colour, share = self.colours[target], _TINT * (target != 0)[..., None]
         else:
-            colour, share = np.float32(_MASK_COLOUR), _TINT * target[..., None] / 255
+            colour, share = (
+                np.array(_MASK_COLOUR, dtype=np.float32),
+                _TINT * target[..., None] / 255,
+            )
         return np.rint(image * (1 - share) + colour * share).astype(np.uint8)
 
 
@@ -281,9 +282,7 @@ def _distributions(report: Report) -> str:
         series = {split: values[splits == split] for split in ("train", "val")}
         if not np.isfinite(values).any():
             continue
-        figures.append(
-            f"<figure>{histogram(name, series)}<figcaption>{_text(name)}</figcaption></figure>"
-        )
+        figures.append(f"<figure>{histogram(printable(name), series)}</figure>")
     if figures:
         parts.append(
             '<p>Shares of the pairs of <span class="key0">training (filled)</span> and '
@@ -312,6 +311,7 @@ def _section(section: Section) -> str:
     curves = "".join(
         f"<figure>{curve(chart)}<figcaption>{_text(chart.caption)}</figcaption></figure>"
         for chart in section.curves
+        if len(chart.x)
     )
     return (
         f'<h3>{_text(section.title)}</h3><ul>{lines}</ul>{tables}<div class="grid">{curves}</div>'

@@ -99,8 +99,8 @@ class _Look:
                 f"{name}: {total.kind}, {len(stages) - 1} stages, {total.parameters:,} parameters"
                 + (f" ({frozen:,} frozen)" if frozen else "")
                 + f", {total.flops / 1e9:.4g} GFLOP forward per image",
-                **{name: [asdict(stage) for stage in stages]},
             )
+            self.section.values[name] = [asdict(stage) for stage in stages]
 
     def _batch_and_rates(self) -> None:
         sampler, task = self.sampler, self.setup.task
