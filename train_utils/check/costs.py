@@ -91,18 +91,16 @@ def _tried(
 ) -> Memory:
     benchmark, end = torch.backends.cudnn.benchmark, time.monotonic() + seconds
     torch.backends.cudnn.benchmark = False  # it would try out kernels for every size
-    fits, fails = 0, 0
-    images = max(_SMALLEST, len(batch[0]))
+    fits, fails, images = 0, 0, len(batch[0])
     try:
-        while not fails or fails - fits > max(1, fits // 8):
-            if time.monotonic() > end or images > MAX_BATCH:
-                break
+        while True:
             if _fits(task, networks, cut(batch, images), device):
                 fits = images
             else:
                 fails = images
             images = (fits + fails) // 2 if fails else 2 * images
-            if images < 1:
+            near = fails and fails - fits <= max(1, fits // 8)
+            if near or time.monotonic() > end or images > MAX_BATCH:
                 break
     finally:
         torch.backends.cudnn.benchmark = benchmark

@@ -115,7 +115,9 @@ class Sweep:
     """A learning-rate range test (Smith, WACV 2017), and what its curve says.
 
     suggestion: where the smoothed loss falls fastest over the logarithm of the rate, and at most a
-    tenth of the rate at which it diverges; None where the curve shows neither.
+    tenth of the rate by which it diverges; None where it does not fall, or falls to the end.
+    diverged: where the smoothed loss is four times its lowest, or becomes NaN. That is late: the
+    rate goes on rising while a loss grows back from what it had fallen to.
     """
 
     rates: list[float]
@@ -172,7 +174,7 @@ def read_curve(steps: Steps) -> Sweep:
         )
         return found
     found.suggestion = min(rates[steepest], (found.diverged or math.inf) / 10)
-    ends = f"diverges at {found.diverged:.2g}" if found.diverged else "diverges at none"
+    ends = f"diverges by {found.diverged:.2g}" if found.diverged else "diverges at none"
     found.line = (
         f"learning-rate sweep: the loss falls fastest at {rates[steepest]:.2g}, {ends}: about "
         f"{found.suggestion:.1g}"
@@ -193,7 +195,7 @@ def _smoothed(losses: Sequence[float]) -> list[float]:
 def compared(found: Sweep, lr: float) -> Finding | None:
     """A finding if a recipe's learning rate is far from what a sweep suggests."""
     if found.diverged and lr >= found.diverged:
-        message = f"the loss diverges at {found.diverged:.2g}, and the recipe's is {lr:g}"
+        message = f"the loss diverges by {found.diverged:.2g}, and the recipe's is {lr:g}"
         fix = f"Try --lr {found.suggestion or found.diverged / 10:.1g}, or a longer warm-up."
         return Finding("learning rate", "warning", message, fix)
     if found.suggestion and not 1 / _FITS <= lr / found.suggestion <= _FITS:

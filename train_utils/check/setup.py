@@ -17,7 +17,7 @@ from train_utils.check.costs import Speed, largest_batch, speed
 from train_utils.check.findings import Finding, Report
 from train_utils.check.learning import FEWEST_STEPS, SWEEP_STEPS, compared, overfit, sweep
 from train_utils.check.sections import Curve, Section
-from train_utils.check.summary import summarize, summary_table
+from train_utils.check.summary import amount, summarize, summary_table
 from train_utils.check.trials import Epochs, Trial, cut, untouched
 from train_utils.data import GlobalBatchSampler
 from train_utils.dry_run import dry_run
@@ -51,8 +51,13 @@ def check_setup(setup: SetUp, report: Report, seconds: float = SECONDS) -> None:
     """
     section = Section("Set-up")
     report.sections.append(section)
-    with untouched(setup.device):
-        _Look(setup, report, section, seconds).take()
+    look = _Look(setup, report, section, seconds)
+    place = look.sampler.epoch, look.sampler.start_step
+    try:
+        with untouched(setup.device):
+            look.take()
+    finally:
+        look.sampler.set_position(*place)
 
 
 class _Look:
@@ -98,7 +103,7 @@ class _Look:
             self._tell(
                 f"{name}: {total.kind}, {len(stages) - 1} stages, {total.parameters:,} parameters"
                 + (f" ({frozen:,} frozen)" if frozen else "")
-                + f", {total.flops / 1e9:.4g} GFLOP forward per image",
+                + f", {amount(total.flops)}FLOP forward per image",
             )
             self.section.values[name] = [asdict(stage) for stage in stages]
 

@@ -118,11 +118,11 @@ def summary_table(network: str, stages: list[Stage]) -> Table:
             stage.kind,
             _shapes(stage),
             f"{stage.parameters:,}",
-            f"{stage.flops / 1e9:.4g}" if stage.calls else "–",
+            amount(stage.flops) if stage.calls else "–",
         ]
         for stage in stages
     ]
-    head = ["stage", "type", "output [B, C, H, W]", "parameters", "GFLOP per image"]
+    head = ["stage", "type", "output [B, C, H, W]", "parameters", "FLOP per image"]
     return Table(f"{network}: forward passes of one image in a training step", head, rows)
 
 
@@ -131,3 +131,11 @@ def _shapes(stage: Stage) -> str:
     shown += [f"and {len(stage.outputs) - 2} more"] * (len(stage.outputs) > 2)
     times = f", called {stage.calls} times" if stage.calls > 1 else ""
     return (", ".join(shown) or ("–" if stage.calls else "not called")) + times
+
+
+def amount(number: float) -> str:
+    """A large number in thousands, millions or billions."""
+    for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.4g}{letter}"
+    return f"{number:g} "
