@@ -26,7 +26,7 @@ from train_utils.check.data import check_data
 from train_utils.check.findings import Report
 from train_utils.check.output import CheckFolder
 from train_utils.check.page import PAGE, write_page
-from train_utils.check.setup import SECONDS, SetUp, check_setup
+from train_utils.check.setup import SECONDS, SetUp, check_setup, setup_errors
 from train_utils.distributed_utils import init_distributed_mode, refuse_launcher
 from train_utils.errors import printable
 from train_utils.files import write_text
@@ -45,7 +45,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--processes", type=int, default=1, metavar="N", help="of the training, for --setup")
     add("-o", "--output-dir", metavar="DIR", help="default check/<name of the recipe>")
     add("--json", metavar="FILE", help="write the report there, too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 < args.seconds < 1e6 or not 0 < args.processes < 1e6:
+        parser.error("--seconds and --processes must be positive")
+    return args
 
 
 def main(args: argparse.Namespace) -> int:
@@ -66,17 +69,18 @@ def main(args: argparse.Namespace) -> int:
 
 def look_at_setup(args: argparse.Namespace, task: BaseTask, report: Report) -> None:
     """Set up what train.py would, on one process, and look at it."""
-    init_distributed_mode(args)
-    args.world_size = args.processes
-    task.cfg.data.cache = "none"  # a check leaves no samples behind
-    device = torch.device(args.device)
-    start_process(args, task.cfg)
-    task, train_set, val_set = prepare_datasets(task, *task.build_datasets())
-    loader, val_loader, _ = build_loaders(args, task, train_set, val_set)
-    networks = place_models(tasks.start_models(task, None), device, sync_bn=False)
-    optimizers = task.build_optimizers(networks)
-    setup = SetUp(task, networks, optimizers, loader, val_loader, device)
-    check_setup(setup, report, args.seconds)
+    with setup_errors(report):
+        init_distributed_mode(args)
+        args.world_size = args.processes
+        task.cfg.data.cache = "none"  # a check leaves no samples behind
+        device = torch.device(args.device)
+        start_process(args, task.cfg)
+        task, train_set, val_set = prepare_datasets(task, *task.build_datasets())
+        loader, val_loader, _ = build_loaders(args, task, train_set, val_set)
+        networks = place_models(tasks.start_models(task, None), device, sync_bn=False)
+        optimizers = task.build_optimizers(networks)
+        setup = SetUp(task, networks, optimizers, loader, val_loader, device)
+        check_setup(setup, report, args.seconds)
 
 
 def tell_verdict(report: Report) -> int:

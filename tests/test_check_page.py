@@ -170,10 +170,13 @@ def test_a_page_stays_small_and_says_what_it_leaves_out():
     assert all(picture(image).size for image in Page(content).all("img")[:3])
 
 
-def test_a_report_without_a_pair_has_a_page():
+def test_a_report_without_a_pair_or_a_file_has_a_page():
     report = Report("saliency", "masks", findings=[Finding("pairs", "error", "no such folder")])
     text = Page(render(report, "empty")).text
     assert "Mend this before training: 1 error." in text and "0 training" in text
+    report = report_of(2)
+    report.read = None
+    assert "Pairs at random" not in Page(render(report, "drawn")).text
 
 
 def test_histograms_and_curves_say_their_numbers():

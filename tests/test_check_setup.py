@@ -13,9 +13,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import check
-from train_utils.check import costs, learning
+from train_utils.check import costs, learning, setup
 from train_utils.check.costs import Speed, largest_batch, speed
+from train_utils.check.findings import Report
 from train_utils.check.learning import compared, overfit, read_curve, sweep
+from train_utils.check.setup import SetUp, check_setup
 from train_utils.check.summary import summarize, summary_table
 from train_utils.check.trials import Epochs, Steps, Trial, cut
 from train_utils.data import GlobalBatchSampler, eval_loader, train_loader
@@ -192,9 +194,9 @@ def test_a_sweep_finds_the_rates_of_a_quadratic():
         assert "diverges by" in found.line
 
 
-def curve_of(losses, finite=True):
+def curve_of(losses, problem=""):
     rates = [1e-6 * 10 ** (6 * step / (len(losses) - 1)) for step in range(len(losses))]
-    return Steps(rates, losses, finite=finite)
+    return Steps(rates, losses, problem=problem)
 
 
 def test_a_curve_that_says_nothing_gives_no_suggestion():
@@ -215,7 +217,7 @@ def test_a_curve_that_says_nothing_gives_no_suggestion():
 
 def test_a_curve_that_becomes_nan_diverges_there():
     falls = [1 - 0.8 / (1 + math.exp((30 - step) / 3)) for step in range(50)]
-    found = read_curve(curve_of([*falls, math.nan], finite=False))
+    found = read_curve(curve_of([*falls, math.nan], "it became NaN"))
     assert found.diverged == found.rates[-1] and len(found.losses) == 50
     assert found.rates[28] < found.suggestion < found.rates[42]
     assert found.suggestion <= found.diverged / 10 or found.diverged > 10 * found.suggestion
@@ -328,10 +330,16 @@ def test_a_whole_set_up_is_looked_at_and_nothing_changes_by_it(
         return given["setup"]
 
     monkeypatch.setattr(check, "SetUp", noted)
-    monkeypatch.setattr(learning, "MOST_STEPS", 8)
+    for module, name, few in (
+        (learning, "MOST_STEPS", 5),
+        (setup, "SWEEP_STEPS", 20),
+        (costs, "_STEPS", 3),
+        (costs, "_GROWTH", 0),
+    ):
+        monkeypatch.setattr(module, name, few)
     recipe = str(Path(check.__file__).parent / "configs" / f"{config}.yaml")
     args = ["--config", recipe, *(word for setting in small for word in ("--set", setting))]
-    args += ["--setup", "--seconds", "1", "--processes", "2"]
+    args += ["--setup", "--seconds", "60", "--processes", "2"]
     check.main(check.parse_args([*args, "-j", "0", "-b", "2", "--device", "cpu"]))
     assert state_of(given["setup"]) == given["before"]
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {
@@ -342,7 +350,7 @@ def test_a_whole_set_up_is_looked_at_and_nothing_changes_by_it(
     for line in (
         "8 images per step: 2 × 2 (train.accumulate) × 2 process(es); 1 steps an epoch, 3 in all",
         "overfit of one batch of 2 images",
-        "learning-rate sweep",
+        "learning-rate sweep: ",
         "to the end of the recipe",
     ):
         assert line in said, line
@@ -353,6 +361,24 @@ def test_a_whole_set_up_is_looked_at_and_nothing_changes_by_it(
     found = report["sections"]["Set-up"]
     assert [name for name in networks if found[name][-1]["name"] == "total"] == networks
     assert found["global_batch"] == 8 and found["overfit"] and found["seconds"] > 0
+
+
+def test_what_keeps_a_training_from_its_first_step_is_a_finding(tmp_path, monkeypatch, logged):
+    """A loss that is not finite, and settings with which there is no training."""
+    monkeypatch.chdir(tmp_path)
+    data = TensorDataset(*a_batch(4))
+    loader = train_loader(data, GlobalBatchSampler(4, 2), 0, CPU)
+    task = Task(losses=lambda models, batch: {"mse": models["model"](batch[0]).mean() / 0})
+    task.predict = lambda models, images: models["model"](images.float())
+    report, nothing = Report("tests", "masks"), eval_loader([], 1, 0, CPU)
+    networks = net()
+    optimizers = task.build_optimizers(networks)
+    check_setup(SetUp(task, networks, optimizers, loader, nothing, CPU), report, 60)
+    (finding,) = report.findings
+    assert finding.severity == "error" and "loss on rank 0 became NaN" in finding.message
+    args = ["--set", "data.train_size=3", "--set", "data.val_size=1", "--device", "cpu", "--setup"]
+    errors = check.main(check.parse_args([*args, "--weights", "missing.pth"]))
+    assert errors == 1 and "missing.pth" in (tmp_path / "check/shapes/index.html").read_text()
 
 
 def state_of(setup):

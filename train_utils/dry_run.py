@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from train_utils.activity import set_activity
 from train_utils.amp import choose_amp_dtype
+from train_utils.collectives import is_main_process
 from train_utils.data import collate, generators_kept, item_name
 from train_utils.device import tf32
 from train_utils.errors import UserError, described, is_out_of_memory, shortened
@@ -63,7 +64,7 @@ def dry_run(
         if len(val_loader.dataset):  # type: ignore[arg-type]
             _try_evaluation(task, networks, val_loader.dataset, device)
     warnings = untrained(models, optimizers, reached)
-    for text in warnings:
+    for text in warnings if is_main_process() else ():
         get_logger().warning(f"warning: {text}")
     return warnings
 

@@ -47,7 +47,7 @@ def _steps(heights: np.ndarray, number: int) -> str:
 
 def curve(chart: Curve) -> str:
     """A curve with its smoothed copy; an upward jump is cut at the top, and so is what follows."""
-    finite = [value for value in chart.smooth or chart.y if math.isfinite(value)]
+    finite = [value for value in chart.smooth or chart.y if math.isfinite(value)] or [0.0]
     low, top = min(finite), max(finite[0], min(max(finite), finite[0] * 2))
     high = top if top > low else low + (abs(low) or 1.0)
     xs = [math.log10(x) for x in chart.x] if chart.log_x else list(chart.x)

@@ -23,6 +23,7 @@ _SMALLEST = 2  # images, on which every batch norm can train
 _GROWTH = 2**26  # bytes between two batches, from which on their difference says something
 _SPARE = 0.9  # of the free memory, to plan with
 _UNKNOWN = 2**62  # bytes; more than any machine has: the system does not tell
+_STEPS = 60  # that a training's pace is taken from, and batches that its loader's is
 _VALIDATED = 8  # images that a validation's time is estimated from
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -73,7 +74,8 @@ def _estimated(task: BaseTask, networks: Models, batch: Batch, seconds: float) -
                 "more memory than this process had",
             )
     each = (high - low) / images
-    most = max(1, images + int((held + _SPARE * free - low) / each))
+    most = images + int((held + _SPARE * free - low) / each)
+    most = min(max(1, most), MAX_BATCH)
     return Memory(
         most,
         f"largest batch: about {most} images, by an estimate from {images} and {2 * images} "
@@ -167,8 +169,7 @@ def speed(
     if 2 * reckoned > seconds:
         waited = max(0.0, images / loaded - reckoned)
         return Speed(images, reckoned + waited, waited, loaded, evaluation, False)
-    batches = parts * max(2, int(3 * seconds / reckoned))
-    steps = trial.take(Epochs(loader, batches), seconds)
+    steps = trial.take(Epochs(loader, parts * _STEPS), seconds)
     # The first step chooses kernels, and the next ones find batches that were loaded meanwhile.
     skipped = min(len(steps.seconds) - 1, 1 + 2 * loader.num_workers)
     waited = mean(steps.waited[skipped:])
@@ -178,7 +179,7 @@ def speed(
 def _loaded(loader: DataLoader, seconds: float) -> float:
     """Images per second of the loader alone, without the start of its processes."""
     images, start = 0, 0.0
-    for batch in Epochs(loader, len(loader) + 1):
+    for batch in Epochs(loader, _STEPS):
         now = time.monotonic()
         if start:
             images += len(batch[0])

@@ -46,21 +46,24 @@ def overfit(
         return trial.take(repeated, seconds, lambda _: times, lambda s: _share(s) <= _DONE)
 
     steps, images = fit(1.0), len(batch[0])
+    if not steps.losses:
+        told = "overfit of one batch: its first step failed"
+        return Overfit(steps, images, told, Finding("overfit", "error", steps.problem.rstrip(".")))
     lr = steps.rates[0]
     share, count = _share(steps), len(steps.losses)
     told = (
         f"overfit of one batch of {images} image{'s' * (images != 1)}: the loss goes from "
         f"{steps.losses[0]:.4g} to {_end(steps):.4g} in {count} steps at lr {lr:g}"
     )
-    if steps.finite and share <= _LEARNS:
+    if not steps.problem and share <= _LEARNS:
         return Overfit(steps, images, f"{told}: it learns")
-    if steps.finite and count < FEWEST_STEPS:
+    if not steps.problem and count < FEWEST_STEPS:
         return Overfit(steps, images, f"{told}: too few in {seconds:.0f} s to tell")
-    if steps.finite and _still_falls(steps):
+    if not steps.problem and _still_falls(steps):
         return Overfit(steps, images, f"{told}: it falls, slowly; more steps would tell")
     for times in _OTHER_RATES:
         other = fit(times)
-        if other.finite and _share(other) <= _LEARNS:
+        if not other.problem and _share(other) <= _LEARNS:
             cause = f"the learning rate: at {lr * times:g} the loss falls to {_end(other):.4g}"
             finding = Finding("overfit", "warning", f"{told}; {cause}", f"Try --lr {lr * times:g}.")
             return Overfit(steps, images, f"{told}: it does not learn at this rate", finding)
@@ -159,7 +162,7 @@ def read_curve(steps: Steps) -> Sweep:
     beyond = np.flatnonzero(curve[lowest:] > curve[lowest] + (_DIVERGED - 1) * abs(curve[lowest]))
     if beyond.size:
         found.diverged = rates[lowest + int(beyond[0])]
-    elif not steps.finite or count < len(losses):
+    elif steps.problem or count < len(losses):
         found.diverged = rates[count - 1]
     noise = float(np.std(losses[: count // 5]))
     if start - curve[lowest] < max(_FALL * abs(start), noise):

@@ -4,7 +4,8 @@ Everything runs on copies, by the training loop itself, and each part has so man
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ from train_utils.check.summary import amount, summarize, summary_table
 from train_utils.check.trials import Epochs, Trial, cut, untouched
 from train_utils.data import GlobalBatchSampler
 from train_utils.dry_run import dry_run
+from train_utils.errors import UserError, memory_errors
 from train_utils.log import get_logger
 from train_utils.schedule import describe_schedules
 from train_utils.task import BaseTask
@@ -60,8 +62,18 @@ def check_setup(setup: SetUp, report: Report, seconds: float = SECONDS) -> None:
         look.sampler.set_position(*place)
 
 
+@contextmanager
+def setup_errors(report: Report) -> Iterator[None]:
+    """Make a finding of what keeps a training from its first step, so that the rest is told."""
+    try:
+        with memory_errors("in the set-up", "use a smaller network, batch or image"):
+            yield
+    except UserError as error:
+        report.findings.append(_failed(str(error)))
+
+
 class _Look:
-    """The parts of a look, in their order: memory first, as long as little of it is in use."""
+    """The parts of a look, in their order: memory early, as long as little of it is in use."""
 
     def __init__(self, setup: SetUp, report: Report, section: Section, seconds: float) -> None:
         self.setup, self.report, self.section, self.seconds = setup, report, section, seconds
@@ -77,10 +89,21 @@ class _Look:
         (batch,) = Epochs(setup.loader, 1)
         self._summary(cut(batch, 1))
         self._batch_and_rates()
+        first = self._trial().take([cut(batch, 2)] * 2, math.inf)
+        if first.problem:
+            self._tell(f"the first steps failed: {first.problem}", _failed(first.problem))
+            return
         self._memory(batch)
-        each = self._seconds_of_an_image(batch)
-        self._overfit(batch, each)
-        self._sweep(len(batch[0]), each)
+        each = first.seconds[-1] / 2  # of the second step: the first one chooses kernels
+        needed = 2 * FEWEST_STEPS * each
+        if needed <= self.seconds:
+            self._overfit(batch, each)
+            self._sweep(len(batch[0]), each)
+        else:
+            self._tell(
+                f"overfit, learning-rate sweep: not tried, as {FEWEST_STEPS} steps of 2 images "
+                f"take {needed:.0f} s here. Use --seconds {1.5 * needed:.0f}, or a GPU"
+            )
         self._speed(each)
 
     def _trial(self, accumulate: int = 1) -> Trial:
@@ -131,11 +154,6 @@ class _Look:
 
     # -- what it learns -------------------------------------------------------------------------
 
-    def _seconds_of_an_image(self, batch: Batch) -> float:
-        """Of the second step on two images: the first one chooses kernels."""
-        small = cut(batch, 2)
-        return self._trial().take([small] * 2, math.inf).seconds[-1] / 2
-
     def _fitting(self, images: int, each: float) -> int:
         """So many of a batch's images that there is time for enough steps; two at least."""
         return min(images, max(2, int(self.seconds / (_ENOUGH_STEPS * each))))
@@ -149,7 +167,7 @@ class _Look:
         setup, images = self.setup, self._fitting(len(batch[0]), each)
         batch, whole = cut(batch, images), len(batch[0])
         found = overfit(setup.task, setup.networks, batch, setup.device, self.seconds)
-        losses = found.steps.losses
+        losses = [loss for loss in found.steps.losses if math.isfinite(loss)]
         self._tell(found.line + self._cut(images, whole), found.finding, overfit=losses)
         steps = range(1, len(losses) + 1)
         self.section.curves.append(Curve("overfit of one batch", "step", "loss", steps, losses))
@@ -188,6 +206,10 @@ class _Look:
             f"{timedelta(seconds=round(found.evaluation / world))} of it in evaluations"
         )
         self._tell(line, _waiting(found), **asdict(found))
+
+
+def _failed(problem: str) -> Finding:
+    return Finding("set-up", "error", problem.rstrip("."))
 
 
 def _waiting(found: Speed) -> Finding | None:

@@ -36,15 +36,15 @@ Factor = Callable[[int], float]  # step → what the recipe's learning rates are
 class Steps:
     """What some steps gave, step by step: of the first network its learning rate and its loss.
 
-    seconds: of a step without the wait for its batches, which `waited` has. finite: whether no loss
-    or gradient became NaN or infinite, which ends the steps.
+    seconds: of a step without the wait for its batches, which `waited` has. problem: what was said
+    of a loss or gradient that became NaN or infinite, which ends the steps.
     """
 
     rates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
-    finite: bool = True
+    problem: str = ""
 
 
 class Trial:
@@ -91,8 +91,8 @@ class Trial:
                 options=self.options,
                 run=watch,
             )
-        except NonfiniteError:
-            watch.steps.finite = False
+        except NonfiniteError as error:
+            watch.steps.problem = str(error)
         return watch.steps
 
 
