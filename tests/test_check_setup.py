@@ -204,7 +204,7 @@ def test_a_curve_that_says_nothing_gives_no_suggestion():
     falling = [1 - step**2 / 3600 for step in range(60)]
     for losses, reason in (
         (flat, "falls at no rate"),
-        (falling, "falls fastest at the highest rate tried"),
+        (falling, "still falls at the highest rate tried"),
         (flat[:10], "10 steps are too few"),
     ):
         found = read_curve(curve_of(losses))
@@ -219,8 +219,7 @@ def test_a_curve_that_becomes_nan_diverges_there():
     falls = [1 - 0.8 / (1 + math.exp((30 - step) / 3)) for step in range(50)]
     found = read_curve(curve_of([*falls, math.nan], "it became NaN"))
     assert found.diverged == found.rates[-1] and len(found.losses) == 50
-    assert found.rates[28] < found.suggestion < found.rates[42]
-    assert found.suggestion <= found.diverged / 10 or found.diverged > 10 * found.suggestion
+    assert found.suggestion == found.rates[30]  # where the logistic curve is steepest
 
 
 def test_the_recipes_rate_is_compared_with_the_suggestion():

@@ -118,9 +118,9 @@ class Sweep:
     """A learning-rate range test (Smith, WACV 2017), and what its curve says.
 
     suggestion: where the smoothed loss falls fastest over the logarithm of the rate, and at most a
-    tenth of the rate by which it diverges; None where it does not fall, or falls to the end.
-    diverged: where the smoothed loss is four times its lowest, or becomes NaN. That is late: the
-    rate goes on rising while a loss grows back from what it had fallen to.
+    tenth of the rate where it is lowest; None where it does not fall, or falls to the end.
+    diverged: where the smoothed loss is back at its start, four times its lowest, or NaN. That is
+    late: the rate goes on rising while a loss grows back from what it had fallen to.
     """
 
     rates: list[float]
@@ -159,40 +159,42 @@ def read_curve(steps: Steps) -> Sweep:
         return found
     curve, start = np.array(smooth), mean(losses[: count // 10])
     lowest = int(curve.argmin())
-    beyond = np.flatnonzero(curve[lowest:] > curve[lowest] + (_DIVERGED - 1) * abs(curve[lowest]))
+    noise = float(np.std(losses[: count // 5]))
+    falls = start - curve[lowest] >= max(_FALL * abs(start), noise)
+    limit = curve[lowest] + (_DIVERGED - 1) * abs(curve[lowest])
+    beyond = np.flatnonzero(curve[lowest:] > (min(limit, start) if falls else limit))
     if beyond.size:
         found.diverged = rates[lowest + int(beyond[0])]
     elif steps.problem or count < len(losses):
         found.diverged = rates[count - 1]
-    noise = float(np.std(losses[: count // 5]))
-    if start - curve[lowest] < max(_FALL * abs(start), noise):
+    if not falls:
         found.line = "learning-rate sweep: the loss falls at no rate, so it suggests none"
         return found
-    slope = np.gradient(curve, np.log(rates[:count]))[: lowest + 1]
-    steepest = int(slope.argmin())
-    if found.diverged is None and steepest >= count - 3:
+    if found.diverged is None and lowest >= count - 1 - _reach(count):
         found.line = (
-            f"learning-rate sweep: the loss falls fastest at the highest rate tried, "
-            f"{rates[count - 1]:.2g}, and diverges at none: it suggests none"
+            f"learning-rate sweep: the loss still falls at the highest rate tried, "
+            f"{rates[count - 1]:.2g}, so it suggests none"
         )
         return found
-    found.suggestion = min(rates[steepest], (found.diverged or math.inf) / 10)
+    slope = np.gradient(curve, np.log(rates[:count]))[: lowest + 1]
+    steepest = rates[int(slope.argmin())]
+    found.suggestion = min(steepest, rates[lowest] / 10)
     ends = f"diverges by {found.diverged:.2g}" if found.diverged else "diverges at none"
     found.line = (
-        f"learning-rate sweep: the loss falls fastest at {rates[steepest]:.2g}, {ends}: about "
-        f"{found.suggestion:.1g}"
+        f"learning-rate sweep: the loss falls fastest at {steepest:.2g}, is lowest at "
+        f"{rates[lowest]:.2g}, {ends}: about {found.suggestion:.1g}"
     )
     return found
 
 
+def _reach(count: int) -> int:
+    return max(1, count // 20)
+
+
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """An exponential moving average of about a sixth of the values, without a bias to its start."""
-    beta = min(max(1 - 6 / max(1, len(losses)), 0.7), 0.95)
-    smooth, average = [], 0.0
-    for number, loss in enumerate(losses, 1):
-        average = beta * average + (1 - beta) * loss
-        smooth.append(average / (1 - beta**number))
-    return smooth
+    """The means of each value and its neighbours, a tenth of all, which shift no slope."""
+    half = _reach(len(losses))
+    return [mean(losses[max(0, place - half) : place + half + 1]) for place in range(len(losses))]
 
 
 def compared(found: Sweep, lr: float) -> Finding | None:
