@@ -380,6 +380,12 @@ class Task(BaseTask):
             ) from error
 
     @property
+    def legend(self) -> dict[str, Colour]:
+        """The classes and their colours."""
+        data = self.cfg.data
+        return dict(zip(data.class_names or (), data.palette or (), strict=True))
+
+    @property
     def outputs(self) -> str:
         classes = self.cfg.data.num_classes
         return f"logits [B, {classes}, h, w], a channel per class, in training and in evaluation"
