@@ -31,8 +31,9 @@ from train_utils.config import parse_assignments
 from train_utils.device import allow_tf32, resolve_device, take_device
 from train_utils.errors import UserError, printable, tell
 from train_utils.inference import prepare
+from train_utils.listing import Kind
 from train_utils.prediction import Picture, Predictor
-from train_utils.prediction_files import plan
+from train_utils.prediction_files import plan, remarks
 from train_utils.run_folder import newest_best_checkpoint
 from train_utils.setup import clean_errors
 
@@ -67,7 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Predict on every input; returns the number of files (of a video: frames) that failed."""
-    jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.extras)
+    left_out: dict[Kind, list[Path]] = {}
+    jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.extras, left_out)
 
     device = resolve_device(args.device)
     take_device(device)
@@ -86,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
             report(picture)
             failed += bool(picture.error)
             done += not picture.error
-    print(f"{done} done, {failed} failed", flush=True)
+    print(printable(f"{done} done, {failed} failed{remarks(left_out)}"), flush=True)
     return failed
 
 

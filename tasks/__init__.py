@@ -140,16 +140,16 @@ def read_config(
 def without_replaced(data: Any, sources: Iterable[str]) -> Any:
     """Data settings of a command line, and null for the recipe's that they replace.
 
-    `root` and `images` each say by themselves where the data is: no other of the `sources`, the
-    keys that do so, counts any longer. Raises UserError if both are given.
+    `root`, `images` with `masks`, and `list` each say by themselves where the data is: no other of
+    the `sources`, the keys that do so, counts any longer. Raises UserError if two are given.
     """
-    folders = {"images", "masks"}
-    if not isinstance(data, dict) or not data.keys() & {"root", *folders}:
+    ways = {"root"}, {"images", "masks"}, {"list"}
+    given = [way for way in ways if isinstance(data, dict) and data.keys() & way]
+    if not given:
         return data
-    if "root" in data and data.keys() & folders:
-        raise UserError("--data-path and --images: name one or the other.")
-    kept = {"root"} if "root" in data else folders
-    return {**{key: None for key in sources if key not in kept}, **data}
+    if len(given) > 1:
+        raise UserError("--data-path, --images and data.list: name one or the other.")
+    return {**{key: None for key in sources if key not in given[0]}, **data}
 
 
 # -- weights → networks ---------------------------------------------------------------------------

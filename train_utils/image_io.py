@@ -62,7 +62,21 @@ from torchvision import tv_tensors
 from train_utils.errors import UserError
 from train_utils.files import read_regular, written_whole
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".mpo")
+IMAGE_SUFFIXES = (
+    *JPEG_SUFFIXES,
+    *(".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
+)
+# Pictures that are not read; whatever else is no image is another file.
+UNREAD_SUFFIXES = (
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".jxr"),
+    *(".psd", ".psb", ".xcf", ".kra", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm"),
+    *(".exr", ".hdr", ".svg", ".svgz", ".dds", ".pcx", ".ico", ".icns", ".qoi", ".wdp", ".dcm"),
+    # camera raws
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc"),
+    *(".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl"),
+    *(".sr2", ".srf", ".srw", ".x3f"),
+)
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535  # as a JPEG's; Pillow needs far more memory for thin rows than for their pixels
 
@@ -201,27 +215,6 @@ def is_damaged(path: PathLike) -> bool:
     return False
 
 
-def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
-    """The image files of a folder, sorted by their path in it: the same order on every platform.
-
-    A file counts by its suffix (`IMAGE_SUFFIXES`, in any case). Hidden files and folders, among
-    them the `._*` files of macOS archives, are left out; links to folders are not followed.
-    Raises UserError if the folder is missing or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        kind = "is not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {kind}. Check the path.")
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    found = [path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES)]
-    if not found:
-        raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)}). Check the path.")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
 def save_image(image: Image.Image, path: PathLike) -> None:
     """Write a PNG (lossless) so that `path` holds either its old content or all of the new.
 
@@ -270,12 +263,6 @@ def _marked_end(content: bytes) -> bytes:
     end, digest = io.BytesIO(), hashlib.blake2b(content, digest_size=16).hexdigest()
     PngImagePlugin.putchunk(end, b"tEXt", f"Software\0{_SOFTWARE} {digest}".encode())
     return end.getvalue() + _PNG_END
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise UserError(
-        f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions."
-    ) from error
 
 
 # --- opening and decoding ------------------------------------------------------------------------
@@ -460,6 +447,8 @@ def _explained(path: PathLike, error: Exception) -> UserError:
         problem = f"far too much text beside the pixels ({error}). Save it without metadata."
     elif not isinstance(error, UnidentifiedImageError):
         problem = f"damaged or truncated ({error}). {_REPLACE}"
+    elif Path(path).suffix.lower() in UNREAD_SUFFIXES:
+        problem = "pictures of this format are not read. Convert it to PNG or JPEG."
     elif Path(path).stat().st_size == 0:
         problem = f"the file is empty. {_REPLACE}"
     else:

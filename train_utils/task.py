@@ -64,6 +64,11 @@ class BaseTask:
         return type(self).__module__.split(".")[1]
 
     @property
+    def legend(self) -> Mapping[str, Sequence[int]]:
+        """Where targets are classes, their names in order and a colour of each."""
+        return {}
+
+    @property
     def outputs(self) -> str:
         """What networks must return, for messages."""
         return ""

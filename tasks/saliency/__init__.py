@@ -31,6 +31,7 @@ class DataConfig(PhotoData):
     """Where pairs of image and mask come from, and how they are prepared."""
 
     layout = "duts"
+    skips_unequal = ("duts",)  # as distributed, five of its pairs
 
     name: Literal["shapes", "duts", "folders"] | None = None  # duts: root holds DUTS-TR, DUTS-TE
     crop_size: int | None = None  # random crop in training; null: 0.9 × image_size
@@ -123,7 +124,7 @@ class Task(BaseTask):
                 data.image_size, data.seed, data.train_size, transforms=transforms
             )
         elif data.name == "duts":
-            train = DUTSDataset(_root(data), True, transforms, data.at_least)
+            train = DUTSDataset(_root(data), True, transforms, data.at_least, data.names)
         else:
             train = folder_pairs(data, True, transforms, at_least=data.at_least)
         return train, self.build_val_dataset()
@@ -137,7 +138,7 @@ class Task(BaseTask):
                 data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms=transforms
             )
         if data.name == "duts":
-            return DUTSDataset(_root(data), False, transforms, data.at_least)
+            return DUTSDataset(_root(data), False, transforms, data.at_least, data.names)
         return folder_pairs(data, False, transforms, all_pairs=all_pairs, at_least=data.at_least)
 
     def check_data(self, dataset: Dataset) -> None:

@@ -15,6 +15,8 @@ Split = Literal["train", "val"]
 # What the second file of a pair is: grey levels of an object, classes, an alpha matte, a picture.
 Targets = Literal["masks", "classes", "mattes", "pictures"]
 
+Likeness = Literal["bytes", "pixels", "near", "similar"]
+
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _EXAMPLES = 3  # in a line; a report has them all
 
@@ -43,8 +45,9 @@ class Finding:
         shown = ", ".join(self.examples[:_EXAMPLES])
         more = self.count - len(self.examples[:_EXAMPLES])
         shown += f" and {more} more" if shown and more > 0 else ""
-        parts = [f"{self.severity}: {self.kind}: {self.message}", shown and f" ({shown})", "."]
-        return printable("".join(filter(None, parts)) + (f" {self.fix}" if self.fix else ""))
+        count = f"{self.count:,} × " if self.pairs else ""
+        line = f"{self.severity}: {self.kind}: {count}{self.message}"
+        return printable(f"{line}{f' ({shown})' if shown else ''}. {self.fix}".rstrip())
 
 
 @dataclass
@@ -61,12 +64,13 @@ class CheckedPair:
 class Alike:
     """Pairs whose images are the same picture; indices into `Report.pairs`.
 
-    how: the same "bytes", "pixels", or "near": the same picture at another size, quality or crop.
-    transforms: what turns the first one into each ("same", "mirrored", "turned by 90°", …). across:
-    training and validation both have one. contradicting: their targets differ.
+    how: the same "bytes" or "pixels"; "near": the picture saved anew, at another size or quality;
+    "similar": cut, or a neighbouring frame or slice. transforms: what turns the first one into each
+    ("same", "mirrored", "turned by 90°", …). across: training and validation both have one.
+    contradicting: their targets differ.
     """
 
-    how: Literal["bytes", "pixels", "near"]
+    how: Likeness
     pairs: list[int]
     transforms: list[str]
     across: bool = False
@@ -97,6 +101,30 @@ class Report:
     command: str = ""
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
     sections: list[Section] = field(default_factory=list)
+
+    def add(
+        self,
+        kind: str,
+        severity: Severity,
+        message: str,
+        pairs: Sequence[int],
+        fix: str = "",
+        examples: Sequence[str] = (),
+        settings: Sequence[str] = (),
+    ) -> None:
+        """A finding about pairs, if there are any; their images are its examples by default."""
+        if len(pairs):
+            names = list(examples) or [self.pairs[index].image for index in pairs]
+            self.findings.append(
+                Finding(
+                    kind, severity, message, fix, len(pairs), names, list(pairs), list(settings)
+                )
+            )
+
+    def add_names(self, kind: str, severity: Severity, message: str, names: Sequence[str]) -> None:
+        """A finding about what has names, such as classes, if there are any."""
+        if names:
+            self.findings.append(Finding(kind, severity, message, "", len(names), list(names)))
 
     def ranked(self) -> list[Finding]:
         """The findings, those first that cost most."""
