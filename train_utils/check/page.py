@@ -35,6 +35,12 @@ _TINT = 0.55  # how much of a mask's colour covers the image
 _MASK_COLOUR = (255, 0, 110)
 _IGNORE = 255  # the class index of pixels that do not count
 _IGNORED_COLOUR = (128, 128, 128)
+_LIKENESS = {
+    "bytes": "the same files",
+    "pixels": "the same pixels",
+    "near": "the same picture, saved anew",
+    "similar": "cut, or neighbouring frames",
+}
 # Okabe and Ito's colours, which colour-blind readers tell apart, without their black.
 _CLASS_COLOURS = (
     *((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)),
@@ -49,7 +55,7 @@ _STYLE = """
   --line: #4a4a55; --error: #ff8a94; --warning: #ffb86b; --note: #8cc4ff; --good: #6fdc9f;
   --one: #6ea8ff; --two: #ffa66b; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--paper);
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
@@ -63,7 +69,7 @@ pre { background: var(--soft); padding: .75rem; white-space: pre-wrap; }
 .finding b { color: var(--note); } .error b { color: var(--error); }
 .warning b { color: var(--warning); }
 .grid { display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.25rem), 1fr)); }
 figure { margin: 0; font-size: .8rem; line-height: 1.35; }
 figure img { display: block; max-width: 100%; height: auto; background: var(--soft); }
 .unreadable { padding: 1rem; background: var(--soft); }
@@ -157,6 +163,7 @@ def _findings(report: Report, pictures: "_Pictures") -> str:
 
 
 def _finding(finding: Finding, pictures: "_Pictures") -> str:
+    count = f"{finding.count:,} × " if finding.pairs else ""
     names = finding.examples[:_NAMES]
     more = finding.count - len(names)
     listed = "".join(f"<li>{_text(example)}</li>" for example in names)
@@ -167,7 +174,7 @@ def _finding(finding: Finding, pictures: "_Pictures") -> str:
         listed = f"<details><summary>{finding.count} named</summary><ul>{listed}</ul></details>"
     return (
         f'<div class="finding {finding.severity}"><h3><b>{finding.severity}</b>: '
-        f"{_text(finding.kind)}</h3><p>{_text(finding.message)}.</p>{fix}{listed}{shown}</div>"
+        f"{_text(finding.kind)}</h3><p>{count}{_text(finding.message)}.</p>{fix}{listed}{shown}</div>"
     )
 
 
@@ -232,7 +239,8 @@ class _Pictures:
 
     def _covered(self, image: np.ndarray, target: np.ndarray) -> np.ndarray:
         if self.report.targets == "classes":
-            colour, share = self.colours[target], _TINT * (target != 0)[..., None]
+            colour = self.colours[target]  # black: background, as a rule
+            share = _TINT * colour.any(-1, keepdims=True)
         else:
             colour, share = (
                 np.array(_MASK_COLOUR, dtype=np.float32),
@@ -248,8 +256,7 @@ def _at_random(report: Report, pictures: _Pictures) -> str:
 
 
 def _alike(group: Alike, report: Report, pictures: _Pictures) -> str:
-    what = {"bytes": "the same files", "pixels": "the same pixels", "near": "the same picture"}
-    told = [what[group.how], f"{len(group.pairs)} pairs"]
+    told = [_LIKENESS[group.how], f"{len(group.pairs)} pairs"]
     told += ["across training and validation"] * group.across
     told += ["their targets differ"] * group.contradicting
     shown = pictures.grid(group.pairs[:_MEMBERS], group.transforms[:_MEMBERS])
