@@ -23,6 +23,7 @@ from train_utils.arguments import training_parser
 from train_utils.check.data import check_data
 from train_utils.check.findings import Report
 from train_utils.check.output import CheckFolder
+from train_utils.check.split import LISTS, training_command, write_lists
 from train_utils.distributed_utils import refuse_launcher
 from train_utils.errors import printable
 from train_utils.files import write_text
@@ -31,12 +32,14 @@ from train_utils.setup import clean_errors
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line: a training's, and what to look at."""
-    parser = training_parser(__doc__, tasks.train_flags())
-    add = parser.add_argument
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add = own.add_argument
     add("--full", action="store_true", help="decode every file, on all cores")
     add("-o", "--output-dir", metavar="DIR", help="default check/<name of the recipe>")
     add("--json", metavar="FILE", help="write the report there, too")
-    return parser.parse_args(argv)
+    parser = training_parser(__doc__, tasks.train_flags(), own)
+    _, words = own.parse_known_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(words=words))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -44,8 +47,13 @@ def main(args: argparse.Namespace) -> int:
     task = tasks.new_task(args)
     recipe = Path(args.config or tasks.DEFAULT_CONFIG)
     folder = CheckFolder(Path(args.output_dir or Path("check", recipe.stem)))
-    folder.require("report.json")
+    folder.require("report.json", *LISTS)
     report = check_data(task, args.full)
+    lists = write_lists(report, folder)
+    moved = any(group.across for group in report.alike) or report.unusable
+    report.command = training_command(
+        args.words, report, task, lists if moved else [], lambda w: tasks.new_task(parse_args([*w]))
+    )
     folder.write("report.json", report.to_json())
     if args.json:
         write_text(Path(args.json), report.to_json())
@@ -60,7 +68,8 @@ def tell_verdict(report: Report) -> int:
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{errors} to be mended, {len(findings) - errors} more to know of")
     if report.command:
-        print(printable(f"{'Then train' if errors else 'Train'} with:\n{report.command}"))
+        print("Then train with:" if errors else "Train with:")
+        print(printable(report.command))
     return errors
 
 

@@ -291,9 +291,7 @@ def _find_unequal(datasets: Sequence[Dataset], how: str) -> list[str]:
     return [str(image) for image, _ in unequal]
 
 
-def without_files(
-    dataset: Dataset, files: Collection[Path], why: str = "damaged files"
-) -> Dataset:
+def without_files(dataset: Dataset, files: Collection[Path], why: str = "damaged files") -> Dataset:
     """A dataset without the pairs, and in place without the backgrounds, that are among `files`.
 
     why: what these are, for the UserError if nothing is left.
