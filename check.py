@@ -27,6 +27,7 @@ from train_utils.check.findings import Report
 from train_utils.check.output import CheckFolder
 from train_utils.check.page import PAGE, write_page
 from train_utils.check.setup import SECONDS, SetUp, check_setup, setup_errors
+from train_utils.check.split import LISTS, training_command, write_lists
 from train_utils.distributed_utils import init_distributed_mode, refuse_launcher
 from train_utils.errors import printable
 from train_utils.files import write_text
@@ -37,15 +38,17 @@ from train_utils.task import BaseTask
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line: a training's, and what to look at."""
-    parser = training_parser(__doc__, tasks.train_flags())
-    add = parser.add_argument
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add = own.add_argument
     add("--full", action="store_true", help="decode every file, on all cores")
     add("--setup", action="store_true", help="look at network, learning, memory and speed, too")
     add("--seconds", type=float, default=SECONDS, metavar="N", help="of each part of --setup")
     add("--processes", type=int, default=1, metavar="N", help="of the training, for --setup")
     add("-o", "--output-dir", metavar="DIR", help="default check/<name of the recipe>")
     add("--json", metavar="FILE", help="write the report there, too")
-    args = parser.parse_args(argv)
+    parser = training_parser(__doc__, tasks.train_flags(), own)
+    _, words = own.parse_known_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(words=words))
     if not 0 < args.seconds < 1e6 or not 0 < args.processes < 1e6:
         parser.error("--seconds and --processes must be positive")
     return args
@@ -56,8 +59,13 @@ def main(args: argparse.Namespace) -> int:
     task = tasks.new_task(args)
     recipe = Path(args.config or tasks.DEFAULT_CONFIG)
     folder = CheckFolder(Path(args.output_dir or Path("check", recipe.stem)))
-    folder.require("report.json", PAGE)
+    folder.require("report.json", PAGE, *LISTS)
     report = check_data(task, args.full)
+    lists = write_lists(report, folder)
+    moved = any(group.across for group in report.alike) or report.unusable
+    report.command = training_command(
+        args.words, report, task, lists if moved else [], lambda w: tasks.new_task(parse_args([*w]))
+    )
     if args.setup:
         look_at_setup(args, task, report)
     write_page(report, folder)
@@ -91,7 +99,8 @@ def tell_verdict(report: Report) -> int:
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{errors} to be mended, {len(findings) - errors} more to know of")
     if report.command:
-        print(printable(f"{'Then train' if errors else 'Train'} with:\n{report.command}"))
+        print("Then train with:" if errors else "Train with:")
+        print(printable(report.command))
     return errors
 
 

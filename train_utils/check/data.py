@@ -53,6 +53,9 @@ def check_data(task: BaseTask, full: bool) -> Report:
     report.findings += [Finding("left out", "note", line.rstrip(".")) for line in lines]
     if not datasets:
         return report
+    report.held_out = all(isinstance(each, Subset) for each in datasets)
+    for dataset in filter(pairs_of, datasets):
+        unwrap_subset(dataset)[0].unequal = task.cfg.data.on_unequal
     parts = [_part("train", datasets[0]), _part("val", datasets[1])]
     for part in parts:
         report.pairs += _pairs_of_part(part)
@@ -136,6 +139,10 @@ def _look_at_headers(task: BaseTask, report: Report) -> list[int]:
             sound.append(index)
         else:
             (turned if image == target[::-1] else unequal).append(index)
+    unequal_is = task.cfg.data.on_unequal
+    if unequal_is == "resize":
+        sound = sorted({*sound, *unequal})
+    report.unusable |= {*unreadable, *turned, *([] if unequal_is == "resize" else unequal)}
     width, height = size.T
     if any(pair.image == pair.target for pair in report.pairs):  # A|B side by side
         width = width / 2
@@ -150,10 +157,14 @@ def _look_at_headers(task: BaseTask, report: Report) -> list[int]:
     )
     report.add(
         "unequal size",
-        "error",
+        "error" if unequal_is == "refuse" else "warning",
         "the mask has another size than its image",
         unequal,
-        "Make the masks anew at the size of their images.",
+        {
+            "refuse": "Make the masks anew, or leave such pairs out by --set data.unequal=skip.",
+            "skip": "Such pairs are left out (data.unequal=skip).",
+            "resize": "Such masks are resized (data.unequal=resize).",
+        }[unequal_is],
     )
     report.add(
         "turned",
@@ -196,6 +207,7 @@ def _look_at_pixels(
             looks[index] = each
         else:
             failed[index] = str(each)
+    report.unusable |= failed.keys()
     report.add(
         "unreadable",
         "error",

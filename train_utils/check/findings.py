@@ -98,6 +98,8 @@ class Report:
     palette: Sequence[Sequence[int]] = ()
     alike: list[Alike] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    unusable: set[int] = field(default_factory=set)
+    held_out: bool = False
     command: str = ""
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
     sections: list[Section] = field(default_factory=list)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from train_utils.check.findings import Targets
 from train_utils.data import unwrap_subset
-from train_utils.datasets import PairDataset, read_pair
+from train_utils.datasets import PairDataset
 
 SIDE = 64  # of the small pictures, 8 KiB a pair: duplicates and misplaced masks show at this size
 _READ_AT = 256  # large JPEG images are decoded at a reduced size, of no fewer pixels a side
@@ -48,7 +48,12 @@ def reader_of(dataset: Dataset) -> Reader:
         reduced = copy(full)
         reduced.at_least = _READ_AT
         return reduced.read
-    return lambda index: read_pair(full.pairs[index], full.read_image, full.read_target)
+
+    def read(index: int) -> tuple[Tensor, Tensor]:
+        image, target = full.pairs[index]
+        return full.read_image(image), full.read_target(target)
+
+    return read
 
 
 def look_at(read: Reader, index: int, targets: Targets) -> Look:

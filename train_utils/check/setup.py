@@ -22,7 +22,7 @@ from train_utils.check.summary import amount, summarize, summary_table
 from train_utils.check.trials import Epochs, Trial, cut, untouched
 from train_utils.data import GlobalBatchSampler
 from train_utils.dry_run import dry_run
-from train_utils.errors import UserError, memory_errors
+from train_utils.errors import UserError, memory_errors, plain_message
 from train_utils.log import get_logger
 from train_utils.schedule import describe_schedules
 from train_utils.task import BaseTask
@@ -69,7 +69,10 @@ def setup_errors(report: Report) -> Iterator[None]:
         with memory_errors("in the set-up", "use a smaller network, batch or image"):
             yield
     except UserError as error:
-        report.findings.append(_failed(str(error)))
+        finding = _failed(plain_message(error))
+        if report.failed:  # most often by the same
+            finding.severity, finding.message = "note", f"not looked at: {finding.message}"
+        report.findings.append(finding)
 
 
 class _Look:
