@@ -194,6 +194,13 @@ def test_a_sweep_finds_the_rates_of_a_quadratic():
         assert "diverges by" in found.line
 
 
+def test_a_sweep_that_has_no_time_says_so():
+    task = Task(0.1, lambda models, batch: {"mse": models["model"].weight ** 2 / 2})
+    found = sweep(Trial(task, {"model": Linear()}, CPU), [a_batch()] * 100, 100, 0)
+    assert found.suggestion is None
+    assert "1 of 100 steps up to 0.0001 in 0 s, which say nothing yet" in found.line
+
+
 def curve_of(losses, problem=""):
     rates = [1e-6 * 10 ** (6 * step / (len(losses) - 1)) for step in range(len(losses))]
     return Steps(rates, losses, problem=problem)

@@ -144,7 +144,14 @@ def sweep(trial: Trial, batches: Iterable[Batch], steps: int, seconds: float) ->
     found = trial.take(
         batches, seconds, partial(ramp, steps), lambda taken: read_curve(taken).diverged is not None
     )
-    return read_curve(found)
+    read = read_curve(found)
+    if len(read.rates) < steps and read.diverged is None and read.suggestion is None:
+        ended = f"up to {read.rates[-1]:.2g} " if read.rates else ""
+        read.line = (
+            f"learning-rate sweep: {len(read.rates)} of {steps} steps {ended}in {seconds:.0f} s, "
+            f"which say nothing yet. Use --seconds {2 * seconds:.0f}"
+        )
+    return read
 
 
 def read_curve(steps: Steps) -> Sweep:

@@ -321,9 +321,7 @@ def _section(section: Section) -> str:
         for chart in section.curves
         if len(chart.x)
     )
-    return (
-        f'<h3>{_text(section.title)}</h3><ul>{lines}</ul>{tables}<div class="grid">{curves}</div>'
-    )
+    return f'<ul>{lines}</ul>{tables}<div class="grid">{curves}</div>'
 
 
 def _table(table: Table) -> str:

@@ -31,6 +31,7 @@ from train_utils.train_and_eval import Batch, Models
 SECONDS = 60.0  # of each measured part
 _WAITS = 0.2  # share of the time spent waiting for data, from which on it is a finding
 _ENOUGH_STEPS = 2 * FEWEST_STEPS  # for which batches are cut where time is short
+_LATE = 1.5  # steps may take so much longer than was measured
 
 
 @dataclass
@@ -92,12 +93,12 @@ class _Look:
         (batch,) = Epochs(setup.loader, 1)
         self._summary(cut(batch, 1))
         self._batch_and_rates()
-        first = self._trial().take([cut(batch, 2)] * 2, math.inf)
+        first = self._trial().take([cut(batch, 2)] * 6, self.seconds / 4)
         if first.problem:
             self._tell(f"the first steps failed: {first.problem}", _failed(first.problem))
             return
         self._memory(batch)
-        each = first.seconds[-1] / 2  # of the second step: the first one chooses kernels
+        each = min(first.seconds) / 2  # the first step chooses kernels; others may be disturbed
         needed = 2 * FEWEST_STEPS * each
         if needed <= self.seconds:
             self._overfit(batch, each)
@@ -159,7 +160,7 @@ class _Look:
 
     def _fitting(self, images: int, each: float) -> int:
         """So many of a batch's images that there is time for enough steps; two at least."""
-        return min(images, max(2, int(self.seconds / (_ENOUGH_STEPS * each))))
+        return min(images, max(2, int(self.seconds / (_ENOUGH_STEPS * _LATE * each))))
 
     def _cut(self, images: int, of: int) -> str:
         if images == of:
@@ -179,7 +180,8 @@ class _Look:
         whole = batch * self.parts
         images, parts = self._fitting(whole, each), self.parts
         parts, per_part = (parts, None) if images == whole else (1, images)
-        steps = min(SWEEP_STEPS, max(FEWEST_STEPS, int(self.seconds / (images * each))))
+        steps = int(self.seconds / (images * _LATE * each))
+        steps = min(SWEEP_STEPS, max(FEWEST_STEPS, steps))
         trial = self._trial(parts)
         batches = Epochs(self.setup.loader, steps * parts, per_part)
         found = sweep(trial, batches, steps, self.seconds)
