@@ -187,7 +187,7 @@ def test_a_sweep_finds_the_rates_of_a_quadratic():
     for a, lr in ((4.0, 0.1), (50.0, 0.1), (4.0, 0.004)):
         task = Task(lr, lambda models, batch, a=a: {"mse": a * models["model"].weight ** 2 / 2})
         trial = Trial(task, {"model": Linear()}, CPU)
-        found = sweep(trial, [a_batch()] * 100, 100, 60)
+        found = sweep(trial, a_batch(), 100, 60)
         assert found.rates[0] == pytest.approx(lr / 1000)
         assert found.diverged is not None and 2 / a <= found.diverged <= 20 / a
         assert found.suggestion is not None and 1 / 50 / a <= found.suggestion <= 1 / a
@@ -196,7 +196,7 @@ def test_a_sweep_finds_the_rates_of_a_quadratic():
 
 def test_a_sweep_that_has_no_time_says_so():
     task = Task(0.1, lambda models, batch: {"mse": models["model"].weight ** 2 / 2})
-    found = sweep(Trial(task, {"model": Linear()}, CPU), [a_batch()] * 100, 100, 0)
+    found = sweep(Trial(task, {"model": Linear()}, CPU), a_batch(), 100, 0)
     assert found.suggestion is None
     assert "1 of 100 steps up to 0.0001 in 0 s, which say nothing yet" in found.line
 
@@ -226,16 +226,18 @@ def test_a_curve_that_becomes_nan_diverges_there():
     falls = [1 - 0.8 / (1 + math.exp((30 - step) / 3)) for step in range(50)]
     found = read_curve(curve_of([*falls, math.nan], "it became NaN"))
     assert found.diverged == found.rates[-1] and len(found.losses) == 50
-    assert found.suggestion == found.rates[30]  # where the logistic curve is steepest
+    # Where the logistic curve is steepest, and a tenth of where it is lowest, at its last value.
+    assert (found.suggestion, found.highest) == (found.rates[30], found.rates[49] / 10)
 
 
 def test_the_recipes_rate_is_compared_with_the_suggestion():
     found = read_curve(
         curve_of([1 - 0.8 / (1 + math.exp((30 - step) / 3)) for step in range(50)] + [9.0] * 3)
     )
-    assert compared(found, found.suggestion * 2) is None
-    low = compared(found, found.suggestion / 100)
-    assert low.severity == "note" and low.fix == f"Try --lr {found.suggestion:.1g}."
+    assert compared(found, found.suggestion / 2) is compared(found, found.highest * 2) is None
+    for lr in (found.suggestion / 6, found.highest * 6):
+        finding = compared(found, lr)
+        assert finding.severity == "note" and finding.fix == f"Try --lr {found.suggestion:.1g}."
     assert compared(found, found.diverged).severity == "warning"
 
 
@@ -287,11 +289,10 @@ def loaders(images=10, batch=4, micro=None):
     return train_loader(data, sampler, 0, CPU), val
 
 
-def test_epochs_go_on_and_may_be_cut():
+def test_epochs_go_on_and_batches_are_cut_or_filled():
     loader, _ = loaders()
     sizes = [len(batch[0]) for batch in Epochs(loader, 5)]
     assert sizes == [4, 4, 2, 4, 4]
-    assert [len(batch[0]) for batch in Epochs(loader, 4, images=3)] == [3, 3, 3, 3]
     inputs, _ = a_batch(2)
     assert torch.equal(cut((inputs,), 5)[0], inputs[[0, 1, 0, 1, 0]])
 

@@ -1,7 +1,7 @@
 """Whether a recipe learns at all, and at which learning rate: one batch by heart, and a sweep."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ SWEEP_STEPS = 100
 _LOWEST, _HIGHEST = 1e-3, 1e3  # × the recipe's learning rate
 _FALL = 0.05  # share of the first loss by which the curve must fall at least
 _DIVERGED = 4.0  # × the lowest loss
-_FITS = 5.0  # a recipe's rate is fine within this factor of the suggestion
+_FITS = 5.0  # a recipe's rate is fine within this factor of what is suggested
 
 
 @dataclass
@@ -117,8 +117,9 @@ def _suspects(networks: Models, batch: Batch) -> str:
 class Sweep:
     """A learning-rate range test (Smith, WACV 2017), and what its curve says.
 
-    suggestion: where the smoothed loss falls fastest over the logarithm of the rate, and at most a
-    tenth of the rate where it is lowest; None where it does not fall, or falls to the end.
+    suggestion, highest: where the smoothed loss falls fastest over the logarithm of the rate, and a
+    tenth of the rate where it is lowest, the lower one first; None where it does not fall, or still
+    falls at the end.
     diverged: where the smoothed loss is back at its start, four times its lowest, or NaN. That is
     late: the rate goes on rising while a loss grows back from what it had fallen to.
     """
@@ -128,6 +129,7 @@ class Sweep:
     smooth: list[float]
     line: str
     suggestion: float | None = None
+    highest: float | None = None
     diverged: float | None = None
 
 
@@ -136,13 +138,17 @@ def ramp(steps: int, step: int) -> float:
     return _LOWEST * (_HIGHEST / _LOWEST) ** (step / max(1, steps - 1))
 
 
-def sweep(trial: Trial, batches: Iterable[Batch], steps: int, seconds: float) -> Sweep:
+def sweep(trial: Trial, batch: Batch, steps: int, seconds: float) -> Sweep:
     """Raise all learning rates from a thousandth of the recipe's to a thousandfold, step by step.
 
+    On one batch: in so few steps the differences between batches would hide what the rates do.
     Ends where the loss diverges. trial: fresh copies, trained by it.
     """
     found = trial.take(
-        batches, seconds, partial(ramp, steps), lambda taken: read_curve(taken).diverged is not None
+        [batch] * steps,
+        seconds,
+        partial(ramp, steps),
+        lambda taken: read_curve(taken).diverged is not None,
     )
     read = read_curve(found)
     if len(read.rates) < steps and read.diverged is None and read.suggestion is None:
@@ -185,7 +191,7 @@ def read_curve(steps: Steps) -> Sweep:
         return found
     slope = np.gradient(curve, np.log(rates[:count]))[: lowest + 1]
     steepest = rates[int(slope.argmin())]
-    found.suggestion = min(steepest, rates[lowest] / 10)
+    found.suggestion, found.highest = sorted([steepest, rates[lowest] / 10])
     ends = f"diverges by {found.diverged:.2g}" if found.diverged else "diverges at none"
     found.line = (
         f"learning-rate sweep: the loss falls fastest at {steepest:.2g}, is lowest at "
@@ -210,7 +216,8 @@ def compared(found: Sweep, lr: float) -> Finding | None:
         message = f"the loss diverges by {found.diverged:.2g}, and the recipe's is {lr:g}"
         fix = f"Try --lr {found.suggestion or found.diverged / 10:.1g}, or a longer warm-up."
         return Finding("learning rate", "warning", message, fix)
-    if found.suggestion and not 1 / _FITS <= lr / found.suggestion <= _FITS:
+    low, high = found.suggestion, found.highest
+    if low and high and not low / _FITS <= lr <= high * _FITS:
         message = f"the sweep suggests {found.suggestion:.1g}, and the recipe's is {lr:g}"
         return Finding("learning rate", "note", message, f"Try --lr {found.suggestion:.1g}.")
     return None

@@ -102,7 +102,7 @@ class _Look:
         needed = 2 * FEWEST_STEPS * each
         if needed <= self.seconds:
             self._overfit(batch, each)
-            self._sweep(len(batch[0]), each)
+            self._sweep(batch, each)
         else:
             self._tell(
                 f"overfit, learning-rate sweep: not tried, as {FEWEST_STEPS} steps of 2 images "
@@ -176,15 +176,13 @@ class _Look:
         steps = range(1, len(losses) + 1)
         self.section.curves.append(Curve("overfit of one batch", "step", "loss", steps, losses))
 
-    def _sweep(self, batch: int, each: float) -> None:
-        whole = batch * self.parts
-        images, parts = self._fitting(whole, each), self.parts
-        parts, per_part = (parts, None) if images == whole else (1, images)
+    def _sweep(self, batch: Batch, each: float) -> None:
+        whole = len(batch[0])
+        images = self._fitting(whole, each)
         steps = int(self.seconds / (images * _LATE * each))
         steps = min(SWEEP_STEPS, max(FEWEST_STEPS, steps))
-        trial = self._trial(parts)
-        batches = Epochs(self.setup.loader, steps * parts, per_part)
-        found = sweep(trial, batches, steps, self.seconds)
+        trial = self._trial()
+        found = sweep(trial, cut(batch, images), steps, self.seconds)
         line = found.line + self._cut(images, whole)
         swept = {"rates": found.rates, "losses": found.losses, "suggestion": found.suggestion}
         self._tell(line, compared(found, trial.rate), sweep=swept)

@@ -149,10 +149,10 @@ class _Watch(EpochRun):
 
 
 class Epochs:
-    """The first `count` batches of a training, epoch after epoch, cut to some images if asked."""
+    """The first `count` batches of a training, epoch after epoch."""
 
-    def __init__(self, loader: DataLoader, count: int, images: int | None = None) -> None:
-        self.loader, self.count, self.images = loader, count, images
+    def __init__(self, loader: DataLoader, count: int) -> None:
+        self.loader, self.count = loader, count
 
     def __len__(self) -> int:
         return self.count
@@ -163,7 +163,7 @@ class Epochs:
         while left > 0:
             sampler.set_position(epoch)
             for batch in self.loader:
-                yield cut(batch, self.images) if self.images else batch
+                yield batch
                 left -= 1
                 if not left:
                     break
