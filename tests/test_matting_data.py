@@ -20,8 +20,8 @@ from tasks.matting.trimaps import read_trimap
 from train_utils import shapes
 from train_utils.datasets import fingerprint, pairs_of
 from train_utils.errors import UserError
-from train_utils.pairing import Names
 from train_utils.image_io import read_image, read_mask
+from train_utils.pairing import Names
 from transforms import MattingEval, MattingTrain, composite, cover, make_trimap, matting_input
 
 

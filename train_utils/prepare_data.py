@@ -279,10 +279,10 @@ def _find_unequal(datasets: Sequence[Dataset], how: str) -> list[str]:
             unwrap_subset(dataset)[0].checked = True
     unequal = {pair: found for pair, found in sorted(sizes.items()) if found}
     if unequal:
-        done = "are left out" if how == "skip" else "have their mask resized"
+        done = "are left out" if how == "skip" else "get their mask resized"
         get_logger().info(
-            f"{len(unequal)} of {len(pairs)} pairs {done}, since its size is another one "
-            f"(data.unequal={how}):"
+            f"{len(unequal)} of {len(pairs)} pairs, whose mask has another size than the image, "
+            f"{done} (data.unequal={how}):"
         )
         for (image, _), ((width, height), (w, h)) in list(unequal.items())[:_LISTED]:
             get_logger().info(f"  {image}: {width}×{height}, mask {w}×{h}")
@@ -291,9 +291,7 @@ def _find_unequal(datasets: Sequence[Dataset], how: str) -> list[str]:
     return [str(image) for image, _ in unequal]
 
 
-def without_files(
-    dataset: Dataset, files: Collection[Path], why: str = "damaged files"
-) -> Dataset:
+def without_files(dataset: Dataset, files: Collection[Path], why: str = "damaged files") -> Dataset:
     """A dataset without the pairs, and in place without the backgrounds, that are among `files`.
 
     why: what these are, for the UserError if nothing is left.
