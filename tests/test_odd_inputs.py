@@ -38,11 +38,13 @@ def _somewhere(tmp_path, monkeypatch):
 
 
 def write(name, value=0, size=(8, 6)) -> Path:
-    """A file with the suffix of an image, whichever, and a grey picture in it."""
+    """A file with the suffix of an image, whichever: a white rectangle on grey."""
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = {".png": "PNG", ".gif": "GIF", ".tif": "TIFF", ".bmp": "BMP"}
-    Image.new("L", size, value).save(path, kind.get(path.suffix.lower(), "JPEG"))
+    picture = Image.new("L", size, value)
+    picture.paste(255, (2, 1, 5, 4))
+    picture.save(path, kind.get(path.suffix.lower(), "JPEG"))
     return path
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from train_utils.distributed_utils import cpu_cores
 from train_utils.errors import UserError, is_out_of_memory
-from train_utils.image_io import image_size, read_image, save_image, saved_here
+from train_utils.image_io import frames_of, image_size, read_image, save_image, saved_here
 from train_utils.inference import GPU_CHUNK, SPARE_MEMORY, chunk_size, forward_chunk, in_order
 from train_utils.threads import in_threads
 from train_utils.tiles import MIN_PIXELS
@@ -29,8 +29,8 @@ _THREADS = 8  # that read, and that write, beside a device; each holds a few ima
 class Job(NamedTuple):
     """An input file and its outputs by kind: "map", and others where asked for.
 
-    The outputs of a video are patterns (000001.png is %06d.png); each of its frames becomes a job
-    of its own, and so does an error in the middle of it. error: why it is not done at all.
+    The outputs of what has frames are patterns (000001.png is %06d.png); each of its frames becomes
+    a job of its own, and so does an error in the middle of it. error: why it is not done at all.
     root: the resolved folder that no output may leave.
     """
 
@@ -40,6 +40,7 @@ class Job(NamedTuple):
     frame: Tensor | None = None
     error: str = ""
     root: Path | None = None
+    has_frames: bool = False
 
 
 @dataclass
@@ -179,27 +180,28 @@ class Predictor:
 
 
 def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
-    """All jobs in order, each video's replaced by those of its frames, and of its error if any."""
+    """All jobs in order; what has frames gives a job for each, and one for its error if any."""
     for job in jobs:
-        if job.error or not is_video(job.source):
+        if job.error or not job.has_frames:
             yield job
             continue
+        read = read_frames if is_video(job.source) else frames_of
         try:
             number = 0
-            with closing(read_frames(job.source)) as frames:
+            with closing(read(job.source)) as frames:
                 for number, frame in enumerate(frames, 1):
                     outputs = {
                         kind: path.with_name(path.name % number)
                         for kind, path in job.outputs.items()
                     }
-                    yield job._replace(outputs=outputs, frame=frame)
+                    yield job._replace(outputs=outputs, frame=frame, has_frames=False)
             remove_frames_after(number, job)
         except UserError as error:
             yield job._replace(error=str(error))
 
 
 def remove_frames_after(number: int, job: Job) -> None:
-    """Remove what an earlier call wrote of a longer video of that name."""
+    """Remove what an earlier call wrote of a longer video or animation of that name."""
     for pattern in job.outputs.values():
         check_inside(pattern, job.root)
         for later in count(number + 1):

@@ -7,6 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from train_utils.errors import UserError, typed
+from train_utils.image_io import count_frames
 from train_utils.listing import (
     BROKEN,
     INNER,
@@ -36,7 +37,7 @@ _PROBLEMS = {
 FILMED = VIDEO._replace(fix="name each to have it done")
 BESIDE = Kind("raw file beside an image of its name", "raw files beside images of their names")
 TWICE = Kind("file named a second time", "files named a second time", by_name=True)
-_FRAME = "%06d"  # what the outputs of a video's frames are called
+_FRAME = "%06d"  # what the outputs of frames are called
 
 
 def plan(
@@ -69,12 +70,14 @@ def plan(
         if source.resolve() in jobs:
             left_out.setdefault(TWICE, []).append(source)
             continue
-        stem, problem = output_stem(output, relative, kinds)
+        has_frames = is_video(source) or count_frames(source) > 1
+        stem, problem = output_stem(output, relative, kinds, has_frames)
         if problem:
             jobs[source.resolve()] = Job(source, {}, error=f"{source}: {problem}")
             continue
         if is_video(source):
             require_ffmpeg(source)
+        if has_frames:
             if found:
                 name = next(iter(found))
                 raise UserError(
@@ -84,7 +87,8 @@ def plan(
             stem /= _FRAME
         outputs = {kind: stem.with_name(stem.name + _ending(kind)) for kind in kinds}
         beside = {name: files[source] for name, files in found.items()}
-        jobs[source.resolve()] = Job(source, outputs, beside, root=output.resolve())
+        job = Job(source, outputs, beside, root=output.resolve(), has_frames=has_frames)
+        jobs[source.resolve()] = job
     for kind, problem in _PROBLEMS.items():
         for source in left_out.get(kind, []):
             jobs.setdefault(source.resolve(), Job(source, {}, error=f"{source}: {problem}"))
@@ -98,7 +102,9 @@ def _ending(kind: str) -> str:
     return ".png" if kind == "map" else f"_{kind}.png"
 
 
-def output_stem(output: Path, relative: Path, kinds: Iterable[str]) -> tuple[Path, str]:
+def output_stem(
+    output: Path, relative: Path, kinds: Iterable[str], has_frames: bool = False
+) -> tuple[Path, str]:
     """Where a file's outputs lie, without `_<kind>.png`, and why nothing can be written there.
 
     relative: the file's path below the output folder, which no output leaves, whatever its name and
@@ -113,7 +119,7 @@ def output_stem(output: Path, relative: Path, kinds: Iterable[str]) -> tuple[Pat
         return stem, f"the name of its output would be longer than {_MAX_NAME} bytes. Rename it."
     if os.pardir in relative.parts:
         return stem, "its output would lie outside of the folder. Name it without '..'."
-    root, folder = output.resolve(), (stem if is_video(relative) else stem.parent)
+    root, folder = output.resolve(), (stem if has_frames else stem.parent)
     if root not in (folder.resolve() / name).parents:
         return stem, f"its output would lie outside of the folder, by the link {folder}."
     return stem, ""
@@ -168,12 +174,10 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
     beside = {path.resolve() for job in jobs.values() for path in job.extras.values()}
     inputs = jobs.keys() | beside
     # How many frames a video has is not known yet, so all of their folder is theirs.
-    videos = {
-        job.outputs["map"].resolve().parent: job.source
-        for job in jobs.values()
-        if is_video(job.source) and job.outputs
+    framed = {
+        job.outputs["map"].resolve().parent: job.source for job in jobs.values() if job.has_frames
     }
-    shared = videos.keys() & {path.parent for path in inputs}
+    shared = framed.keys() & {path.parent for path in inputs}
     taken: dict[str, Path] = {}
     for job in jobs.values():
         for path in job.outputs.values():
@@ -184,14 +188,14 @@ def _check_outputs(jobs: dict[Path, Job]) -> None:
                     "input. Choose another folder with -o."
                 )
             place = str(target).casefold() if _IGNORES_CASE else str(target)
-            other = taken.get(place, videos.get(target.parent, job.source))
+            other = taken.get(place, framed.get(target.parent, job.source))
             if other != job.source:
                 raise UserError(
                     f"{path}: {other} and {job.source} "
                     "would both be written there. Rename one, or predict them into different "
                     "folders with -o."
                 )
-            for file in path.parent.glob("*.png") if target.parent in videos else [path]:
+            for file in path.parent.glob("*.png") if target.parent in framed else [path]:
                 check_replaceable(file)
             taken[place] = job.source
 
