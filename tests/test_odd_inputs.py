@@ -543,23 +543,25 @@ def test_predict_counts_what_it_left_out_and_fails_for_images_that_it_cannot_do(
     Path("in/linked").symlink_to("../store", target_is_directory=True)
     Path("in/gone").symlink_to("nowhere", target_is_directory=True)
     Path("in/e.jpg").symlink_to("a.jpg")
+    Path("in/circle.jpg").symlink_to("circle.jpg")
     torch.save(u2net_lite().state_dict(), "lite.pth")
     argv = ["in", "--weights", "lite.pth", "--device", "cpu", "--set", "data.image_size=32"]
-    assert predict.main(predict.parse_args(argv)) == 2
+    assert predict.main(predict.parse_args(argv)) == 3
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == (
-        "3 done, 2 failed (1 broken link (gone), 1 image that is not read (.heic: convert to PNG "
+        "3 done, 3 failed (1 broken link (gone), 1 image that is not read (.heic: convert to PNG "
         "or JPEG)); left out: 1 file named a second time (e.jpg), 2 other files (.db, .txt), 1 raw "
         "file beside an image of its name (.cr2), 1 video (.mp4: name each to have it done)"
     )
     assert "in/d.heic: pictures of this format are not read. Convert it" in err
     assert "in/gone: a link that leads nowhere" in err
+    assert "in/circle.jpg: cannot be read" in err
     assert sorted(path.as_posix() for path in Path("predictions").rglob("*.png")) == [
         "predictions/a.png",
         "predictions/b.png",
         "predictions/linked/c.png",
     ]
-    for name in ("in/d.heic", "in/gone", "in/b.cr2"):
+    for name in ("in/d.heic", "in/gone", "in/circle.jpg"):
         Path(name).unlink()
     assert predict.main(predict.parse_args(argv)) == 0
 

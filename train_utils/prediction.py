@@ -102,7 +102,7 @@ class Predictor:
             try:
                 at_least, sides = self.task.cfg.data.at_least, {}
                 input_of = self.task.input_of
-                images = picture.images = read_inputs(job, readers, input_of, at_least)
+                images = picture.images = read_inputs(job, readers, at_least, input_of)
                 if at_least:
                     picture.images = at_own_size(job, images, readers, input_of)
                     sides["sides"] = picture.images["image"].shape[-2:]
@@ -242,7 +242,7 @@ Part = Callable[[Tensor, Sequence[int]], Tensor]  # `BaseTask.input_of`
 
 
 def read_inputs(
-    job: Job, readers: Readers, input_of: Part, at_least: int | None = None
+    job: Job, readers: Readers, at_least: int | None = None, input_of: Part | None = None
 ) -> dict[str, Tensor]:
     """A job's image (see `read_image`), or the part that is the input, and what lies beside it.
 
@@ -250,7 +250,7 @@ def read_inputs(
     """
     image = read_image(job.source, at_least) if job.frame is None else job.frame
     sides = image_size(job.source)[::-1] if job.frame is None and at_least else image.shape[-2:]
-    image = input_of(image, sides)
+    image = input_of(image, sides) if input_of else image
     images = {"image": image}
     for name, path in job.extras.items():
         images[name] = extra = readers[name](path)
@@ -275,4 +275,8 @@ def at_own_size(
     empty = input_of(images["image"].new_zeros(1).expand(3, height, width), (height, width))
     if empty.shape == images["image"].shape:
         return images
-    return {"image": empty} if list(job.outputs) == ["map"] else read_inputs(job, readers, input_of)
+    return (
+        {"image": empty}
+        if list(job.outputs) == ["map"]
+        else read_inputs(job, readers, None, input_of)
+    )

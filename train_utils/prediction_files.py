@@ -62,18 +62,18 @@ def plan(
     left_out = {} if left_out is None else left_out
     sources = list(_sources(inputs, output, left_out))
     found = {name: find_extra(name, Path(of), sources) for name, of in (extras or {}).items()}
-    used = {path.resolve() for files in found.values() for path in files.values()}
+    used = {_real(path) for files in found.values() for path in files.values()}
     jobs: dict[Path, Job] = {}
     for source, relative in sources:
-        if source.resolve() in used:
+        if _real(source) in used:
             continue  # it lies among the images
-        if source.resolve() in jobs:
+        if _real(source) in jobs:
             left_out.setdefault(TWICE, []).append(source)
             continue
         has_frames = is_video(source) or count_frames(source) > 1
         stem, problem = output_stem(output, relative, kinds, has_frames)
         if problem:
-            jobs[source.resolve()] = Job(source, {}, error=f"{source}: {problem}")
+            jobs[_real(source)] = Job(source, {}, error=f"{source}: {problem}")
             continue
         if is_video(source):
             require_ffmpeg(source)
@@ -87,11 +87,11 @@ def plan(
             stem /= _FRAME
         outputs = {kind: stem.with_name(stem.name + _ending(kind)) for kind in kinds}
         beside = {name: files[source] for name, files in found.items()}
-        job = Job(source, outputs, beside, root=output.resolve(), has_frames=has_frames)
-        jobs[source.resolve()] = job
+        job = Job(source, outputs, beside, root=_real(output), has_frames=has_frames)
+        jobs[_real(source)] = job
     for kind, problem in _PROBLEMS.items():
         for source in left_out.get(kind, []):
-            jobs.setdefault(source.resolve(), Job(source, {}, error=f"{source}: {problem}"))
+            jobs.setdefault(source.absolute(), Job(source, {}, error=f"{source}: {problem}"))
     if not any(_exists(job.source) for job in jobs.values()):
         raise UserError(f"{', '.join(inputs)}: no image there. Check the path.")
     _check_outputs(jobs)
@@ -119,8 +119,8 @@ def output_stem(
         return stem, f"the name of its output would be longer than {_MAX_NAME} bytes. Rename it."
     if os.pardir in relative.parts:
         return stem, "its output would lie outside of the folder. Name it without '..'."
-    root, folder = output.resolve(), (stem if has_frames else stem.parent)
-    if root not in (folder.resolve() / name).parents:
+    root, folder = _real(output), (stem if has_frames else stem.parent)
+    if root not in (_real(folder) / name).parents:
         return stem, f"its output would lie outside of the folder, by the link {folder}."
     return stem, ""
 
@@ -135,7 +135,7 @@ def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path
     if not given.is_dir():
         if len(sources) > 1:
             raise UserError(f"{flag}: is one file for several images. Give a folder.")
-        if any(source.resolve() == given.resolve() for source, _ in sources):
+        if any(_real(source) == _real(given) for source, _ in sources):
             raise UserError(f"{flag}: is the image itself. Give its {name}.")
         return {source: given for source, _ in sources}
     files: dict[str, list[Path]] = {}
@@ -143,9 +143,9 @@ def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path
         files.setdefault(_stem(path.relative_to(given)), []).append(path)
     found = {}
     for source, relative in sources:
-        stem, folder = _stem(relative), source.resolve().parent
+        stem, folder = _stem(relative), _real(source).parent
         # Beside an image, a file of its own name is nothing to it but another image.
-        elsewhere = [path for path in files.get(stem, []) if path.resolve().parent != folder]
+        elsewhere = [path for path in files.get(stem, []) if _real(path).parent != folder]
         candidates = files.get(f"{stem}_{name}") or elsewhere
         if len(candidates) > 1:
             raise UserError(
@@ -171,17 +171,17 @@ def _stem(path: Path) -> str:
 
 def _check_outputs(jobs: dict[Path, Job]) -> None:
     """Raise UserError if an output would overwrite what it must not; `jobs` by resolved source."""
-    beside = {path.resolve() for job in jobs.values() for path in job.extras.values()}
+    beside = {_real(path) for job in jobs.values() for path in job.extras.values()}
     inputs = jobs.keys() | beside
     # How many frames a video has is not known yet, so all of their folder is theirs.
     framed = {
-        job.outputs["map"].resolve().parent: job.source for job in jobs.values() if job.has_frames
+        _real(job.outputs["map"]).parent: job.source for job in jobs.values() if job.has_frames
     }
     shared = framed.keys() & {path.parent for path in inputs}
     taken: dict[str, Path] = {}
     for job in jobs.values():
         for path in job.outputs.values():
-            target = path.resolve()
+            target = _real(path)
             if target in inputs or target.parent in shared:
                 raise UserError(
                     f"{path}: the output of {job.source} would overwrite an "
@@ -253,6 +253,10 @@ def remarks(left_out: LeftOut) -> str:
     rest = {kind: paths for kind, paths in left_out.items() if kind not in _PROBLEMS}
     among = f" ({described(failed)})" if failed else ""
     return among + (f"; left out: {described(rest)}" if rest else "")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # pathlib's raises an error for a link in circles
 
 
 def _exists(path: Path) -> bool:
