@@ -361,6 +361,11 @@ def test_what_is_no_page(tmp_path):
             assert image_size(path) == (9, 9), (tag, kind)
             assert read_mask(path).unique().tolist() == [9]
             assert count_frames(path) == 1
+    circle = bytearray(tiff_of_pages({256: 9}, {256: 4}))
+    second = struct.unpack_from("<I", circle, 8 + 2 + 12 * 8)[0]
+    struct.pack_into("<I", circle, second + 2 + 12 * 8, 8)
+    path.write_bytes(circle)
+    assert count_frames(path) == 2
     path.write_bytes(tiff_of_pages({256: 4, 254: 1}))
     assert image_size(path) == (4, 4)  # there is nothing else
     large, small = Image.new("RGB", (8, 8), RED), Image.new("RGB", (2, 2), RED)

@@ -71,7 +71,7 @@ def test_counts(capsys, caplog):
         "1 of 6 masks are black",
         "2 hold nothing from 128 of 255 on, but are not black",
         "few and dark grey levels: 0 (",
-        "of 1 the alpha channel is the mask",
+        "of 1 the alpha channel is taken as the mask",
         "1 hold colours, of which the luminance is taken",
         "1 are palettes of colours: all but index 0 is the object",
     ):

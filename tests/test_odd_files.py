@@ -65,7 +65,7 @@ def test_alpha_that_varies_is_the_mask(tmp_path, colours, kind):
     if kind == "LA.png":
         image = image.convert("LA")
     elif kind == "P.png":
-        image = image.quantize(16, Image.Quantize.FASTOCTREE)
+        image = image.quantize(64, Image.Quantize.FASTOCTREE)
     image.save(path, **({"lossless": True} if kind == "webp" else {}))
     if kind in ("P.png", "key.gif") and colours is GREY_PHOTO:  # of 16 levels: may be a mask
         with pytest.raises(UserError, match="its alpha varies"):
@@ -122,11 +122,30 @@ def test_greys_that_follow_alpha_are_no_second_mask(tmp_path):
     assert np.array_equal(read_mask(path)[0], RAMP)
 
 
+def test_classes_of_a_palette_with_a_transparent_one(tmp_path):
+    colours = palette_image([[0, 1, 2]], [(0, 0, 0), (128, 0, 0), (224, 224, 192)])
+    path = png(tmp_path / "void.png", colours, transparency=2)  # background is seen, void is not
+    with pytest.raises(UserError, match=r"void\.png: its alpha varies, and its colours look like"):
+        read_mask(path)
+    assert rows(MaskReader("luminance")(path)) == [[0, 255, 0]]
+    assert rows(MaskReader("alpha")(path)) == [[255, 255, 0]]
+    path = png(tmp_path / "cut.png", colours, transparency=0)  # by both rules the same
+    assert rows(read_mask(path)) == [[0, 255, 255]]
+
+
 def test_a_mask_without_alpha_has_none_to_take(tmp_path):
     for image in (grey(DISC), grey(DISC.astype(np.uint16) * 257)):
         path = png(tmp_path / "a.png", image)
         with pytest.raises(UserError, match=r"a\.png: has no alpha channel.*Set it to null"):
             MaskReader("alpha")(path)
+        assert np.array_equal(read_map(path, "alpha")[0], DISC)
+
+
+def test_a_map_of_colours_is_refused(tmp_path):
+    for image in (Image.fromarray(PHOTO), palette_image([[0, 1]], [(0, 0, 0), (200, 0, 0)])):
+        with pytest.raises(UserError, match=r"a\.png: a map is grey"):
+            read_map(png(tmp_path / "a.png", image))
+    assert rows(read_map(png(tmp_path / "a.png", grey([[0, 1]])))) == [[0, 1]]
 
 
 def test_a_threshold_makes_two_levels(tmp_path):

@@ -91,6 +91,7 @@ _LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
 _LOSSY_TIFF_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 _WHITE, _BLACK = 255, 0
 _GREY = 8  # levels by which the colours of what was grey may differ
+_BLOCK = 2**18  # pixels that are looked at together
 _FEW_LEVELS, _MOST = 16, 0.9  # of a mask: so many grey levels, or so much black and white
 _MAX_FRAME_PIXELS = 100 * MAX_PIXELS  # of all frames of a file
 _SUBFILE, _OLD_SUBFILE = 254, 255  # tags of TIFF that say what a page is for
@@ -182,8 +183,8 @@ class MaskReader:
 
     channel: where the mask of a file with an alpha channel, or with transparent entries in its
     palette, lies; luminance: over black. None: in alpha, unless all of it is opaque. A file is then
-    refused whose visible pixels hold greys that look like a mask, too: of a few levels, or black
-    and white but for the edges.
+    refused whose visible pixels hold greys that look like a mask, too (of a few levels, or black
+    and white but for the edges), or a few colours of a palette with index 0 among them.
     threshold: grey levels from it on are 255, others 0; None: they are taken as they are.
     A call raises UserError for a file that cannot be read as asked.
     """
@@ -222,9 +223,14 @@ def read_mask(path: PathLike) -> tv_tensors.Mask:
 
 
 def read_map(path: PathLike, channel: Channel | None = None) -> tv_tensors.Mask:
-    """As `MaskReader`, but 0 and 1 are taken as they are stored: a prediction may be that dark."""
+    """As `MaskReader`, but 0 and 1 are taken as they are stored: a prediction may be that dark.
+
+    A file without alpha is taken, whatever the channel. Raises UserError for colours, too.
+    """
     with within_memory(path):
-        grey = _grey(path, channel)[0]
+        grey, _, rules = _grey(path, channel, needs_alpha=False)
+        if "colours" in rules or "coloured palette" in rules:
+            raise UserError(f"{path}: a map is grey, but this file holds colours. Save the map.")
         grey = _to_8_bits(grey) if grey.dtype == np.uint16 else grey
         return tv_tensors.Mask(torch.from_numpy(grey)[None])
 
@@ -597,7 +603,10 @@ def _explained(path: PathLike, error: Exception) -> UserError:
     elif Path(path).stat().st_size == 0:
         problem = f"the file is empty. {_REPLACE}"
     else:
-        problem = f"not an image that can be read ({', '.join(_FORMATS)}). {_REPLACE}"
+        problem = (
+            f"not an image that can be read ({', '.join(_FORMATS)}). Replace it by an intact copy, "
+            "or, if it is of another format, by a PNG or JPEG of it."
+        )
     return UserError(f"{path}: {problem}")
 
 
@@ -645,77 +654,97 @@ def to_rgba(image: Image.Image) -> Image.Image:
     return image.convert("RGBA")
 
 
-def _grey(path: PathLike, channel: Channel | None) -> tuple[np.ndarray, bool, list[str]]:
+def _grey(
+    path: PathLike, channel: Channel | None, needs_alpha: bool = True
+) -> tuple[np.ndarray, bool, list[str]]:
     """The grey levels of a mask, uint8 or uint16 [H, W]; whether lossless; by which MASK_RULES."""
     image, lossless, _ = decode(path)
-    if is_wide(image):
-        _require_alpha(path, channel, False)
-        return _wide_values(path, image, _BLACK), lossless, []
     palette = image.mode in ("P", "PA")
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
         palette and image.has_transparency_data
     )
-    _require_alpha(path, channel, has_alpha)
+    if channel == "alpha" and needs_alpha and not has_alpha:
+        raise UserError(
+            f"{path}: has no alpha channel, in which data.mask_channel=alpha looks for the mask. "
+            "Set it to null if the masks are grey."
+        )
+    if is_wide(image):
+        return _wide_values(path, image, _BLACK), lossless, []
     rules = []
     if has_alpha and channel != "luminance":
-        rgba = np.array(to_rgba(image))
-        alpha = np.ascontiguousarray(rgba[..., 3])
+        rgba = to_rgba(image)
+        alpha = np.array(rgba.getchannel("A"))
         if channel == "alpha" or alpha.min() < 255:
-            if channel is None and _also_look_like_a_mask(rgba):
+            if channel is None and (
+                _also_look_like_a_mask(rgba) or (palette and _also_names_classes(image, alpha))
+            ):
                 raise UserError(
-                    f"{path}: its alpha varies, and its grey levels look like a mask as well. Say "
+                    f"{path}: its alpha varies, and its colours look like a mask as well. Say "
                     "which of them is the mask: --set data.mask_channel=alpha, or luminance."
                 )
-            return alpha, lossless, ["alpha"]
+            return alpha, lossless, [] if channel else ["alpha"]
         rules = ["opaque alpha"]
     if palette:
-        grey, coloured = _palette_greys(image)
-        return grey, lossless, [*rules, "coloured palette"] if coloured else rules
+        grey, colours = _palette_greys(image)
+        return grey, lossless, [*rules, "coloured palette"] if colours else rules
     if image.has_transparency_data:
         image = _composite(image, _BLACK)
     if image.mode not in ("1", "L"):
         image = image.convert("RGB")  # first: from LAB there is no direct way to luminance
-        if _spread(np.array(image)).max() > _GREY:
+        if any(_spread(pixels).max() > _GREY for pixels in _blocks(image)):
             rules = [*rules, "colours"]
     grey = np.array(image if image.mode == "L" else image.convert("L"))
     return grey, lossless, rules
 
 
-def _require_alpha(path: PathLike, channel: Channel | None, has_alpha: bool) -> None:
-    if channel == "alpha" and not has_alpha:
-        raise UserError(
-            f"{path}: has no alpha channel, in which data.mask_channel=alpha looks for the mask. "
-            "Set it to null if the masks are grey."
-        )
-
-
-def _also_look_like_a_mask(rgba: np.ndarray) -> bool:
-    """Whether the colours of a file whose alpha is not opaque may be its mask, too; [H, W, 4].
+def _also_look_like_a_mask(rgba: Image.Image) -> bool:
+    """Whether the colours of a file whose alpha is not opaque may be its mask, too.
 
     They are grey and vary where they are visible, but not along with alpha, and have few levels or
     are nearly all black or white. Below an alpha that is the same everywhere, all of them count.
     """
-    alpha = rgba[..., 3]
-    seen = rgba[alpha > 0] if alpha.min() < alpha.max() else rgba.reshape(-1, 4)
-    grey = seen[:, 1]
-    if _spread(seen).max() > _GREY:
+    low, high = rgba.getextrema()[3]
+    counts, follow_alpha = np.zeros(256, np.int64), True
+    for pixels in _blocks(rgba):
+        seen = pixels[pixels[:, 3] > 0] if low < high else pixels
+        if len(seen) and _spread(seen).max() > _GREY:
+            return False
+        counts += np.bincount(seen[:, 1], minlength=256)
+        follow_alpha = follow_alpha and bool((seen[:, 1] == seen[:, 3]).all())
+    levels = np.flatnonzero(counts)
+    if follow_alpha or levels[-1] - levels[0] <= _GREY:
         return False
-    if grey.max() - grey.min() <= _GREY or (grey == seen[:, 3]).all():
-        return False
-    counts = np.bincount(grey, minlength=256)
     ends = counts[: _GREY + 1].sum() + counts[-_GREY - 1 :].sum()
-    return bool((counts > 0).sum() <= _FEW_LEVELS or ends >= _MOST * len(grey))
+    return bool(len(levels) <= _FEW_LEVELS or ends >= _MOST * counts.sum())
+
+
+def _also_names_classes(image: Image.Image, alpha: np.ndarray) -> bool:
+    """Whether a palette of few colours is a mask by the table's rule, too, and another than alpha.
+
+    So it is where index 0, the background, is visible, and what is not so is clear altogether.
+    """
+    greys, colours = _palette_greys(image)
+    clear = ((alpha == 0) | (alpha == 255)).all()
+    return 0 < colours <= _FEW_LEVELS and bool(clear and (greys != alpha).any())
+
+
+def _blocks(image: Image.Image) -> Iterator[np.ndarray]:
+    """The pixels [N, C] of an image by some rows at a time, so that they take little memory."""
+    rows = max(1, _BLOCK // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield np.array(part).reshape(-1, len(image.getbands()))
 
 
 def _spread(colours: np.ndarray) -> np.ndarray:
-    """How far the levels of red, green and blue lie apart, of [..., 3 or 4] uint8."""
-    red, green, blue = (colours[..., channel] for channel in range(3))
+    """How far the levels of red, green and blue lie apart, of [N, 3 or 4] uint8."""
+    red, green, blue = colours[:, 0], colours[:, 1], colours[:, 2]  # numpy is slow along so few
     highest = np.maximum(np.maximum(red, green), blue)
     return highest - np.minimum(np.minimum(red, green), blue)
 
 
-def _palette_greys(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """A palette mask by the table's rule, over black, uint8 [H, W]; whether it has colours."""
+def _palette_greys(image: Image.Image) -> tuple[np.ndarray, int]:
+    """A palette mask by the table's rule, over black, uint8 [H, W]; how many colours, 0 if grey."""
     image.apply_transparency()  # moves a PNG's or GIF's transparent entries into the palette
     entries = np.array(image.getpalette("RGBA") or [], dtype=np.uint8).reshape(-1, 4)
     palette = np.zeros((256, 4))
@@ -725,7 +754,7 @@ def _palette_greys(image: Image.Image) -> tuple[np.ndarray, bool]:
 
     colours = np.rint(palette[:, :3] * palette[:, 3:] / 255)
     used = np.bincount(index.ravel(), minlength=256) > 0
-    coloured = not (colours[used] == colours[used, :1]).all()
+    coloured = (colours[used] != colours[used, :1]).any()
     if not coloured:
         levels = colours[:, 0]
     else:  # the colours of class labels: what is not the background class is the object
@@ -734,4 +763,4 @@ def _palette_greys(image: Image.Image) -> tuple[np.ndarray, bool]:
     greys = levels[index]
     if image.mode == "PA":
         greys = np.rint(greys * pixels[..., 1] / 255)
-    return greys.astype(np.uint8), coloured
+    return greys.astype(np.uint8), int(used.sum()) if coloured else 0

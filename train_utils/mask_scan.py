@@ -134,7 +134,7 @@ class GreyScan:
         if self.object and self._dark_codes():
             remarks.append(f"few and dark grey levels: {self._levels()}")
         texts = (
-            ("alpha", "of {} the alpha channel is the mask"),
+            ("alpha", "of {} the alpha channel is taken as the mask"),
             ("colours", "{} hold colours, of which the luminance is taken"),
             ("coloured palette", "{} are palettes of colours: all but index 0 is the object"),
         )

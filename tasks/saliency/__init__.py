@@ -112,7 +112,7 @@ class _Maps(PairFolderDataset):
     """Maps that any program wrote, in the place of images, and their masks."""
 
     def read_image(self, path: Path) -> Tensor:
-        return read_map(path)
+        return read_map(path, getattr(self.read_target, "channel", None))
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
