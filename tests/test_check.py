@@ -1,5 +1,7 @@
 """check.py on a small clean set, and on copies of it with one fault each."""
 
+import json
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,14 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import check
 import tasks
+from train_utils.arguments import parse_args
+from train_utils.check.copies import grouped
 from train_utils.check.data import check_data
+from train_utils.check.duplicates import SYMMETRIES, alike_pairs, combined, inverse, symmetric
+from train_utils.check.look import count_objects
+from train_utils.datasets import pairs_of
+from train_utils.errors import UserError
+from train_utils.pairing import listed_pairs
 
 WIDTH, HEIGHT, TRAIN, VAL = 120, 90, 18, 8
 UNET = REPO / "configs" / "unet.yaml"
@@ -297,3 +306,154 @@ def test_a_planted_fault_is_found(place, fault):
     report = place.findings()
     found = [finding.kind for finding in report.findings]
     assert kind in found, [finding.line() for finding in report.findings]
+
+
+# --- the verdict ---------------------------------------------------------------------------------
+
+
+def run(place, folder, *more):
+    """Exit status of check.py, and its report."""
+    failed = check.main(check.parse_args([*place.arguments(), *more, "-o", str(folder)]))
+    return failed, json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def trained(report):
+    """The task and the datasets of the command that a report proposes."""
+    program, script, *words = shlex.split(report["command"])
+    assert (program, script) == ("python", "train.py")
+    task = tasks.new_task(parse_args(words, flags=tasks.train_flags()))
+    datasets = task.build_datasets()
+    task.prepare_data(*datasets)
+    return task, datasets
+
+
+def test_a_clean_set_is_trained_with_the_words_that_were_given(clean_folder, tmp_path, capsys):
+    place = Place(clean_folder)
+    place.words += ["--epochs", "3"]
+    failed, report = run(place, tmp_path / "out")
+    assert not failed and report["findings"] == []
+    assert report["command"] == shlex.join(["python", "train.py", *place.arguments()])
+    assert report["command"] in capsys.readouterr().out
+    assert trained(report)[0].cfg.train.epochs == 3
+    for name, count in (("train.txt", TRAIN), ("val.txt", VAL)):
+        assert len(listed_pairs(tmp_path / "out" / name)[0]) == count
+
+
+def test_the_split_keeps_copies_on_one_side_and_the_command_trains_on_it(place, tmp_path):
+    copy_image(place, mirrored)
+    cut(place.file("images", 5))
+    folder = tmp_path / "an out"
+    failed, report = run(place, folder, "--full")
+    assert failed and "--images" not in report["command"]
+    _, datasets = trained(report)
+    images = [{image.name for image, _ in dataset.pairs} for dataset in datasets]
+    assert [len(each) for each in images] == [TRAIN - 2, VAL]  # without the copy and the damaged
+    place.words = shlex.split(report["command"])[2:]
+    place.arguments = lambda: place.words
+    failed, _ = run(place, tmp_path / "again", "--full")
+    assert not failed
+
+
+def test_of_a_held_out_share_alike_images_go_where_the_first_of_them_is(place, tmp_path):
+    for number in range(8):  # copies of whatever is held out
+        for kind in ("images", "masks"):
+            shutil.copy(place.file(kind, number), place.file(kind, number + 100))
+    place.arguments = lambda: [*place.words, *Place.arguments(place)[2:-4]][2:]
+    _, report = run(place, tmp_path / "out", "--set", "data.val_fraction=0.3")
+    _, datasets = trained(report)
+    names = [{int(path.stem) % 100 for path, _ in pairs_of(dataset)} for dataset in datasets]
+    assert not names[0] & names[1]
+    assert sum(map(len, datasets)) == TRAIN + 8
+
+
+def test_what_a_refusal_proposes_is_tried_and_goes_into_the_command(place, tmp_path):
+    of_two_levels(place)
+    failed, report = run(place, tmp_path / "out")
+    assert failed and [finding["kind"] for finding in report["findings"]] == ["refused"]
+    assert report["classes"]["thing"][1] == TRAIN + VAL
+    assert trained(report)[0].cfg.data.mask_values == "threshold"
+
+
+def test_files_of_others_and_edited_ones_stay(place, tmp_path):
+    folder = tmp_path / "out"
+    run(place, folder)
+    run(place, folder)  # its own files are replaced
+    for name in ("train.txt", "report.json"):
+        path = folder / name
+        written = path.read_text(encoding="utf-8")
+        path.write_text(written.replace("000", "001"), encoding="utf-8")
+        with pytest.raises(UserError, match="edited since"):
+            run(place, folder)
+        path.write_text(written, encoding="utf-8")
+    elsewhere = tmp_path / "mine.json"
+    elsewhere.write_text("{}")
+    with pytest.raises(UserError, match="not written by check"):
+        run(place, folder, "--json", str(elsewhere))
+    with pytest.raises(UserError, match="not a folder"):
+        run(place, elsewhere)
+    assert elsewhere.read_text() == "{}"
+
+
+def test_embedded_data_are_not_looked_at(tmp_path, capsys):
+    words = ["--config", str(SHAPES), "-o", str(tmp_path / "out")]
+    assert check.main(check.parse_args(words)) == 0
+    assert "ShapesDataset has no pairs of files to look at" in capsys.readouterr().out
+
+
+def test_side_by_side_pictures_are_looked_at(tmp_path):
+    for split, first, count in (("train", 0, 12), ("val", 30, 4)):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for number in range(first, first + count):
+            image, _ = scene(number)
+            both = Image.new("RGB", (2 * WIDTH, HEIGHT))
+            both.paste(image)
+            both.paste(image.point(lambda v: 255 - v), (WIDTH, 0))
+            both.save(tmp_path / "set" / split / f"{number}.png")
+    config = str(REPO / "configs" / "pix2pix_facades.yaml")
+    words = [
+        "--config",
+        config,
+        "--data-path",
+        str(tmp_path / "set"),
+        "--set",
+        "data.image_size=64",
+    ]
+    report = check_data(tasks.new_task(check.parse_args(words)), True)
+    assert report.findings == [] and report.statistics["width"].tolist() == [WIDTH] * 16
+    image, target = report.read(0, 60)
+    assert image.shape == target.shape == (45, 60, 3)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def test_symmetries_are_found_and_combine():
+    pictures = np.stack([np.asarray(scene(n)[0].convert("L").resize((64, 64))) for n in range(4)])
+    for name in SYMMETRIES:
+        turned = symmetric(pictures[2], name)
+        assert [found[:3] for found in alike_pairs(np.stack([*pictures, turned]))] == [(2, 4, name)]
+        assert (symmetric(turned, inverse(name)) == pictures[2]).all()
+        for then in SYMMETRIES:
+            both = symmetric(turned, then)
+            assert (both == symmetric(pictures[2], combined(name, then))).all()
+
+
+def test_groups_know_how_each_member_is_like_the_first():
+    links = {
+        (1, 4): ("pixels", "mirrored"),
+        (0, 4): ("near", "turned by 90°"),
+        (2, 3): ("bytes", "same"),
+    }
+    first, second = grouped(links)
+    assert first[0] == ("bytes", "same") and first[4] == ("near", "turned by 90°")
+    assert first[1] == ("near", combined("turned by 90°", "mirrored"))
+    assert second == {2: ("bytes", "same"), 3: ("bytes", "same")}
+
+
+def test_connected_parts_are_counted():
+    rows = ["##..#", "....#", ".#.#.", "#...#"]  # corners touch
+    objects = np.array([[char == "#" for char in row] for row in rows])
+    assert count_objects(objects) == 3
+    assert count_objects(np.zeros((3, 3), bool)) == 0
+    ring = np.pad(np.zeros((3, 3), bool), 1, constant_values=True)
+    assert count_objects(ring) == 1

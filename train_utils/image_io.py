@@ -313,6 +313,26 @@ def image_size(path: PathLike, at_least: int | None = None) -> tuple[int, int]:
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+class Header(NamedTuple):
+    """What a file's header says: upright (width, height), Pillow's mode, and what is to be undone.
+
+    turned: by an EXIF orientation. profile: whether it brings a colour profile.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    turned: bool
+    profile: bool
+
+
+def read_header(path: PathLike) -> Header:
+    """A file's header; UserError as `image_size` raises it."""
+    with _opened(path) as image:
+        orientation, size = _orientation(image), image.size
+        upright = size[::-1] if orientation >= 5 else size
+        return Header(upright, image.mode, orientation != 1, "icc_profile" in image.info)
+
+
 def is_damaged(path: PathLike) -> bool:
     """Whether a file cannot be read because of what it holds: it is empty, cut, altered, no image.
 

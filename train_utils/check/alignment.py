@@ -112,6 +112,11 @@ def _whole_set(
     images: np.ndarray, targets: np.ndarray, indices: Sequence[int]
 ) -> tuple[str, Severity] | None:
     """What is wrong with the masks of a set taken together; None where they fit."""
+    mixed = len(_fitting_others(images, targets, _MIXED)) > _MIXED_SHARE * len(images)
+    if mixed and (off := _names_off(images, targets, indices)):
+        return f"belong to the images {off} in the list", "error"
+    if mixed:
+        return "are mixed up: many fit the image of another", "error"
     means = {name: displaced(images, symmetric(targets, name)).mean(0) for name in SYMMETRIES}
     own = means["same"]
     here = max(own[dy, dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1))
@@ -125,28 +130,28 @@ def _whole_set(
     percent = 100 / len(own)
     if best > _CLEAR * _spread(means[name]) and best > _BETTER * here:
         if name != "same":
-            return f"fit their images only {_how(name)}", "error"
+            return f"fit their images only {name}", "error"
         return (
             f"lie {abs(dx) * percent:.0f} % of the width and {abs(dy) * percent:.0f} % of the "
             "height beside the edges of their images",
             "error",
         )
-    for off in (1, -1, 2, -2, 3, -3):
-        pairs = [(i, indices.index(n + off)) for i, n in enumerate(indices) if n + off in indices]
-        if len(pairs) >= _FEWEST:
-            i, j = map(list, zip(*pairs, strict=True))
-            mean = displaced(images[i], targets[j]).mean(0)
-            if mean[0, 0] > _CLEAR * _spread(mean) and mean[0, 0] > _BETTER * here:
-                return f"belong to images {abs(off)} further on in the list", "error"
-    if len(_fitting_others(images, targets, _MIXED)) > _MIXED_SHARE * len(images):
-        return "are mixed up: many fit the image of another", "error"
     if here < _CLEAR * spread / 2:
         return "follow no edges of their images: mixed up, or drawn very loosely", "warning"
     return None
 
 
-def _how(symmetry: str) -> str:
-    return symmetry
+def _names_off(images: np.ndarray, targets: np.ndarray, indices: Sequence[int]) -> str:
+    """By how many names the masks of a set are off; "" if by none."""
+    places = {number: place for place, number in enumerate(indices)}
+    for off in (1, -1, 2, -2, 3, -3):
+        pairs = [(i, places[n + off]) for i, n in enumerate(indices) if n + off in places]
+        if len(pairs) >= _FEWEST:
+            i, j = map(list, zip(*pairs, strict=True))
+            mean = displaced(images[i], targets[j]).mean(0)
+            if mean[0, 0] > _CLEAR * _spread(mean):
+                return f"{abs(off)} {'before' if off > 0 else 'after'} theirs"
+    return ""
 
 
 def _spread(mean: np.ndarray) -> float:
