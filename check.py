@@ -16,21 +16,21 @@ keep_freed_memory()  # before the imports that take seconds
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import tasks
 from train_utils.arguments import training_parser
-from train_utils.check.data import check_data
+from train_utils.check.data import check_as_proposed
 from train_utils.check.findings import Report
 from train_utils.check.output import CheckFolder
 from train_utils.check.page import PAGE, write_page
 from train_utils.check.setup import SECONDS, SetUp, check_setup, setup_errors
 from train_utils.check.split import LISTS, training_command, write_lists
 from train_utils.distributed_utils import init_distributed_mode, refuse_launcher
-from train_utils.errors import printable
-from train_utils.files import write_text
+from train_utils.errors import UserError, printable, typed
 from train_utils.prepare_data import prepare_datasets
 from train_utils.setup import build_loaders, clean_errors, place_models, start_process
 from train_utils.task import BaseTask
@@ -60,18 +60,22 @@ def main(args: argparse.Namespace) -> int:
     recipe = Path(args.config or tasks.DEFAULT_CONFIG)
     folder = CheckFolder(Path(args.output_dir or Path("check", recipe.stem)))
     folder.require("report.json", PAGE, *LISTS)
-    report = check_data(task, args.full)
+    copy = json_file(args.json)
+
+    def configure(words: Sequence[str]) -> BaseTask:
+        return tasks.new_task(parse_args([*words]))
+
+    task, report = check_as_proposed(task, args.words, configure, args.full)
     lists = write_lists(report, folder)
     moved = any(group.across for group in report.alike) or report.unusable
-    report.command = training_command(
-        args.words, report, task, lists if moved else [], lambda w: tasks.new_task(parse_args([*w]))
-    )
+    kept = lists if moved else []
+    report.command = training_command(args.words, report, task, kept, configure)
     if args.setup:
         look_at_setup(args, task, report)
     write_page(report, folder)
     folder.write("report.json", report.to_json())
-    if args.json:
-        write_text(Path(args.json), report.to_json())
+    if copy:
+        copy[0].write(copy[1], report.to_json())
     return tell_verdict(report)
 
 
@@ -89,6 +93,18 @@ def look_at_setup(args: argparse.Namespace, task: BaseTask, report: Report) -> N
         optimizers = task.build_optimizers(networks)
         setup = SetUp(task, networks, optimizers, loader, val_loader, device)
         check_setup(setup, report, args.seconds)
+
+
+def json_file(name: str | None) -> tuple[CheckFolder, str] | None:
+    """Where --json writes to, and its name there; UserError for a place that is not ours."""
+    if name is None:
+        return None
+    path = Path(name)
+    if path.suffix != ".json":
+        raise UserError(f"--json {typed(name)}: is no name of a JSON file. End it with .json.")
+    folder = CheckFolder(path.parent, "--json")
+    folder.require(path.name)
+    return folder, path.name
 
 
 def tell_verdict(report: Report) -> int:

@@ -28,7 +28,6 @@ from train_utils.datasets import (
 from train_utils.errors import UserError
 from train_utils.log import say_once
 from train_utils.pairing import (
-    PLAIN,
     UNMATCHED,
     Names,
     listed_pairs,
@@ -55,7 +54,7 @@ class PairFolderDataset(PairDataset):
         transforms: JointTransform | None = None,
         read_target: Reader | None = None,
         at_least: int | None = None,
-        names: tuple[Names, Names] = PLAIN,
+        names: tuple[Names, Names] | None = None,
     ) -> None:
         found = pair_folders(Path(images), Path(masks), names)
         super().__init__(found.pairs, found.stems, transforms, read_target, at_least)
@@ -77,7 +76,8 @@ class DUTSDataset(PairFolderDataset):
         train: bool = True,
         transforms: JointTransform | None = None,
         at_least: int | None = None,
-        names: tuple[Names, Names] = PLAIN,
+        read_target: Reader | None = None,
+        names: tuple[Names, Names] | None = None,
     ) -> None:
         part = "DUTS-TR" if train else "DUTS-TE"
         images, masks = (Path(root, part, f"{part}-{kind}") for kind in ("Image", "Mask"))
@@ -87,7 +87,7 @@ class DUTSDataset(PairFolderDataset):
                 f"{found_in(Path(root))}. Give the folder that holds {part}, or your own pairs by "
                 "--images DIR --masks DIR."
             )
-        super().__init__(images, masks, transforms, at_least=at_least, names=names)
+        super().__init__(images, masks, transforms, read_target, at_least, names)
 
 
 class ShapesDataset(Dataset):

@@ -25,16 +25,17 @@ ATTACKS = re.findall(
     (REPO / "docs" / "security.md").read_text(encoding="utf-8"),
     flags=re.MULTILINE,
 )
+DATA = (REPO / "docs" / "data.md").read_text(encoding="utf-8")
+ODD = re.findall(r"^\| (.+) \| (.+) \|$", DATA.partition("\n## Odd inputs")[2], flags=re.MULTILINE)
+NAMED = [(row[1], row[3]) for row in [*ROWS, *ATTACKS]] + ODD[1:]
 
 
 def test_every_fault_has_a_row():
     assert [int(number) for number, *_ in ROWS] == list(range(1, 54))
 
 
-@pytest.mark.parametrize(
-    "tests", [row[3] for row in [*ROWS, *ATTACKS]], ids=[row[1] for row in [*ROWS, *ATTACKS]]
-)
-def test_every_fault_and_attack_names_tests_that_exist(tests):
+@pytest.mark.parametrize("tests", [tests for _, tests in NAMED], ids=[kind for kind, _ in NAMED])
+def test_every_fault_attack_and_odd_input_names_tests_that_exist(tests):
     module, names = None, re.findall(r"`([^`]+)`", tests)
     assert names
     for name in names:

@@ -323,7 +323,7 @@ def folders(tmp_path) -> tuple[Path, Path, Path]:
 
 def settings(folders, **values) -> SimpleNamespace:
     counts = {"per_foreground": 6, "val_per_foreground": 3, "val_fraction": 0.25, "seed": 0}
-    defaults = {**counts, "names": (Names(), Names())}
+    defaults = {**counts, "names": (Names(), Names()), "mask_channel": None}
     return SimpleNamespace(composed_folders=lambda: folders, **(defaults | values))
 
 
@@ -452,8 +452,8 @@ def test_damaged_backgrounds_are_found_at_once(folders):
 
 
 def ready(images, masks, **values) -> SimpleNamespace:
-    names = "val_images", "val_masks", "trimaps", "val_trimaps", "list", "val_list"
-    defaults = {**dict.fromkeys(names), "names": (Names(), Names())}
+    keys = "val_images", "val_masks", "trimaps", "val_trimaps", "list", "val_list", "mask_channel"
+    defaults = {**dict.fromkeys(keys), "names": (Names(), Names())}
     return SimpleNamespace(
         images=images, masks=masks, val_fraction=0.25, seed=0, **(defaults | values)
     )

@@ -130,6 +130,11 @@ def test_composites_of_given_folders(tmp_path):
     inputs, target = val[0]
     assert (inputs[:3] == 120).all()  # 200/5 + 100·4/5
     assert (target[0] == 51).all()
+    alpha = train.dataset.pairs[train.indices[0]][1]
+    with Image.open(alpha) as image:
+        half = Image.new("L", image.size)
+        half.paste(255, (0, 0, image.width // 2, image.height))
+    half.save(alpha)  # so that there is an object to learn
     assert matting.Task(cfg).prepare_data(train, val) == {}
     folders = {"foregrounds": "fg", "alphas": "alpha", "backgrounds": "bg"}
     cfg = config(**{name: str(tmp_path / folder) for name, folder in folders.items()})

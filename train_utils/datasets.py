@@ -18,10 +18,10 @@ from torchvision.transforms.v2 import functional as F
 from train_utils.data import collate, unwrap_subset
 from train_utils.errors import UserError, printable, shortened
 from train_utils.image_io import (
+    MaskReader,
     image_size,
     read_image,
     read_image_and_mask,
-    read_mask,
 )
 from train_utils.pairing import Pair
 from train_utils.sample_cache import SampleCache
@@ -94,8 +94,8 @@ class PathPairs(Sequence[Pair]):
 class PairDataset(Dataset):
     """Given (image, target) files; `stems` name the pairs independently of where they lie.
 
-    read_target: makes a tensor [C, H, W] of a target's path; None: `read_mask`. at_least: have the
-    decoder scale large JPEG images down, see `read_image`. A cache (see
+    read_target: makes a tensor [C, H, W] of a target's path; None: `MaskReader()`. at_least: have
+    the decoder scale large JPEG images down, see `read_image`. A cache (see
     `train_utils.prepare_data.cached`) keeps what the first one of transforms in `TwoParts` makes of
     a pair, else what is read.
     """
@@ -116,8 +116,7 @@ class PairDataset(Dataset):
     ) -> None:
         self.pairs, self.stems = PathPairs(pairs), list(stems)
         self.transforms: Any = transforms
-        self.read_target, self.at_least = read_target or read_mask, at_least
-        self._has_masks = read_target is None
+        self.read_target, self.at_least = read_target or MaskReader(), at_least
         self.cache: SampleCache | None = None
 
     def __len__(self) -> int:
@@ -147,13 +146,11 @@ class PairDataset(Dataset):
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """The image and the target as they are in their files."""
         pair = self.pairs[index]
-        if self._has_masks:
-            image, mask = read_image_and_mask(pair[0], pair[1], self.at_least)
-            return self._of_one_size(pair, image, mask)
-        return self._of_one_size(pair, self.read_image(pair[0]), self.read_target(pair[1]))
-
-    def _of_one_size(self, pair: Pair, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return of_one_size(pair, image, target, self.unequal, self.read_target)
+        if isinstance(self.read_target, MaskReader):
+            parts = read_image_and_mask(pair[0], pair[1], self.at_least, self.read_target)
+        else:
+            parts = self.read_image(pair[0]), self.read_target(pair[1])
+        return of_one_size(pair, *parts, self.unequal, self.read_target)
 
     def read_image(self, path: Path) -> Tensor:
         return read_image(path, self.at_least)

@@ -3,7 +3,8 @@
 | in the file             | `read_image`, uint8 RGB          | `read_mask`, uint8 grey           |
 |-------------------------|----------------------------------|-----------------------------------|
 | EXIF orientation        | applied                          | applied (the mask's own tag)      |
-| several frames          | the first                        | the first                         |
+| several pages, frames   | refused; `frames_of` has each    | refused                           |
+| colour profile          | converted to sRGB, if another    | not looked at                     |
 | 1 bit                   | 0 or 255                         | 0 or 255                          |
 | grey, up to 8 bits      | replicated to three channels     | as stored                         |
 | grey, 16 bits           | v·255/65535, rounded, replicated | v·255/65535, rounded              |
@@ -12,7 +13,10 @@
 | palette                 | the palette's colours            | grey if all colours in use are    |
 |                         |                                  | grey; else index 0 is 0, all      |
 |                         |                                  | other indices are 255             |
-| alpha, transparent key  | composited over white            | composited over black             |
+| alpha, all opaque       | dropped                          | dropped                           |
+| alpha that varies       | composited over white            | is the mask, see `MaskReader`     |
+| transparent key, of     | composited over white            | composited over black             |
+| grey or RGB             |                                  |                                   |
 | 0 and 1 only, lossless  | as stored                        | a 0/1 mask: multiplied by 255     |
 | 16 bits, 2…255 at most  | refused: it would be black       | refused: it would be black        |
 | grey, 12 or 32 bits     | refused                          | refused                           |
@@ -21,46 +25,47 @@
 Files of other meanings are read by what a task builds on `decode`.
 
 An EXIF tag counts where it stands before the pixels (as in every JPEG); one that cannot be parsed
-counts as absent. PNG checksums are verified: a damaged PNG gives its own pixels or none. The other
-formats have none, so damage that their decoders conceal, as in the middle of a JPEG or of a plain
-TIFF, cannot be seen; nor can rows that the writer of a PNG has left out. Every error is a
-`UserError` that names the file, the cause and the fix.
+counts as absent. A profile counts that describes such pixels (grey, RGB or CMYK; see
+`colour_profiles`); 16 bits are converted by their 8-bit values. Reduced copies in a TIFF, and the
+further pictures in a phone's JPEG, are no pages. PNG checksums are verified: a damaged PNG gives
+its own pixels or none. The other formats have none, so damage that their decoders conceal, as in
+the middle of a JPEG or of a plain TIFF, cannot be seen; nor can rows that the writer of a PNG has
+left out. Every error is a `UserError` that names the file, the cause and the fix.
 
 Files may come from anywhere. Pipes and devices are refused unopened, and small files that would
-take a decoder much memory or time undecoded: see "bounds". What is left is what MAX_PIXELS implies.
+take a decoder much memory or time undecoded: see `image_bounds`. What is left is what MAX_PIXELS
+implies.
 """
 
 import hashlib
 import io
 import os
-import re
 import stat
-import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile, PngStream
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
     PLANAR_CONFIGURATION,
-    STRIPOFFSETS,
     TILELENGTH,
-    TILEOFFSETS,
     TILEWIDTH,
     TiffImageFile,
 )
 from torchvision import tv_tensors
 
+from train_utils.colour_profiles import HAS_LITTLE_CMS, to_srgb
 from train_utils.errors import UserError
 from train_utils.files import read_regular, written_whole
+from train_utils.image_bounds import MAX_PAGES, MAX_PIXELS, TooManyPieces, bounded
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".mpo")
 IMAGE_SUFFIXES = (
@@ -77,7 +82,6 @@ UNREAD_SUFFIXES = (
     *(".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl"),
     *(".sr2", ".srf", ".srw", ".x3f"),
 )
-MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535  # as a JPEG's; Pillow needs far more memory for thin rows than for their pixels
 
 # Formats are recognised by content, not by suffix; naming them keeps Pillow's rarer parsers (and
@@ -86,8 +90,15 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 _LOSSLESS_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
 _LOSSY_TIFF_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 _WHITE, _BLACK = 255, 0
-_PNG_SIGNATURE = 8  # bytes before the first chunk
+_GREY = 8  # levels by which the colours of what was grey may differ
+_BLOCK = 2**18  # pixels that are looked at together
+_FEW_LEVELS, _MOST = 16, 0.9  # of a mask: so many grey levels, or so much black and white
+_MAX_FRAME_PIXELS = 100 * MAX_PIXELS  # of all frames of a file
+_SUBFILE, _OLD_SUBFILE = 254, 255  # tags of TIFF that say what a page is for
+_COPY_OR_MASK, _OLD_COPY = 1 | 4, 2
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_MAX_TILE = 4096**2  # pixels, in an image that is smaller than its tile of a TIFF
+_MAX_RUNS = 2**22  # pixels of a BMP in run-length code, which Pillow decodes in Python
 _MAX_PNG = 2**29  # bytes; MAX_PIXELS with alpha have fewer, however badly they compress
 _SOFTWARE = "pixtrain"
 _COMPRESSION = 1  # zlib's: a third of the default's time, for photographs 5 % larger, maps a third
@@ -125,19 +136,112 @@ def read_image(path: PathLike, at_least: int | None = None) -> tv_tensors.Image:
         return image_tensor(to_rgb(path, decode(path, at_least).image))
 
 
+def read_colours(path: PathLike) -> tv_tensors.Image:
+    """As `read_image`, but without its profile: for colours that are codes."""
+    with within_memory(path):
+        return image_tensor(to_rgb(path, decode(path).image, managed=False))
+
+
+def frames_of(path: PathLike) -> Generator[tv_tensors.Image, None, None]:
+    """The frames or pages of a file in order, each as `read_image` gives a picture.
+
+    Raises UserError, after the frames before, for one that cannot be read, and for too many.
+    """
+    with within_memory(path), _opened(path, whole=True, all_pages=True) as image:
+        pages, pixels = _pages(image), image.width * image.height
+        if len(pages) > MAX_PAGES or len(pages) * pixels > _MAX_FRAME_PIXELS:
+            raise UserError(
+                f"{path}: {len(pages):,} frames of {pixels:,} pixels, more than {MAX_PAGES:,} or "
+                f"{_MAX_FRAME_PIXELS:,} pixels in all. Split it."
+            )
+        for number in pages:
+            image.seek(number)
+            _check_header(path, image)
+            yield image_tensor(to_rgb(path, _load(path, image).image))
+
+
+def count_frames(path: PathLike) -> int:
+    """How many frames or pages a file has; 1 if it cannot be opened, as reading it will say.
+
+    What is called a JPEG is not opened: an animation by such a name is refused when it is read.
+    """
+    if Path(path).suffix.lower() in JPEG_SUFFIXES:
+        return 1
+    try:
+        with _opened(path, all_pages=True) as image:
+            return len(_pages(image))
+    except UserError:
+        return 1
+
+
+Channel = Literal["alpha", "luminance"]
+
+
+@dataclass(frozen=True)
+class MaskReader:
+    """Reads a file as a grey mask, uint8 [1, H, W] in 0…255, by the rules of this module's table.
+
+    channel: where the mask of a file with an alpha channel, or with transparent entries in its
+    palette, lies; luminance: over black. None: in alpha, unless all of it is opaque. A file is then
+    refused whose visible pixels hold greys that look like a mask, too (of a few levels, or black
+    and white but for the edges), or a few colours of a palette with index 0 among them.
+    threshold: grey levels from it on are 255, others 0; None: they are taken as they are.
+    A call raises UserError for a file that cannot be read as asked.
+    """
+
+    channel: Channel | None = None
+    threshold: int | None = None
+
+    def __call__(self, path: PathLike) -> tv_tensors.Mask:
+        with within_memory(path):
+            return tv_tensors.Mask(torch.from_numpy(self.levels(path)[0])[None])
+
+    def levels(self, path: PathLike) -> tuple[np.ndarray, list[str]]:
+        """The mask, uint8 [H, W], and which rules made it of the file, of MASK_RULES."""
+        grey, lossless, rules = _grey(path, self.channel)
+        # Many tools write the truth values 0 and 1. Read as grey levels they are 0 and 1/255: a
+        # network would learn, without any error, to answer black. In a lossy file a 1 can be noise.
+        if lossless and grey.max() == 1:
+            grey, rules = grey.astype(np.uint8) * 255, [*rules, "0 and 1"]
+        if grey.dtype == np.uint16:
+            grey = _to_8_bits(grey)
+        if self.threshold is not None:
+            grey = (grey >= self.threshold).astype(np.uint8) * 255
+        return grey, rules
+
+
+MASK_RULES = ("alpha", "opaque alpha", "colours", "coloured palette", "0 and 1")
+_READ_MASK = MaskReader()
+
+
 def read_mask(path: PathLike) -> tv_tensors.Mask:
     """Read a file as a grey mask, uint8 [1, H, W] in 0…255, by the rules of this module's table.
 
     Raises UserError for a file that cannot be read as asked.
     """
+    return _READ_MASK(path)
+
+
+def read_map(path: PathLike, channel: Channel | None = None) -> tv_tensors.Mask:
+    """As `MaskReader`, but 0 and 1 are taken as they are stored: a prediction may be that dark.
+
+    A file without alpha is taken, whatever the channel. Raises UserError for colours, too.
+    """
     with within_memory(path):
-        return tv_tensors.Mask(torch.from_numpy(_grey(path))[None])
+        grey, _, rules = _grey(path, channel, needs_alpha=False)
+        if "colours" in rules or "coloured palette" in rules:
+            raise UserError(f"{path}: a map is grey, but this file holds colours. Save the map.")
+        grey = _to_8_bits(grey) if grey.dtype == np.uint16 else grey
+        return tv_tensors.Mask(torch.from_numpy(grey)[None])
 
 
 def read_image_and_mask(
-    image: PathLike, mask: PathLike, at_least: int | None = None
+    image: PathLike,
+    mask: PathLike,
+    at_least: int | None = None,
+    read_mask: MaskReader = _READ_MASK,
 ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """`read_image` and `read_mask` of two files.
+    """`read_image` and a mask reader's mask of two files.
 
     If they are of one size, both are views of one memory, uint8 [H, W, 4]: a mask that lies beside
     its image is resized along with it at no further cost.
@@ -159,34 +263,43 @@ def image_tensor(picture: Image.Image) -> tv_tensors.Image:
     return tv_tensors.Image(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
 
 
-def to_rgb(path: PathLike, image: Image.Image) -> Image.Image:
-    """A decoded image in mode RGB, by the table's rules."""
+def to_rgb(path: PathLike, image: Image.Image, managed: bool = True) -> Image.Image:
+    """A decoded image in mode RGB, by the table's rules; managed: by its colour profile, if any."""
     if is_wide(image):
+        about = image.info
         image = Image.fromarray(_to_8_bits(_wide_values(path, image, _WHITE)))
+        image.info |= {key: about[key] for key in about.keys() & {"icc_profile"}}
+    if managed:
+        image = in_srgb(path, image)
     if image.has_transparency_data:
         image = _composite(image, _WHITE)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey(path: PathLike) -> np.ndarray:
-    """The grey levels of `read_mask`, uint8 [H, W]."""
-    image, lossless, _ = decode(path)
-    if is_wide(image):
-        grey = _wide_values(path, image, _BLACK)
-    elif image.mode in ("P", "PA"):
-        grey = _palette_greys(image)
-    else:
-        if image.has_transparency_data:
-            image = _composite(image, _BLACK)
-        if image.mode not in ("1", "L"):
-            image = image.convert("RGB")  # first: from LAB there is no direct way to luminance
-        grey = np.array(image if image.mode == "L" else image.convert("L"))
+def in_srgb(path: PathLike, image: Image.Image) -> Image.Image:
+    """A decoded image of 8 bits whose colours are sRGB, alpha kept; itself if they were before.
 
-    # Many tools write the truth values 0 and 1. Read as grey levels they are 0 and 1/255: a network
-    # would learn, without any error, to answer black. In a lossy file a 1 can be noise on black.
-    if lossless and grey.max() == 1:
-        return grey.astype(np.uint8) * 255
-    return _to_8_bits(grey) if grey.dtype == np.uint16 else grey
+    Raises UserError where Pillow cannot convert.
+    """
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or image.mode == "1":  # black and white are always the same
+        return image
+    if not HAS_LITTLE_CMS:
+        raise UserError(
+            f"{path}: has a colour profile, and this Pillow cannot convert it, as it is built "
+            "without LittleCMS. Install Pillow with it (pip install --force-reinstall pillow), or "
+            "save the image as sRGB without a profile."
+        )
+    mode = "L" if image.mode in ("L", "LA", "La") else "CMYK" if image.mode == "CMYK" else "RGB"
+    transform = to_srgb(profile, mode)
+    if transform is None:
+        return image
+    if not image.has_transparency_data:
+        return transform.apply(image.convert(mode))
+    rgba = to_rgba(image)
+    converted = transform.apply(rgba.getchannel("R") if mode == "L" else rgba.convert(mode))
+    converted.putalpha(rgba.getchannel("A"))
+    return converted
 
 
 def image_size(path: PathLike, at_least: int | None = None) -> tuple[int, int]:
@@ -200,6 +313,26 @@ def image_size(path: PathLike, at_least: int | None = None) -> tuple[int, int]:
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+class Header(NamedTuple):
+    """What a file's header says: upright (width, height), Pillow's mode, and what is to be undone.
+
+    turned: by an EXIF orientation. profile: whether it brings a colour profile.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    turned: bool
+    profile: bool
+
+
+def read_header(path: PathLike) -> Header:
+    """A file's header; UserError as `image_size` raises it."""
+    with _opened(path) as image:
+        orientation, size = _orientation(image), image.size
+        upright = size[::-1] if orientation >= 5 else size
+        return Header(upright, image.mode, orientation != 1, "icc_profile" in image.info)
+
+
 def is_damaged(path: PathLike) -> bool:
     """Whether a file cannot be read because of what it holds: it is empty, cut, altered, no image.
 
@@ -210,7 +343,7 @@ def is_damaged(path: PathLike) -> bool:
         decode(path)
     except UserError as error:
         cause = error.__cause__
-        elsewhere = isinstance(cause, MemoryError | Image.DecompressionBombError)
+        elsewhere = isinstance(cause, MemoryError | Image.DecompressionBombError | TooManyPieces)
         return cause is not None and not elsewhere and not getattr(cause, "errno", None)
     return False
 
@@ -249,20 +382,25 @@ def saved_here(path: PathLike) -> bool:
     """
     try:
         content = read_regular(Path(path), _MAX_PNG)
-        end = len(_marked_end(b""))
-        if content[-end:] == _marked_end(content[:-end]):
-            return True
-        with _opened(path) as image:
-            return image.info.get("Software") == _SOFTWARE
-    except (OSError, UserError):
+    except OSError:
         return False
+    end = len(_marked_end(b""))
+    if content[-end:] == _marked_end(content[:-end]):
+        return True
+    first_edition = _text_chunk(f"Software\0{_SOFTWARE}")
+    return content.endswith(_PNG_END) and first_edition in content.partition(b"IDAT")[0]
 
 
 def _marked_end(content: bytes) -> bytes:
     """What a PNG of ours ends with, after this content: our mark, and the chunk that ends it."""
-    end, digest = io.BytesIO(), hashlib.blake2b(content, digest_size=16).hexdigest()
-    PngImagePlugin.putchunk(end, b"tEXt", f"Software\0{_SOFTWARE} {digest}".encode())
-    return end.getvalue() + _PNG_END
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return _text_chunk(f"Software\0{_SOFTWARE} {digest}") + _PNG_END
+
+
+def _text_chunk(text: str) -> bytes:
+    chunk = io.BytesIO()
+    PngImagePlugin.putchunk(chunk, b"tEXt", text.encode())
+    return chunk.getvalue()
 
 
 # --- opening and decoding ------------------------------------------------------------------------
@@ -283,17 +421,20 @@ def require_file(path: PathLike) -> os.stat_result:
 
 
 @contextmanager
-def _opened(path: PathLike, whole: bool = False) -> Iterator[Image.Image]:
+def _opened(path: PathLike, whole: bool = False, all_pages: bool = False) -> Iterator[Image.Image]:
     """Open a file and check its header; whatever Pillow raises within the block is a UserError.
 
-    whole: check also what tells only from all of a file how long its decoding takes.
+    whole: check also what tells only from all of a file how long its decoding takes. all_pages:
+    take a file with several pages or frames; else it is refused.
     """
     try:
         size = require_file(path).st_size
         with Path(path).open("rb") as file:
-            checked = _checked(path, file, size, whole)
+            checked = bounded(path, file, size, whole)
             with checked, Image.open(checked, formats=_FORMATS) as image:
                 _check_header(path, image)
+                if not all_pages:
+                    _go_to_the_only_page(path, image)
                 yield image
     except UserError:
         raise
@@ -301,8 +442,44 @@ def _opened(path: PathLike, whole: bool = False) -> Iterator[Image.Image]:
         raise _explained(path, error) from error
 
 
+def _go_to_the_only_page(path: PathLike, image: Image.Image) -> None:
+    """Raise UserError for an image with several pages or frames."""
+    pages = _pages(image)
+    if len(pages) > 1:
+        what = "pages" if isinstance(image, TiffImageFile) else "frames"
+        raise UserError(
+            f"{path}: has {len(pages):,} {what}. Save each as a file of its own, or only the one "
+            "that is meant."
+        )
+    if image.tell() != pages[0]:
+        image.seek(pages[0])
+        _check_header(path, image)
+
+
+def _pages(image: Image.Image) -> Sequence[int]:
+    """The numbers of the pages or frames that an open file has, at least one.
+
+    The reduced copies and transparency masks in a TIFF are none, nor is the still of an animated
+    PNG, nor what else lies in the JPEG of a phone (previews, depth).
+    """
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return [0]
+    count: int = image.n_frames  # type: ignore[attr-defined]
+    if not isinstance(image, TiffImageFile):
+        return range(1 if getattr(image, "default_image", False) else 0, count)
+    pages = []
+    for number in range(count):
+        image.seek(number)
+        kind = image.tag_v2.get(_SUBFILE, 0)
+        is_copy = isinstance(kind, int) and kind & _COPY_OR_MASK
+        if not is_copy and image.tag_v2.get(_OLD_SUBFILE) != _OLD_COPY:
+            pages.append(number)
+    image.seek(0)
+    return pages or [0]
+
+
 class Decoded(NamedTuple):
-    """An image's first frame, loaded and upright, in the file's own mode.
+    """An image's only page, loaded and upright, in the file's own mode.
 
     raw_mode: how the pixels lie in the file, in Pillow's words ("RGB;16B"); "" if it does not say.
     """
@@ -315,12 +492,6 @@ class Decoded(NamedTuple):
 def decode(path: PathLike, at_least: int | None = None) -> Decoded:
     """Read a file's pixels; at_least: see `read_image`. Raises UserError if it cannot be read."""
     with _opened(path, whole=True) as image:
-        if isinstance(image, PngImageFile):
-            # Loading skips the checksums of the pixel data, and then most flipped bits go
-            # unnoticed. An image that has verified itself cannot be loaded: so by another reader.
-            assert image.fp  # for mypy: it is open
-            image.fp.seek(_PNG_SIGNATURE)
-            PngStream(image.fp).verify()
         _scale_down(image, at_least)
         return _load(path, image)
 
@@ -347,7 +518,7 @@ def _load(path: PathLike, image: Image.Image) -> Decoded:
     )
     # To be asked before the pixels are loaded.
     method, raw_mode = _TRANSPOSE.get(_orientation(image)), _raw_mode(image)
-    if "transparency" in image.info and (step := grey_step(raw_mode)) > 1:
+    if "transparency" in image.info and (step := grey_step(raw_mode)) > 1 and not image.tell():
         image.info["transparency"] *= step  # Pillow scales the pixels, but not their key
     image.load()
     if not is_wide(image) and ";16" in raw_mode and not _has_colour(image):
@@ -443,8 +614,8 @@ def _explained(path: PathLike, error: Exception) -> UserError:
         problem = f"has far more than {MAX_PIXELS:,} pixels. {_MAKE_SMALLER}"
     elif isinstance(error, MemoryError):
         problem = f"too little memory to read it. {_MAKE_SMALLER}"
-    elif "MAX_TEXT" in str(error):
-        problem = f"far too much text beside the pixels ({error}). Save it without metadata."
+    elif isinstance(error, TooManyPieces):
+        problem = f"{error}. Save it anew."
     elif not isinstance(error, UnidentifiedImageError):
         problem = f"damaged or truncated ({error}). {_REPLACE}"
     elif Path(path).suffix.lower() in UNREAD_SUFFIXES:
@@ -452,127 +623,11 @@ def _explained(path: PathLike, error: Exception) -> UserError:
     elif Path(path).stat().st_size == 0:
         problem = f"the file is empty. {_REPLACE}"
     else:
-        problem = f"not an image that can be read ({', '.join(_FORMATS)}). {_REPLACE}"
+        problem = (
+            f"not an image that can be read ({', '.join(_FORMATS)}). Replace it by an intact copy, "
+            "or, if it is of another format, by a PNG or JPEG of it."
+        )
     return UserError(f"{path}: {problem}")
-
-
-# --- bounds --------------------------------------------------------------------------------------
-
-_MAX_BYTES = 2**30  # of formats that are read whole; 100 million pixels of RGBA of 16 bits are less
-_MAX_READS = 500_000  # a second or two; a PNG in chunks of 8 KiB takes as many at 500 MB
-_MAX_SEGMENTS = 10_000  # before the first scan of a JPEG; a profile has 255 at most
-_MAX_EXIF_SEGMENTS = 100  # Pillow copies all before for each; cameras write one
-_MAX_SCANNED = 20 * MAX_PIXELS  # pixels of a JPEG times its scans; encoders write 10 or so
-_MAX_TAGS = 4096  # of a TIFF
-_MAX_STRIPS = 2**18  # of a TIFF; each costs 300 bytes and some microseconds
-_MAX_TILE = 4096**2  # pixels, in an image that is smaller than its tile
-_MAX_RUNS = 2**22  # pixels of a BMP in run-length code, which Pillow decodes in Python
-
-# A picture is not lost for its metadata. Pillow holds each character of them twice in 4 bytes.
-PngImagePlugin.MAX_TEXT_CHUNK = 2**24
-PngImagePlugin.MAX_TEXT_MEMORY = 3 * 2**24
-
-_TIFF_ORDERS = {b"II": "<", b"MM": ">"}
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")  # anything else between segments is passed over
-_FIRST_PIECE, _PIECE = 4096 - 16, 2**16  # the first has been read with the start
-_EXIF, _SCAN, _END = 0xE1, 0xDA, 0xD9
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_PROGRESSIVE_FRAMES = frozenset([0xC2, 0xC6, 0xCA, 0xCE])
-_WITHOUT_LENGTH = frozenset([0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)])  # to Pillow
-
-
-class _InPieces(io.BufferedReader):
-    """A file that refuses to be read in too many pieces, each of which costs parsers much time."""
-
-    left = _MAX_READS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError(f"made of more than {_MAX_READS:,} small pieces")
-        return super().read(size)
-
-
-def _checked(path: PathLike, file: io.BufferedReader, size: int, whole: bool) -> BinaryIO:
-    """A file to be read from its start, if Pillow will not take too much memory or time over it.
-
-    Raises UserError if it would.
-    """
-    start, problem = file.read(16), ""
-    is_jpeg, is_tiff = start.startswith(b"\xff\xd8"), start[:2] in _TIFF_ORDERS
-    if size > _MAX_BYTES and not is_tiff:
-        problem = f"larger than {_MAX_BYTES:,} bytes. {_MAKE_SMALLER}"
-    elif is_jpeg:
-        problem = _jpeg_problem(start, file, whole)
-    elif is_tiff:
-        problem = _tiff_problem(start, file)
-    if problem:
-        raise UserError(f"{path}: {problem}")
-    file.seek(0)
-    if is_jpeg or is_tiff:
-        return file
-    file.raw.seek(0, os.SEEK_SET)
-    return _InPieces(file.raw)
-
-
-def _jpeg_problem(start: bytes, file: BinaryIO, whole: bool) -> str:
-    """Too many segments or, of the `whole` of a JPEG, scans: each goes over all of the pixels."""
-    exifs = scans = pixels = channels = 0
-    progressive = False
-    for number, (kind, body) in enumerate(_jpeg_segments(start, file)):
-        if kind in _FRAMES:
-            height, width, channels = struct.unpack_from(">HHB", body, 3)
-            pixels, progressive = width * height, kind in _PROGRESSIVE_FRAMES
-        elif kind == _EXIF and body[2:6] == b"Exif":
-            exifs += 1
-        elif kind == _SCAN:
-            scans += 1
-            if not whole or (body[2] == channels and not progressive):
-                break
-        elif kind == _END and scans:
-            break
-        if scans * pixels > _MAX_SCANNED:
-            return f"more than {scans - 1} scans of {pixels:,} pixels. Save it as a plain JPEG."
-        if exifs > _MAX_EXIF_SEGMENTS or (not scans and number > _MAX_SEGMENTS):
-            return "thousands of parts before the pixels. Save it anew."
-    return ""
-
-
-def _jpeg_segments(start: bytes, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The markers of a JPEG file, and 16 bytes of what stands behind each."""
-    data, place = start + file.read(_FIRST_PIECE), 2
-    while True:
-        found = _MARKER.search(data, place)
-        if found and found.end() + 16 <= len(data):
-            kind, place = found[1][0], found.end()
-            yield kind, data[place : place + 16]
-            if kind not in _WITHOUT_LENGTH:
-                place += data[place] << 8 | data[place + 1]
-            continue
-        more = file.read(_PIECE)
-        if not more:
-            return
-        kept = min(found.start() if found else max(place, len(data) - 1), len(data))
-        data, place = data[kept:] + more, max(place - kept, 0)
-
-
-def _tiff_problem(start: bytes, file: BinaryIO) -> str:
-    """Too many tags, strips or tiles in a TIFF's first directory."""
-    order, big = _TIFF_ORDERS[start[:2]], 43 in start[2:4]
-    entry = struct.Struct(f"{order}{'HHQ8x' if big else 'HHI4x'}")
-    count = struct.Struct(f"{order}{'Q' if big else 'H'}")
-    try:
-        file.seek(struct.unpack_from(f"{order}{'Q' if big else 'I'}", start, 8 if big else 4)[0])
-        (entries,) = count.unpack(file.read(count.size))
-        if entries > _MAX_TAGS:
-            return f"{entries:,} tags. Save it anew."
-        directory = file.read(entries * entry.size)
-    except (OSError, ValueError, struct.error):
-        return ""  # Pillow will say what is wrong
-    for tag, _, values in entry.iter_unpack(directory[: len(directory) // entry.size * entry.size]):
-        if tag in (STRIPOFFSETS, TILEOFFSETS) and values > _MAX_STRIPS:
-            return f"{values:,} strips or tiles. Save it with fewer of them."
-    return ""
 
 
 # --- pixel formats -------------------------------------------------------------------------------
@@ -619,8 +674,97 @@ def to_rgba(image: Image.Image) -> Image.Image:
     return image.convert("RGBA")
 
 
-def _palette_greys(image: Image.Image) -> np.ndarray:
-    """A palette mask by the table's rule, composited over black; uint8 [H, W]."""
+def _grey(
+    path: PathLike, channel: Channel | None, needs_alpha: bool = True
+) -> tuple[np.ndarray, bool, list[str]]:
+    """The grey levels of a mask, uint8 or uint16 [H, W]; whether lossless; by which MASK_RULES."""
+    image, lossless, _ = decode(path)
+    palette = image.mode in ("P", "PA")
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
+        palette and image.has_transparency_data
+    )
+    if channel == "alpha" and needs_alpha and not has_alpha:
+        raise UserError(
+            f"{path}: has no alpha channel, in which data.mask_channel=alpha looks for the mask. "
+            "Set it to null if the masks are grey."
+        )
+    if is_wide(image):
+        return _wide_values(path, image, _BLACK), lossless, []
+    rules = []
+    if has_alpha and channel != "luminance":
+        rgba = to_rgba(image)
+        alpha = np.array(rgba.getchannel("A"))
+        if channel == "alpha" or alpha.min() < 255:
+            if channel is None and (
+                _also_look_like_a_mask(rgba) or (palette and _also_names_classes(image, alpha))
+            ):
+                raise UserError(
+                    f"{path}: its alpha varies, and its colours look like a mask as well. Say "
+                    "which of them is the mask: --set data.mask_channel=alpha, or luminance."
+                )
+            return alpha, lossless, [] if channel else ["alpha"]
+        rules = ["opaque alpha"]
+    if palette:
+        grey, colours = _palette_greys(image)
+        return grey, lossless, [*rules, "coloured palette"] if colours else rules
+    if image.has_transparency_data:
+        image = _composite(image, _BLACK)
+    if image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # first: from LAB there is no direct way to luminance
+        if any(_spread(pixels).max() > _GREY for pixels in _blocks(image)):
+            rules = [*rules, "colours"]
+    grey = np.array(image if image.mode == "L" else image.convert("L"))
+    return grey, lossless, rules
+
+
+def _also_look_like_a_mask(rgba: Image.Image) -> bool:
+    """Whether the colours of a file whose alpha is not opaque may be its mask, too.
+
+    They are grey and vary where they are visible, but not along with alpha, and have few levels or
+    are nearly all black or white. Below an alpha that is the same everywhere, all of them count.
+    """
+    low, high = rgba.getextrema()[3]
+    counts, follow_alpha = np.zeros(256, np.int64), True
+    for pixels in _blocks(rgba):
+        seen = pixels[pixels[:, 3] > 0] if low < high else pixels
+        if len(seen) and _spread(seen).max() > _GREY:
+            return False
+        counts += np.bincount(seen[:, 1], minlength=256)
+        follow_alpha = follow_alpha and bool((seen[:, 1] == seen[:, 3]).all())
+    levels = np.flatnonzero(counts)
+    if follow_alpha or levels[-1] - levels[0] <= _GREY:
+        return False
+    ends = counts[: _GREY + 1].sum() + counts[-_GREY - 1 :].sum()
+    return bool(len(levels) <= _FEW_LEVELS or ends >= _MOST * counts.sum())
+
+
+def _also_names_classes(image: Image.Image, alpha: np.ndarray) -> bool:
+    """Whether a palette of few colours is a mask by the table's rule, too, and another than alpha.
+
+    So it is where index 0, the background, is visible, and what is not so is clear altogether.
+    """
+    greys, colours = _palette_greys(image)
+    clear = ((alpha == 0) | (alpha == 255)).all()
+    return 0 < colours <= _FEW_LEVELS and bool(clear and (greys != alpha).any())
+
+
+def _blocks(image: Image.Image) -> Iterator[np.ndarray]:
+    """The pixels [N, C] of an image by some rows at a time, so that they take little memory."""
+    rows = max(1, _BLOCK // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield np.array(part).reshape(-1, len(image.getbands()))
+
+
+def _spread(colours: np.ndarray) -> np.ndarray:
+    """How far the levels of red, green and blue lie apart, of [N, 3 or 4] uint8."""
+    red, green, blue = colours[:, 0], colours[:, 1], colours[:, 2]  # numpy is slow along so few
+    highest = np.maximum(np.maximum(red, green), blue)
+    return highest - np.minimum(np.minimum(red, green), blue)
+
+
+def _palette_greys(image: Image.Image) -> tuple[np.ndarray, int]:
+    """A palette mask by the table's rule, over black, uint8 [H, W]; how many colours, 0 if grey."""
     image.apply_transparency()  # moves a PNG's or GIF's transparent entries into the palette
     entries = np.array(image.getpalette("RGBA") or [], dtype=np.uint8).reshape(-1, 4)
     palette = np.zeros((256, 4))
@@ -630,7 +774,8 @@ def _palette_greys(image: Image.Image) -> np.ndarray:
 
     colours = np.rint(palette[:, :3] * palette[:, 3:] / 255)
     used = np.bincount(index.ravel(), minlength=256) > 0
-    if (colours[used] == colours[used, :1]).all():
+    coloured = (colours[used] != colours[used, :1]).any()
+    if not coloured:
         levels = colours[:, 0]
     else:  # the colours of class labels: what is not the background class is the object
         levels = palette[:, 3].copy()
@@ -638,4 +783,4 @@ def _palette_greys(image: Image.Image) -> np.ndarray:
     greys = levels[index]
     if image.mode == "PA":
         greys = np.rint(greys * pixels[..., 1] / 255)
-    return greys.astype(np.uint8)
+    return greys.astype(np.uint8), int(used.sum()) if coloured else 0

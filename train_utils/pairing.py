@@ -82,23 +82,25 @@ class Found(NamedTuple):
     line: str
 
 
-def pair_folders(images: Path, masks: Path, names: tuple[Names, Names] = PLAIN) -> Found:
-    """The files of two folders, which may be one or lie in each other, paired by `names` of both.
+def pair_folders(images: Path, masks: Path, settings: tuple[Names, Names] | None = None) -> Found:
+    """The files of two folders, which may be one or lie in each other, paired by their names.
 
-    Raises UserError for an image without a mask, for two files of one stem, and for a folder of
-    images and masks in which nothing tells the ones from the others.
+    settings: what those of images and of masks have around the part in common; None: nothing, and
+    there are no settings to propose. Raises UserError for an image without a mask, for two files of
+    one stem, and for a folder of both in which nothing tells the ones from the others.
     """
+    names = settings or PLAIN
     same = images.is_dir() and masks.is_dir() and images.samefile(masks)
     masks = images if same else masks
     if same and names[0] == names[1]:
-        raise _one_folder(images, names)
+        raise _one_folder(images, settings)
     of_images = named_files(images, names[0], _KEYS[1], masks, names[1] if same else None)
     of_masks = named_files(masks, names[1], _KEYS[3], images, names[0] if same else None)
     for folder, found, of in ((images, of_images, 0), (masks, of_masks, 1)):
         if not found.files:
             raise _none_so_named(folder, found.left_out[UNNAMED], names, of, images, masks)
     image_files, mask_files = of_images.files, of_masks.files
-    require_masks(image_files, mask_files, images, masks, names=names)
+    require_masks(image_files, mask_files, images, masks, settings=settings)
     stems = list(image_files)
     left_out = _joined(of_images.left_out, of_masks.left_out, same)
     if unmatched := [path for stem, path in mask_files.items() if stem not in image_files]:
@@ -166,12 +168,12 @@ def require_masks(
     images: Path,
     masks: Path,
     kind: str = "mask",
-    names: tuple[Names, Names] | None = None,
+    settings: tuple[Names, Names] | None = None,
 ) -> None:
     """Raise a UserError that lists the images without a partner of their stem, if any.
 
-    `images` and `masks` are the folders of both; `kind` says what a partner is. names: those of the
-    settings, so that the error can propose others.
+    `images` and `masks` are the folders of both; `kind` says what a partner is. settings: see
+    `pair_folders`.
     """
     missing = [stem for stem in image_files if stem not in mask_files]
     if not missing:
@@ -183,9 +185,9 @@ def require_masks(
     look_close = f"Names that look close: {'; '.join(hints)}. " if hints else ""
     listed = shortened([image_files[stem].name for stem in missing])
     fix = f"Name each {kind} like its image (photo.jpg, photo.png), or remove these images."
-    if names:
+    if settings:
         fix = f"{fix[:-1]}, or list all pairs in a text file: --set data.list=FILE."
-        if flags := proposed(images, masks, names):
+        if flags := proposed(images, masks, settings):
             look_close, fix = "", f"Say what their names have around the common part: {flags}"
     raise UserError(
         f"{masks}: no {kind} for {len(missing)} of the {len(image_files)} images in "
@@ -193,11 +195,13 @@ def require_masks(
     )
 
 
-def _one_folder(folder: Path, names: tuple[Names, Names]) -> UserError:
+def _one_folder(folder: Path, settings: tuple[Names, Names] | None) -> UserError:
     """The error for one folder of images and masks that are named alike."""
-    fix = "Give two folders, or list all pairs in a text file: --set data.list=FILE."
-    if flags := proposed(folder, folder, names):
-        fix = f"Say which of its files are masks: {flags}"
+    fix = "Give two folders."
+    if settings:
+        fix = "Give two folders, or list all pairs in a text file: --set data.list=FILE."
+        if flags := proposed(folder, folder, settings):
+            fix = f"Say which of its files are masks: {flags}"
     return UserError(f"{folder}: is given for images and for masks, so each is its own mask. {fix}")
 
 

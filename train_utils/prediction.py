@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from train_utils.distributed_utils import cpu_cores
 from train_utils.errors import UserError, is_out_of_memory
-from train_utils.image_io import image_size, read_image, save_image, saved_here
+from train_utils.image_io import frames_of, image_size, read_image, save_image, saved_here
 from train_utils.inference import GPU_CHUNK, SPARE_MEMORY, chunk_size, forward_chunk, in_order
 from train_utils.threads import in_threads
 from train_utils.tiles import MIN_PIXELS
@@ -29,8 +29,8 @@ _THREADS = 8  # that read, and that write, beside a device; each holds a few ima
 class Job(NamedTuple):
     """An input file and its outputs by kind: "map", and others where asked for.
 
-    The outputs of a video are patterns (000001.png is %06d.png); each of its frames becomes a job
-    of its own, and so does an error in the middle of it. error: why it is not done at all.
+    The outputs of what has frames are patterns (000001.png is %06d.png); each of its frames becomes
+    a job of its own, and so does an error in the middle of it. error: why it is not done at all.
     root: the resolved folder that no output may leave.
     """
 
@@ -40,6 +40,7 @@ class Job(NamedTuple):
     frame: Tensor | None = None
     error: str = ""
     root: Path | None = None
+    has_frames: bool = False
 
 
 @dataclass
@@ -100,9 +101,10 @@ class Predictor:
         if not picture.error:
             try:
                 at_least, sides = self.task.cfg.data.at_least, {}
-                images = picture.images = read_inputs(job, readers, at_least)
+                input_of = self.task.input_of
+                images = picture.images = read_inputs(job, readers, at_least, input_of)
                 if at_least:
-                    picture.images = at_own_size(job, images, readers)
+                    picture.images = at_own_size(job, images, readers, input_of)
                     sides["sides"] = picture.images["image"].shape[-2:]
                 picture.network_input = self.task.network_input(**images, **sides)
             except UserError as error:
@@ -178,27 +180,28 @@ class Predictor:
 
 
 def frame_by_frame(jobs: Iterable[Job]) -> Generator[Job, None, None]:
-    """All jobs in order, each video's replaced by those of its frames, and of its error if any."""
+    """All jobs in order; what has frames gives a job for each, and one for its error if any."""
     for job in jobs:
-        if job.error or not is_video(job.source):
+        if job.error or not job.has_frames:
             yield job
             continue
+        read = read_frames if is_video(job.source) else frames_of
         try:
             number = 0
-            with closing(read_frames(job.source)) as frames:
+            with closing(read(job.source)) as frames:
                 for number, frame in enumerate(frames, 1):
                     outputs = {
                         kind: path.with_name(path.name % number)
                         for kind, path in job.outputs.items()
                     }
-                    yield job._replace(outputs=outputs, frame=frame)
+                    yield job._replace(outputs=outputs, frame=frame, has_frames=False)
             remove_frames_after(number, job)
         except UserError as error:
             yield job._replace(error=str(error))
 
 
 def remove_frames_after(number: int, job: Job) -> None:
-    """Remove what an earlier call wrote of a longer video of that name."""
+    """Remove what an earlier call wrote of a longer video or animation of that name."""
     for pattern in job.outputs.values():
         check_inside(pattern, job.root)
         for later in count(number + 1):
@@ -235,14 +238,19 @@ def check_replaceable(path: Path) -> None:
 
 
 Readers = Mapping[str, Callable[[Any], Tensor]]
+Part = Callable[[Tensor, Sequence[int]], Tensor]  # `BaseTask.input_of`
 
 
-def read_inputs(job: Job, readers: Readers, at_least: int | None = None) -> dict[str, Tensor]:
-    """A job's image (see `read_image`), and what lies beside it, by name.
+def read_inputs(
+    job: Job, readers: Readers, at_least: int | None = None, input_of: Part | None = None
+) -> dict[str, Tensor]:
+    """A job's image (see `read_image`), or the part that is the input, and what lies beside it.
 
     Raises UserError where they differ in size.
     """
     image = read_image(job.source, at_least) if job.frame is None else job.frame
+    sides = image_size(job.source)[::-1] if job.frame is None and at_least else image.shape[-2:]
+    image = input_of(image, sides) if input_of else image
     images = {"image": image}
     for name, path in job.extras.items():
         images[name] = extra = readers[name](path)
@@ -254,7 +262,9 @@ def read_inputs(job: Job, readers: Readers, at_least: int | None = None) -> dict
     return images
 
 
-def at_own_size(job: Job, images: dict[str, Tensor], readers: Readers) -> dict[str, Tensor]:
+def at_own_size(
+    job: Job, images: dict[str, Tensor], readers: Readers, input_of: Part
+) -> dict[str, Tensor]:
     """What the outputs are made of, where the decoder may have scaled `images` down.
 
     A map alone needs no pixels of the image, only its size, and so nothing is read again for it.
@@ -262,8 +272,11 @@ def at_own_size(job: Job, images: dict[str, Tensor], readers: Readers) -> dict[s
     if job.frame is not None:
         return images
     width, height = image_size(job.source)
-    if (height, width) == images["image"].shape[-2:]:
+    empty = input_of(images["image"].new_zeros(1).expand(3, height, width), (height, width))
+    if empty.shape == images["image"].shape:
         return images
-    if list(job.outputs) != ["map"]:
-        return read_inputs(job, readers)
-    return {"image": images["image"].new_zeros(1).expand(3, height, width)}
+    return (
+        {"image": empty}
+        if list(job.outputs) == ["map"]
+        else read_inputs(job, readers, None, input_of)
+    )

@@ -7,6 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from train_utils.errors import UserError, typed
+from train_utils.image_io import count_frames
 from train_utils.listing import (
     BROKEN,
     INNER,
@@ -36,7 +37,7 @@ _PROBLEMS = {
 FILMED = VIDEO._replace(fix="name each to have it done")
 BESIDE = Kind("raw file beside an image of its name", "raw files beside images of their names")
 TWICE = Kind("file named a second time", "files named a second time", by_name=True)
-_FRAME = "%06d"  # what the outputs of a video's frames are called
+_FRAME = "%06d"  # what the outputs of frames are called
 
 
 def plan(
@@ -61,20 +62,22 @@ def plan(
     left_out = {} if left_out is None else left_out
     sources = list(_sources(inputs, output, left_out))
     found = {name: find_extra(name, Path(of), sources) for name, of in (extras or {}).items()}
-    used = {path.resolve() for files in found.values() for path in files.values()}
+    used = {_real(path) for files in found.values() for path in files.values()}
     jobs: dict[Path, Job] = {}
     for source, relative in sources:
-        if source.resolve() in used:
+        if _real(source) in used:
             continue  # it lies among the images
-        if source.resolve() in jobs:
+        if _real(source) in jobs:
             left_out.setdefault(TWICE, []).append(source)
             continue
-        stem, problem = output_stem(output, relative, kinds)
+        has_frames = is_video(source) or count_frames(source) > 1
+        stem, problem = output_stem(output, relative, kinds, has_frames)
         if problem:
-            jobs[source.resolve()] = Job(source, {}, error=f"{source}: {problem}")
+            jobs[_real(source)] = Job(source, {}, error=f"{source}: {problem}")
             continue
         if is_video(source):
             require_ffmpeg(source)
+        if has_frames:
             if found:
                 name = next(iter(found))
                 raise UserError(
@@ -84,10 +87,11 @@ def plan(
             stem /= _FRAME
         outputs = {kind: stem.with_name(stem.name + _ending(kind)) for kind in kinds}
         beside = {name: files[source] for name, files in found.items()}
-        jobs[source.resolve()] = Job(source, outputs, beside, root=output.resolve())
+        job = Job(source, outputs, beside, root=_real(output), has_frames=has_frames)
+        jobs[_real(source)] = job
     for kind, problem in _PROBLEMS.items():
         for source in left_out.get(kind, []):
-            jobs.setdefault(source.resolve(), Job(source, {}, error=f"{source}: {problem}"))
+            jobs.setdefault(source.absolute(), Job(source, {}, error=f"{source}: {problem}"))
     if not any(_exists(job.source) for job in jobs.values()):
         raise UserError(f"{', '.join(inputs)}: no image there. Check the path.")
     _check_outputs(jobs)
@@ -98,7 +102,9 @@ def _ending(kind: str) -> str:
     return ".png" if kind == "map" else f"_{kind}.png"
 
 
-def output_stem(output: Path, relative: Path, kinds: Iterable[str]) -> tuple[Path, str]:
+def output_stem(
+    output: Path, relative: Path, kinds: Iterable[str], has_frames: bool = False
+) -> tuple[Path, str]:
     """Where a file's outputs lie, without `_<kind>.png`, and why nothing can be written there.
 
     relative: the file's path below the output folder, which no output leaves, whatever its name and
@@ -113,8 +119,8 @@ def output_stem(output: Path, relative: Path, kinds: Iterable[str]) -> tuple[Pat
         return stem, f"the name of its output would be longer than {_MAX_NAME} bytes. Rename it."
     if os.pardir in relative.parts:
         return stem, "its output would lie outside of the folder. Name it without '..'."
-    root, folder = output.resolve(), (stem if is_video(relative) else stem.parent)
-    if root not in (folder.resolve() / name).parents:
+    root, folder = _real(output), (stem if has_frames else stem.parent)
+    if root not in (_real(folder) / name).parents:
         return stem, f"its output would lie outside of the folder, by the link {folder}."
     return stem, ""
 
@@ -129,7 +135,7 @@ def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path
     if not given.is_dir():
         if len(sources) > 1:
             raise UserError(f"{flag}: is one file for several images. Give a folder.")
-        if any(source.resolve() == given.resolve() for source, _ in sources):
+        if any(_real(source) == _real(given) for source, _ in sources):
             raise UserError(f"{flag}: is the image itself. Give its {name}.")
         return {source: given for source, _ in sources}
     files: dict[str, list[Path]] = {}
@@ -137,9 +143,9 @@ def find_extra(name: str, given: Path, sources: list[Source]) -> dict[Path, Path
         files.setdefault(_stem(path.relative_to(given)), []).append(path)
     found = {}
     for source, relative in sources:
-        stem, folder = _stem(relative), source.resolve().parent
+        stem, folder = _stem(relative), _real(source).parent
         # Beside an image, a file of its own name is nothing to it but another image.
-        elsewhere = [path for path in files.get(stem, []) if path.resolve().parent != folder]
+        elsewhere = [path for path in files.get(stem, []) if _real(path).parent != folder]
         candidates = files.get(f"{stem}_{name}") or elsewhere
         if len(candidates) > 1:
             raise UserError(
@@ -165,33 +171,31 @@ def _stem(path: Path) -> str:
 
 def _check_outputs(jobs: dict[Path, Job]) -> None:
     """Raise UserError if an output would overwrite what it must not; `jobs` by resolved source."""
-    beside = {path.resolve() for job in jobs.values() for path in job.extras.values()}
+    beside = {_real(path) for job in jobs.values() for path in job.extras.values()}
     inputs = jobs.keys() | beside
     # How many frames a video has is not known yet, so all of their folder is theirs.
-    videos = {
-        job.outputs["map"].resolve().parent: job.source
-        for job in jobs.values()
-        if is_video(job.source) and job.outputs
+    framed = {
+        _real(job.outputs["map"]).parent: job.source for job in jobs.values() if job.has_frames
     }
-    shared = videos.keys() & {path.parent for path in inputs}
+    shared = framed.keys() & {path.parent for path in inputs}
     taken: dict[str, Path] = {}
     for job in jobs.values():
         for path in job.outputs.values():
-            target = path.resolve()
+            target = _real(path)
             if target in inputs or target.parent in shared:
                 raise UserError(
                     f"{path}: the output of {job.source} would overwrite an "
                     "input. Choose another folder with -o."
                 )
             place = str(target).casefold() if _IGNORES_CASE else str(target)
-            other = taken.get(place, videos.get(target.parent, job.source))
+            other = taken.get(place, framed.get(target.parent, job.source))
             if other != job.source:
                 raise UserError(
                     f"{path}: {other} and {job.source} "
                     "would both be written there. Rename one, or predict them into different "
                     "folders with -o."
                 )
-            for file in path.parent.glob("*.png") if target.parent in videos else [path]:
+            for file in path.parent.glob("*.png") if target.parent in framed else [path]:
                 check_replaceable(file)
             taken[place] = job.source
 
@@ -249,6 +253,10 @@ def remarks(left_out: LeftOut) -> str:
     rest = {kind: paths for kind, paths in left_out.items() if kind not in _PROBLEMS}
     among = f" ({described(failed)})" if failed else ""
     return among + (f"; left out: {described(rest)}" if rest else "")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # pathlib's raises an error for a link in circles
 
 
 def _exists(path: Path) -> bool:

@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from train_utils import image_io
+from train_utils import colour_profiles, image_bounds, image_io
 from train_utils.collectives import call_on_main
 from train_utils.data import KeyedDataset, collate, generators_kept, item_name, unwrap_subset
 from train_utils.datasets import (
@@ -279,10 +279,10 @@ def _find_unequal(datasets: Sequence[Dataset], how: str) -> list[str]:
             unwrap_subset(dataset)[0].checked = True
     unequal = {pair: found for pair, found in sorted(sizes.items()) if found}
     if unequal:
-        done = "are left out" if how == "skip" else "have their mask resized"
+        done = "are left out" if how == "skip" else "get their mask resized"
         get_logger().info(
-            f"{len(unequal)} of {len(pairs)} pairs {done}, since its size is another one "
-            f"(data.unequal={how}):"
+            f"{len(unequal)} of {len(pairs)} pairs, whose mask has another size than the image, "
+            f"{done} (data.unequal={how}):"
         )
         for (image, _), ((width, height), (w, h)) in list(unequal.items())[:_LISTED]:
             get_logger().info(f"  {image}: {width}×{height}, mask {w}×{h}")
@@ -369,9 +369,11 @@ def _code_of(reader: Callable, *others: object) -> str:
     """
     reader = reader.func if isinstance(reader, partial) else reader
     classes = [cls for part in (reader, *others) for cls in type(part).__mro__]
-    names = {cls.__module__ for cls in classes} | {reader.__module__, image_io.__name__}
+    names = {cls.__module__ for cls in classes} | {reader.__module__}
+    names |= {module.__name__ for module in (image_io, image_bounds, colour_profiles)}
     files = {getattr(sys.modules.get(name), "__file__", None) for name in names}
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(filter(None, files), key=lambda file: Path(file).name):
         digest.update(Path(file).read_bytes())
-    return f"{digest.hexdigest()} {torch.__version__} {torchvision.__version__} {PIL.__version__}"
+    versions = torch.__version__, torchvision.__version__, PIL.__version__, colour_profiles.VERSION
+    return " ".join([digest.hexdigest(), *versions])

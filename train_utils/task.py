@@ -216,6 +216,13 @@ class BaseTask:
 
     # -- prediction of files ------------------------------------------------------------------
 
+    def input_of(self, image: Tensor, sides: Sequence[int]) -> Tensor:
+        """The part of a file's image, uint8 [3, h, w], that is the input: all, or as in training.
+
+        sides: (H, W) of the file, which may have been read at a reduced size.
+        """
+        return image
+
     def network_input(self, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
         """What evaluation would feed of an image, uint8 [3, H, W].
 

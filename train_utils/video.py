@@ -53,7 +53,7 @@ _FIXES = {
 
 
 def is_video(path: PathLike) -> bool:
-    """Whether a file is taken for a video, by its suffix. An animated GIF is an image."""
+    """Whether a file is taken for a video, by its suffix; an animated GIF is an image of frames."""
     return os.fspath(path).lower().endswith(VIDEO_SUFFIXES)
 
 

@@ -19,6 +19,8 @@ from tasks.matting.metrics import MattingMetrics, finish_alpha
 from tasks.matting.trimaps import read_trimap
 from train_utils import settings
 from train_utils.errors import UserError, require, require_between
+from train_utils.image_io import Channel, MaskReader
+from train_utils.mask_scan import check_grey_masks
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.pretrained import backbone_state
@@ -66,6 +68,7 @@ class DataConfig(PhotoData):
     foregrounds: str | None = None
     alphas: str | None = None
     backgrounds: str | None = None
+    mask_channel: Channel | None = None  # of alphas in files with alpha; null: where that varies
     per_foreground: int = 20  # composites of each foreground in an epoch …
     val_per_foreground: int = 5  # … and in validation
     trimaps: str | None = None  # of the images that are held out; null: made from alpha
@@ -226,6 +229,13 @@ class Task(BaseTask):
     def check_data(self, dataset: Dataset) -> None:
         """Check the files."""
         check_matting_files(dataset)
+
+    def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
+        """Check the files, then what the alphas hold."""
+        super().prepare_data(train_set, val_set)
+        reader = MaskReader(self.cfg.data.mask_channel)
+        check_grey_masks(train_set, val_set, reader, "Save alphas with levels from 0 to 255.")
+        return {}
 
     def build_models(self) -> dict[str, nn.Module]:
         return {"model": DeepMatting(self.cfg.model.channels)}

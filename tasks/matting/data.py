@@ -28,17 +28,18 @@ from train_utils.datasets import (
 from train_utils.errors import UserError
 from train_utils.image_io import (
     MAX_PIXELS,
+    MaskReader,
     decode,
     image_size,
     image_tensor,
+    in_srgb,
     read_image,
-    read_mask,
     to_rgb,
     within_memory,
 )
 from train_utils.listing import described, list_folder, no_images
 from train_utils.log import say_once
-from train_utils.pairing import PLAIN, Names
+from train_utils.pairing import Names
 from transforms import cover
 
 
@@ -66,7 +67,8 @@ class CompositionDataset(Dataset):
         per_foreground: int = 20,
         transforms: JointTransform | None = None,
         train: bool = True,
-        names: tuple[Names, Names] = PLAIN,
+        read_alpha: MaskReader | None = None,
+        names: tuple[Names, Names] | None = None,
     ) -> None:
         folders = PairFolderDataset(foregrounds, alphas, names=names)
         self.foregrounds, self.per_foreground = folders, per_foreground
@@ -80,7 +82,7 @@ class CompositionDataset(Dataset):
             said = f"{self.folder}: {len(self.backgrounds):,} backgrounds"
             say_once(f"{said}; left out: {described(left_out)}")
         self.transforms, self.train = transforms, train
-        self.read_image, self.read_target = read_foreground, read_mask
+        self.read_image, self.read_target = read_foreground, read_alpha or MaskReader()
 
     @property
     def ingredients(self) -> list[str]:
@@ -136,8 +138,9 @@ def read_foreground(path: str | PathLike[str]) -> Tensor:
     """
     with within_memory(path):
         image = decode(path).image
-        cut_out = image.mode in ("RGBA", "LA")
-        return image_tensor(image.convert("RGB") if cut_out else to_rgb(path, image))
+        if image.mode not in ("RGBA", "LA"):
+            return image_tensor(to_rgb(path, image))
+        return image_tensor(in_srgb(path, image).convert("RGB"))
 
 
 def matting_pairs(
@@ -148,13 +151,14 @@ def matting_pairs(
     `data` also names `trimaps`, of `masks`, and `val_trimaps`, of `val_masks`. Training makes its
     own. Raises UserError if a trimap is missing.
     """
+    read_alpha = MaskReader(data.mask_channel)
     if data.val_images:
         images, alphas, trimaps = data.val_images, data.val_masks, data.val_trimaps
     else:
         images, alphas, trimaps = data.images, data.masks, data.trimaps
     if train or not trimaps:
-        return folder_pairs(data, train, transforms, all_pairs=all_pairs)
-    reader = TrimapReader(alphas, trimaps, data.names[1])
+        return folder_pairs(data, train, transforms, read_alpha, all_pairs)
+    reader = TrimapReader(alphas, trimaps, read_alpha, data.names[1])
     dataset = folder_pairs(data, train, transforms, reader, all_pairs)
     reader.require(pairs_of(dataset), images)
     return dataset
@@ -170,8 +174,8 @@ def composition_pairs(
     """
     count = data.per_foreground if train else data.val_per_foreground
     foregrounds, alphas, backgrounds = data.composed_folders()
-    folders = foregrounds, alphas, backgrounds
-    dataset = CompositionDataset(*folders, count, transforms, train, data.names)
+    how = transforms, train, MaskReader(data.mask_channel), data.names
+    dataset = CompositionDataset(foregrounds, alphas, backgrounds, count, *how)
     if all_pairs:
         return dataset
     if len(dataset.foregrounds) == 1:

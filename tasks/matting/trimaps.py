@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from train_utils.datasets import of_one_size, resized
 from train_utils.errors import UserError, shortened
-from train_utils.image_io import decode, is_wide, read_mask, to_rgba, within_memory
+from train_utils.image_io import MaskReader, decode, is_wide, to_rgba, within_memory
 from train_utils.pairing import PLAIN, Names, Pair, files_by_stem, require_masks
 from transforms import BACKGROUND, FOREGROUND, UNKNOWN
 
@@ -92,19 +92,25 @@ def _most_frequent(values: Sequence | np.ndarray, counts: np.ndarray) -> str:
 class TrimapReader:
     """Reads an alpha and the trimap of its name as one target, uint8 [2, H, W].
 
-    A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both. `names`: those of
-    alphas; a trimap is named as its image (`x`, `x_trimap`) or as its alpha.
+    A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both. `read_alpha`: None
+    is `MaskReader()`. `names`: those of alphas; a trimap is named as its image (`x`, `x_trimap`) or
+    as its alpha.
     """
 
     def __init__(
-        self, alphas: str | PathLike[str], trimaps: str | PathLike[str], names: Names = PLAIN[1]
+        self,
+        alphas: str | PathLike[str],
+        trimaps: str | PathLike[str],
+        read_alpha: MaskReader | None = None,
+        names: Names = PLAIN[1],
     ) -> None:
         self.alphas, self.trimaps, self.names = Path(alphas), Path(trimaps), names
+        self.read_alpha = read_alpha or MaskReader()
         self.files = files_by_stem(self.trimaps)
 
     def __call__(self, alpha: Path) -> tv_tensors.Mask:
         pair = alpha, self._trimap(alpha)
-        parts = of_one_size(pair, read_mask(pair[0]), read_trimap(pair[1]))
+        parts = of_one_size(pair, self.read_alpha(pair[0]), read_trimap(pair[1]))
         return tv_tensors.Mask(torch.cat([part.as_subclass(Tensor) for part in parts]))
 
     def also_reads(self, alpha: Path) -> tuple[Path]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -15,9 +16,12 @@ from src.u2net import from_official, is_official
 from tasks.saliency.losses import soft_iou_loss
 from tasks.saliency.metrics import ToolboxMetrics, stretched
 from train_utils import settings
-from train_utils.datasets import check_pairs
-from train_utils.errors import UserError
+from train_utils.collectives import call_on_main
+from train_utils.datasets import check_pairs, of_one_size
+from train_utils.errors import UserError, require_between
+from train_utils.image_io import Channel, MaskReader, read_map
 from train_utils.losses import criterion, supervised
+from train_utils.mask_scan import check_grey_masks
 from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, prediction_at
 from train_utils.settings import FIRST_VAL_SCENE, BaseConfig, PhotoData
 from train_utils.task import BaseTask
@@ -35,11 +39,19 @@ class DataConfig(PhotoData):
 
     name: Literal["shapes", "duts", "folders"] | None = None  # duts: root holds DUTS-TR, DUTS-TE
     crop_size: int | None = None  # random crop in training; null: 0.9 × image_size
+    mask_channel: Channel | None = None  # of mask files with alpha; null: where that varies
+    mask_threshold: int | None = None  # grey levels from it on are the object; null: as they are
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_between(self, 1, 255, "mask_threshold")
         if not 1 <= self.crop <= self.image_size:
             raise ValueError("crop_size: must lie between 1 and image_size")
+
+    @property
+    def mask_reader(self) -> MaskReader:
+        """What reads the masks."""
+        return MaskReader(self.mask_channel, self.mask_threshold)
 
     @property
     def crop(self) -> int:
@@ -96,10 +108,21 @@ def _root(data: DataConfig) -> str:
     return data.root
 
 
-def _as_maps(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return image[:1], mask  # a map is grey: its three channels are equal
+class _Maps(PairFolderDataset):
+    """Maps that any program wrote, in the place of images, and their masks."""
+
+    def read_image(self, path: Path) -> Tensor:
+        return read_map(path, getattr(self.read_target, "channel", None))
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        pair = self.pairs[index]
+        return of_one_size(pair, self.read_image(pair[0]), self.read_target(pair[1]))
 
 
+_TOO_DARK = (
+    "If these are the masks, take all levels from {level} on as object: --set "
+    "data.mask_threshold={level}."
+)
 _LOSSES = {"bce": criterion, "iou": soft_iou_loss}
 
 
@@ -124,9 +147,11 @@ class Task(BaseTask):
                 data.image_size, data.seed, data.train_size, transforms=transforms
             )
         elif data.name == "duts":
-            train = DUTSDataset(_root(data), True, transforms, data.at_least, data.names)
+            train = DUTSDataset(
+                _root(data), True, transforms, data.at_least, data.mask_reader, data.names
+            )
         else:
-            train = folder_pairs(data, True, transforms, at_least=data.at_least)
+            train = folder_pairs(data, True, transforms, data.mask_reader, at_least=data.at_least)
         return train, self.build_val_dataset()
 
     def build_val_dataset(self, all_pairs: bool = False) -> Dataset:
@@ -138,12 +163,20 @@ class Task(BaseTask):
                 data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms=transforms
             )
         if data.name == "duts":
-            return DUTSDataset(_root(data), False, transforms, data.at_least, data.names)
-        return folder_pairs(data, False, transforms, all_pairs=all_pairs, at_least=data.at_least)
+            return DUTSDataset(
+                _root(data), False, transforms, data.at_least, data.mask_reader, data.names
+            )
+        return folder_pairs(data, False, transforms, data.mask_reader, all_pairs, data.at_least)
 
     def check_data(self, dataset: Dataset) -> None:
         """Check every file's header."""
         check_pairs(dataset)
+
+    def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
+        """Check every file's header, then what the masks hold."""
+        super().prepare_data(train_set, val_set)
+        check_grey_masks(train_set, val_set, self.cfg.data.mask_reader, _TOO_DARK)
+        return {}
 
     def build_models(self) -> dict[str, nn.Module]:
         name = self.cfg.model.name
@@ -261,7 +294,8 @@ class Task(BaseTask):
 
     def pairs_of_files(self, predictions: str, targets: str) -> PairFolderDataset:
         """Maps, 8-bit images with the names of their masks, and the masks."""
-        pairs = PairFolderDataset(predictions, targets, transforms=_as_maps)
+        reader = self.cfg.data.mask_reader
+        pairs = _Maps(predictions, targets, read_target=reader)
         if pairs.unmatched_masks:
             raise UserError(
                 f"{predictions}: {pairs.unmatched_masks} of the masks in {targets} have no "
@@ -269,6 +303,7 @@ class Task(BaseTask):
                 "score against the masks that are meant."
             )
         check_pairs(pairs)
+        call_on_main(lambda: check_grey_masks(None, pairs, reader, _TOO_DARK))
         return pairs
 
     def curves(self, metrics: Sequence[ExactMetric]) -> dict[str, dict[str, Tensor]]:

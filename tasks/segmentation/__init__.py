@@ -32,6 +32,7 @@ from train_utils import shapes
 from train_utils.data import unwrap_subset
 from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
 from train_utils.errors import UserError, require, require_between
+from train_utils.image_io import Channel
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
 from train_utils.metrics import ExactMetric
@@ -79,6 +80,7 @@ class DataConfig(PhotoData):
     mask_values: Literal["index", "colour", "threshold"] | None = None
     mask_threshold: int = 128  # grey levels below it are dark
     mask_object: Literal["dark", "bright"] | None = None  # null: dark for bag, else bright
+    mask_channel: Channel | None = None  # threshold: of files with alpha; null: where that varies
     background: int | None = 0  # the class that overlays leave clear and cut-outs drop; null: none
     ignore_index: int = 255  # in the files; such pixels count neither in losses nor in scores
     ignore_beyond: bool = False  # ignore indices beyond the classes, too; else they are refused
@@ -225,6 +227,7 @@ def label_reader(data: DataConfig) -> LabelReader:
         data.palette,
         data.mask_threshold,
         data.mask_object or "bright",
+        data.mask_channel,
     )
 
 

@@ -14,12 +14,13 @@ from torchvision.transforms.v2 import functional as F
 from train_utils.errors import UserError, require, shortened
 from train_utils.image_io import (
     JPEG_SUFFIXES,
+    Channel,
+    MaskReader,
     PathLike,
     decode,
     grey_step,
     is_wide,
-    read_image,
-    read_mask,
+    read_colours,
     within_memory,
 )
 from transforms import IGNORE
@@ -70,10 +71,10 @@ class LabelReader:
     It is a mask map: it declares how the pixels of a file name their classes.
 
     index: the numbers that the file stores (`read_label_file`) are the classes.
-    colour: pixels have exactly the colours (`read_image`) of `palette`, which is in class order;
+    colour: pixels have exactly the colours (`read_colours`) of `palette`, which is in class order;
         those of VOC_VOID do not count, unless it is a class's.
-    threshold: two classes; grey levels (`read_mask`) below `threshold` are dark, and the object,
-    class 1, is dark or bright.
+    threshold: two classes; grey levels (by a `MaskReader` of `channel`) below `threshold` are dark,
+        and the object, class 1, is dark or bright.
 
     Raises ValueError ("key: cause", keys as in a recipe's data section) for settings that make no
     sense; a call raises UserError for a file that does not fit them or cannot be read.
@@ -87,6 +88,7 @@ class LabelReader:
     palette: Sequence[Sequence[int]] | None = None  # colour: (red, green, blue) of each class
     threshold: int = 128
     object: Literal["dark", "bright"] = "dark"
+    channel: Channel | None = None  # threshold: where the mask of a file with alpha lies
 
     def __post_init__(self) -> None:
         count = self.num_classes
@@ -121,7 +123,7 @@ class LabelReader:
         16 million. Every value that is not in the table has been refused.
         """
         if self.mode == "threshold":
-            return read_mask(path)[0].numpy()
+            return MaskReader(self.channel)(path)[0].numpy()
         return self._index_values(path) if self.mode == "index" else self._colour_values(path)
 
     def table(self) -> np.ndarray:
@@ -177,7 +179,7 @@ class LabelReader:
         )
 
     def _colour_values(self, path: PathLike) -> np.ndarray:
-        image = read_image(path).numpy()
+        image = read_colours(path).numpy()
         codes = np.zeros(image.shape[1:], dtype=np.int32)
         for channel in image:
             codes <<= 8

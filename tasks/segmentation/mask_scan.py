@@ -4,27 +4,21 @@ All masks are read through their mask map, so that a wrong one is a clear error 
 not a device assert, a meaningless loss or a black output later.
 """
 
-import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from tasks.segmentation.label_maps import MAX_VALUES, USE_BRIGHT, LabelReader
-from train_utils.datasets import try_all
 from train_utils.errors import UserError, shortened
-from train_utils.files import hash_of_files, user_cache
 from train_utils.image_io import PathLike
-from train_utils.log import get_logger
-from train_utils.private_files import new_private_file, open_private, private_folder
+from train_utils.mask_scan import count_masks
 from transforms import IGNORE
 
 _NEAR = 32  # grey levels around a threshold that a two-level mask hardly has …
 _MAX_NEAR = 0.05  # … at most on this share of its pixels
 _COUNT = np.uint32  # image_io.MAX_PIXELS fit
-_CHECKSUM = 16  # bytes
-_CACHE_FORMAT = 4  # to be raised when the meaning of a cached number changes
 
 
 class MaskScan:
@@ -139,23 +133,18 @@ def scan_masks(
     cache_dir: PathLike | None = None,
     refuse_single_class: bool = True,
 ) -> MaskScan:
-    """Read all masks and count what they hold.
+    """Read all masks and count what they hold; see `count_masks`.
 
-    Counts are kept in `cache_dir` (by default in pixtrain/mask_scans below $XDG_CACHE_HOME or
-    ~/.cache) under a hash of the reader and of each file's path, size and times of change; a cache
-    that cannot be written, is not ours or holds nonsense is none.
-
-    Raises one UserError that names the masks which `reader` refuses; and UserErrors for masks to be
-    cut at a threshold that do not have two levels, and, with `refuse_single_class`, for masks from
-    which nothing can be learned.
+    Raises UserErrors for masks that `reader` refuses, for masks to be cut at a threshold that do
+    not have two levels, and, with `refuse_single_class`, for masks from which nothing can be
+    learned.
     """
-    cache = _cache_file(paths, reader, cache_dir)
-    numbers = _cached(cache, reader) if cache else None
-    if numbers is None:
-        numbers = summary(reader, _count(paths, reader))
-        if cache:
-            with suppress(OSError), new_private_file(cache) as file:
-                file.write(_checksum(cache, numbers.tobytes()) + numbers.tobytes())
+
+    def histogram(path: PathLike) -> np.ndarray:
+        return np.bincount(reader.values(path).ravel(), minlength=256).astype(_COUNT)
+
+    size, of_all = 260 + 3 * reader.num_classes, partial(summary, reader)
+    numbers = count_masks(paths, histogram, of_all, size, reader, cache_dir)
     scan = MaskScan(reader, numbers)
     place = Path(paths[0]).parent
     if refuse_single_class and sum(count > 0 for count in scan.class_counts) < 2:
@@ -167,17 +156,6 @@ def scan_masks(
             "data.mask_values=index if they hold class indices, or another data.mask_threshold."
         )
     return scan
-
-
-def _count(paths: Sequence[PathLike], reader: LabelReader) -> np.ndarray:
-    def histogram(path: PathLike) -> np.ndarray:
-        return np.bincount(reader.values(path).ravel(), minlength=256).astype(_COUNT)
-
-    found, problems = try_all(paths, histogram)
-    if problems:
-        listed = shortened(list(problems.values()), separator="; ")
-        raise UserError(f"{len(problems)} of {len(paths)} masks cannot be used: {listed}")
-    return np.stack([found[path] for path in paths])
 
 
 def _single_class(scan: MaskScan) -> str:
@@ -198,36 +176,3 @@ def _single_class(scan: MaskScan) -> str:
         return f"{cause}, the others are 255: these look like binary masks. Use {USE_BRIGHT}."
     ignored = f", and what is ignored{scan._ignored_values()}" if scan.ignored else ""
     return f"{cause}, so there is nothing to learn. Check that these are the masks{ignored}."
-
-
-def _cache_file(
-    paths: Sequence[PathLike], reader: LabelReader, cache_dir: PathLike | None
-) -> Path | None:
-    """Where the counts of these files belong; None where there is no place for them."""
-    folder = Path(cache_dir) if cache_dir else user_cache("mask_scans")
-    if folder is None:
-        return None
-    try:
-        name = hash_of_files(map(Path, paths), f"{_CACHE_FORMAT} {reader}")
-        private_folder(folder, "set XDG_CACHE_HOME to a folder of your own", named=bool(cache_dir))
-    except OSError:
-        return None  # of a mask: reading it will say why
-    except UserError as error:
-        get_logger().warning(f"warning: what the masks hold is counted at every start: {error}")
-        return None
-    return folder / f"{name}.scan"
-
-
-def _cached(cache: Path, reader: LabelReader) -> np.ndarray | None:
-    size = 8 * (260 + 3 * reader.num_classes)
-    try:
-        with open_private(cache) as file:
-            checksum, content = file.read(_CHECKSUM), file.read(size + 1)
-    except (OSError, UserError):  # there is none, or it is not ours
-        return None
-    whole = len(content) == size and checksum == _checksum(cache, content)
-    return np.frombuffer(content, np.int64) if whole else None
-
-
-def _checksum(cache: Path, content: bytes) -> bytes:
-    return hashlib.blake2b(cache.name.encode() + content, digest_size=_CHECKSUM).digest()

@@ -114,6 +114,15 @@ def check_translation_pairs(dataset: Dataset) -> None:
         check_pairs(dataset)
 
 
+def pair_aspect(dataset: Dataset) -> float | None:
+    """Width / height of the files A|B behind a dataset: None if they differ, 0 without any."""
+    if not isinstance(unwrap_subset(dataset)[0], SideBySideDataset):
+        return 0.0
+    sizes = check_all([file for file, _ in pairs_of(dataset)], image_size).values()
+    found = {width / height for width, height in sizes}
+    return found.pop() if len(found) == 1 else None
+
+
 def _check_width(path: Path) -> None:
     _require_even(path, image_size(path)[0])
 

@@ -1,9 +1,12 @@
 """What the files behind a task's data hold: pairs, headers, copies, pixels."""
 
+import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,12 @@ from train_utils.data import unwrap_subset
 from train_utils.datasets import name_hash, pairs_of, try_all
 from train_utils.distributed_utils import cpu_cores
 from train_utils.errors import UserError, plain_message
-from train_utils.image_io import image_size
+from train_utils.image_io import read_header
 from train_utils.log import get_logger
 from train_utils.task import BaseTask
 from train_utils.threads import in_threads
+
+Configure = Callable[[Sequence[str]], BaseTask]  # words of a command line → the task
 
 SAMPLE = 200  # pairs whose pixels are looked at without --full …
 _RUN = 4  # … in runs of neighbours, so that masks that are one name off are seen
@@ -80,6 +85,36 @@ def check_data(task: BaseTask, full: bool) -> Report:
     return report
 
 
+def check_as_proposed(
+    task: BaseTask, words: Sequence[str], configure: Configure, full: bool
+) -> tuple[BaseTask, Report]:
+    """As `check_data`; where the task refuses the data, again with the settings that it proposes.
+
+    What was refused stays among the findings, with these settings. words: the command line.
+    """
+    report = check_data(task, full)
+    refused = next((x for x in report.findings if x.kind in ("pairs", "refused")), None)
+    settings = proposed(refused.message) if refused else []
+    if not refused or not settings:
+        return task, report
+    try:
+        other = configure([*words, *(word for each in settings for word in ("--set", each))])
+        again = check_data(other, full)
+    except UserError:
+        return task, report
+    if any(finding.kind == refused.kind for finding in again.findings):
+        return task, report
+    again.findings.append(replace(refused, settings=settings))
+    return other, again
+
+
+def proposed(message: str) -> list[str]:
+    """The settings that an error proposes first ("key=value")."""
+    first = re.split(r",? or ", message)[0] if "--set" in message else ""
+    words = shlex.split(first.rpartition("--set")[0] and first[first.index("--set") :].rstrip("."))
+    return [word for before, word in itertools.pairwise(words) if before == "--set"]
+
+
 def _built(task: BaseTask, report: Report) -> Sequence[Dataset]:
     try:
         return task.build_datasets()
@@ -123,22 +158,22 @@ def _pictures(
 def _look_at_headers(task: BaseTask, report: Report) -> list[int]:
     """Sizes of all files; returns the pairs whose two files can be opened and are of one size."""
     paths = [Path(path) for pair in report.pairs for path in (pair.image, pair.target)]
-    sizes, problems = try_all(paths, image_size)
+    headers, problems = try_all(paths, read_header)
     size = np.full((len(report.pairs), 2), np.nan)
     unreadable: list[int] = []
     unequal: list[int] = []
     turned: list[int] = []
     sound: list[int] = []
     for index, pair in enumerate(report.pairs):
-        image, target = (sizes.get(Path(path)) for path in (pair.image, pair.target))
+        image, target = (headers.get(Path(path)) for path in (pair.image, pair.target))
         if image:
-            size[index] = image
+            size[index] = image.size
         if not (image and target):
             unreadable.append(index)
-        elif image == target or pair.image == pair.target:
+        elif image.size == target.size or pair.image == pair.target:
             sound.append(index)
         else:
-            (turned if image == target[::-1] else unequal).append(index)
+            (turned if image.size == target.size[::-1] else unequal).append(index)
     unequal_is = task.cfg.data.on_unequal
     if unequal_is == "resize":
         sound = sorted({*sound, *unequal})
@@ -174,6 +209,7 @@ def _look_at_headers(task: BaseTask, report: Report) -> list[int]:
         "Turn the masks as their images are shown, or save the images without the tag.",
     )
     images.find_sizes(report, task.cfg.data.image_size)
+    images.find_kinds(report, [headers.get(Path(pair.image)) for pair in report.pairs])
     return sound
 
 

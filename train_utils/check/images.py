@@ -1,11 +1,13 @@
 """What is unusual about images: their sizes, and pictures of nothing."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from train_utils.check.findings import Report
 from train_utils.check.look import Look
+from train_utils.image_io import Header
 
 _NARROW = 4.0  # longer side / shorter side
 _LARGE = 4.0  # times the size that the network is trained on: detail is lost
@@ -53,6 +55,19 @@ def find_sizes(report: Report, image_size: int) -> None:
             large.tolist(),
             "Set data.image_size to 320 or more, unless the objects are large.",
         )
+
+
+def find_kinds(report: Report, headers: Sequence[Header | None]) -> None:
+    """What else headers show: several modes, orientations and profiles, all of which are undone."""
+    modes = Counter(header.mode for header in headers if header)
+    usual = modes.most_common(1)[0][0] if modes else ""
+    texts = (
+        ("modes", lambda h: h.mode != usual, f"images of other kinds than most ({dict(modes)})"),
+        ("orientation", lambda h: h.turned, "images that an EXIF tag turns; they are read upright"),
+        ("profile", lambda h: h.profile, "images with a colour profile; they are read as sRGB"),
+    )
+    for kind, applies, text in texts:
+        report.add(kind, "note", text, [i for i, h in enumerate(headers) if h and applies(h)])
 
 
 def find(report: Report, looks: Mapping[int, Look]) -> None:

@@ -47,8 +47,10 @@ def find(report: Report, looks: Mapping[int, Look], task: BaseTask) -> None:
 def _find_empty_and_full(report: Report, indices: np.ndarray, share: np.ndarray) -> None:
     empty, full = indices[share == 0], indices[share == 1]
     few = len(empty) <= _RARE * len(indices)
-    if len(empty) == len(indices):
-        report.add("no object", "error", "masks, all of them, hold no object", empty.tolist())
+    train = [index for index in indices if report.pairs[index].split == "train"]
+    if train and set(train) <= set(empty):
+        text = "training masks, all that were looked at, hold no object"
+        report.add("no object", "error", text, train, "Check that these are the masks.")
     else:
         report.add(
             "empty mask",

@@ -23,11 +23,11 @@ class CheckFolder:
     A file is ours as long as nobody has edited it: its last line has a hash of the others.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, flag: str = "-o") -> None:
+        self.path, self.flag = path, flag
         first = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
         if not first.is_dir():
-            raise UserError(f"{first}: not a folder. Choose another one with -o.")
+            raise UserError(f"{first}: not a folder. Choose another one with {flag}.")
 
     def require(self, *names: str) -> None:
         """UserError for a file of one of these names that was not written here, or was edited."""
@@ -35,7 +35,8 @@ class CheckFolder:
             if os.path.lexists(path) and not _is_ours(path):
                 raise UserError(
                     f"{path}: was not written by check.py, or has been edited since. Choose "
-                    f"another folder with -o, or move it: mv {typed(path)} {typed(f'{path}.kept')}"
+                    f"another place with {self.flag}, or move it: mv {typed(path)} "
+                    f"{typed(f'{path}.kept')}"
                 )
 
     def write(self, name: str, text: str) -> Path:
@@ -51,7 +52,7 @@ class CheckFolder:
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}). Make room, or choose another "
-                "folder with -o."
+                f"place with {self.flag}."
             ) from error
         return path
 
@@ -63,7 +64,8 @@ def _hash(text: str) -> str:
 
 def _is_ours(path: Path) -> bool:
     try:
-        text = read_regular(path, _LARGEST).decode()
+        if not (text := read_regular(path, _LARGEST).decode()):
+            return True  # a power failure can leave one
     except (OSError, UnicodeDecodeError):
         return False
     body, _, last = text.removesuffix("\n").rpartition("\n")

@@ -3,9 +3,10 @@
 import argparse
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from train_utils.check.data import Configure
 from train_utils.check.findings import CheckedPair, Finding, Report
 from train_utils.check.output import CheckFolder
 from train_utils.config import diff, parse_value, to_dict
@@ -14,8 +15,6 @@ from train_utils.pairing import columns
 from train_utils.task import BaseTask
 
 LISTS = "train.txt", "val.txt"
-
-Configure = Callable[[Sequence[str]], BaseTask]  # words of a command line → the task
 
 
 def write_lists(report: Report, folder: CheckFolder) -> list[Path]:
