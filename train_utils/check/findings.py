@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from train_utils.check.sections import Section
 from train_utils.errors import printable
 
 Severity = Literal["error", "warning", "note"]
@@ -86,6 +87,7 @@ class Report:
     (share of the pixels, images) where targets are classes. command: what to train with, as it is
     typed. read: (index, longest side) → the pair as pictures, image uint8 [h, w, 3], and target
     uint8 [h, w], or [h, w, 3] where it is a picture; a UserError for a file that cannot be read.
+    sections: what was found of the set-up.
     """
 
     task: str
@@ -101,6 +103,7 @@ class Report:
     held_out: bool = False
     command: str = ""
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
+    sections: list[Section] = field(default_factory=list)
 
     def add(
         self,
@@ -155,6 +158,7 @@ class Report:
             "decoded": self.decoded,
             "pairs": [vars(pair) for pair in self.pairs],
             "statistics": {name: _numbers(column) for name, column in self.statistics.items()},
+            "sections": {section.title: section.values for section in self.sections},
         }
         return json.dumps(values, indent=1)
 
