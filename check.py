@@ -110,6 +110,8 @@ def json_file(name: str | None) -> tuple[CheckFolder, str] | None:
 def tell_verdict(report: Report) -> int:
     """Print the findings and the command to train with; returns the number of errors."""
     findings = report.ranked()
+    if report.pairs:
+        print(report.scope())
     for finding in findings:
         print(finding.line())
     errors = sum(finding.severity == "error" for finding in findings)

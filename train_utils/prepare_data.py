@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from train_utils import colour_profiles, image_bounds, image_io
+from train_utils.check.first_look import first_look
 from train_utils.collectives import call_on_main
 from train_utils.data import KeyedDataset, collate, generators_kept, item_name, unwrap_subset
 from train_utils.datasets import (
@@ -60,6 +61,8 @@ def prepare_datasets(
 
     def values_of_data() -> dict[str, Any]:
         _check_alike(train_set, val_set)
+        for finding in first_look(train_set, data.image_size) if train_set else []:
+            get_logger().info(finding.line())
         return task.prepare_data(train_set, val_set)
 
     return task.with_values(call_on_main(values_of_data)), train_set, val_set

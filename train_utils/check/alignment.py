@@ -66,7 +66,7 @@ def scores(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 # --- findings ------------------------------------------------------------------------------------
 
-_FEWEST = 8  # pairs with edges from which a set is judged
+_FEWEST = 5  # pairs with edges from which a set is judged
 _MOST = 500  # pairs of a set that are looked at, or compared with each other
 _CLEAR = 8.0  # standard deviations by which the mean of a set stands out, if there is anything
 _BETTER = 1.5  # times as high: another place fits a set better than its own

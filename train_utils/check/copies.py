@@ -139,11 +139,12 @@ def _targets_agree(one: Look, other: Look, symmetry: str, targets: Targets) -> b
 def _say(report: Report) -> None:
     """Findings about groups: those across splits first, then those within one."""
     lists = "The split that is written beside this report keeps them on one side."
+    once, like = "pairs with a picture that", "pairs with a picture much like"
     texts: tuple[tuple[str, Severity, bool, bool, str, str], ...] = (
-        ("leak", "error", True, False, "validation pictures that are trained on, too", lists),
-        ("neighbours", "warning", True, True, "validation pictures much like trained ones", lists),
-        ("copies", "warning", False, False, "pictures that come more than once", "Keep one each."),
-        ("neighbours", "note", False, True, "pictures much like others of their split", ""),
+        ("leak", "error", True, False, f"{once} is in training and in validation", lists),
+        ("neighbours", "warning", True, True, f"{like} one of the other split", lists),
+        ("copies", "warning", False, False, f"{once} their split has again", "Keep one of each."),
+        ("neighbours", "note", False, True, f"{like} another of their split", ""),
     )
     for kind, severity, across, similar, text, fix in texts:
         groups = [
@@ -151,17 +152,21 @@ def _say(report: Report) -> None:
             for group in report.alike
             if group.across == across and (group.how == "similar") == similar
         ]
-        what = f"{text}, in {len(groups):,} groups: {_ways(groups)}"
+        what = f"{text}, {_pictures(len(groups))} in all: {_ways(groups)}"
         report.add(kind, severity, what, _members(groups), fix, examples=_shown(report, groups))
     differing = [group for group in report.alike if group.contradicting]
     report.add(
         "contradiction",
         "warning",
-        f"one picture with different targets, in {len(differing):,} groups",
+        f"pairs with one picture and different targets, {_pictures(len(differing))} in all",
         _members(differing),
         "Keep the target that is right.",
         examples=_shown(report, differing),
     )
+
+
+def _pictures(count: int) -> str:
+    return f"{count:,} picture{'s' if count > 1 else ''}"
 
 
 def _ways(groups: Sequence[Alike]) -> str:

@@ -1,6 +1,7 @@
 """What a check finds: findings ranked by what they cost, and the report that holds them."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -137,6 +138,13 @@ class Report:
     def failed(self) -> bool:
         """Whether something must be mended before a training."""
         return any(finding.severity == "error" for finding in self.findings)
+
+    def scope(self) -> str:
+        """What was looked at, in a line."""
+        splits = Counter(pair.split for pair in self.pairs)
+        seen = len(self.decoded)
+        how = "of all" if seen == len(self.pairs) else f"of {seen:,} (--full: of all)"
+        return f"{splits['train']:,} pairs to train on, {splits['val']:,} to validate; pixels {how}"
 
     def to_json(self) -> str:
         """The report as JSON; nan becomes null."""

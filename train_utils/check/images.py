@@ -50,8 +50,8 @@ def find_sizes(report: Report, image_size: int) -> None:
         report.add(
             "image size",
             "note",
-            f"images are typically {typical:.0f} pixels long and trained on at {image_size}, which "
-            "loses what is small",
+            f"images of {typical:.0f} pixels or more, trained on at {image_size}, which loses what "
+            "is small",
             large.tolist(),
             "Set data.image_size to 320 or more, unless the objects are large.",
         )

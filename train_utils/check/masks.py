@@ -8,6 +8,7 @@ from train_utils.check.findings import Report, Severity
 from train_utils.check.look import Look
 from train_utils.task import BaseTask
 
+_INVERT = "Invert them, or train two classes, whose data.mask_object says which is the object."
 _BORDER, _MOST = 0.9, 0.5  # of the frame and of all pixels: what a mask inside out has as object
 _USUAL_BORDER = 0.5  # of the frame, in a set whose masks are not inside out
 _RARE = 0.1  # share of the masks: what so few have is more often a mistake than meant
@@ -83,7 +84,7 @@ def _find_inside_out(
             "masks have their object along most of the frame: what is meant as background is "
             "trained as object",
             indices[inside_out].tolist(),
-            "Say which side the object is." if mends else "Invert the masks.",
+            "Say which side the object is." if mends else _INVERT,
             settings=["data.mask_values=threshold", "data.mask_object=dark"] if mends else (),
         )
     elif np.median(border[partly]) < _USUAL_BORDER and np.mean(inside_out[partly]) < _RARE:
