@@ -181,6 +181,16 @@ def test_what_no_rate_can_learn_is_said_with_what_is_likely_wrong(change, fix, m
     assert "ten times and a tenth fail, too" in found.finding.fix
 
 
+def test_a_loss_that_falls_a_little_at_all_rates_is_a_warning(monkeypatch):
+    """1 + 0.4 w² goes from 1.4 to 1 at best: targets with an entropy of their own do so, too."""
+    monkeypatch.setattr(learning, "MOST_STEPS", 25)
+    monkeypatch.setattr(learning, "_still_falls", lambda steps: False)
+    task = Task(0.1, lambda models, batch: {"mse": 1 + 0.4 * models["model"].weight ** 2})
+    found = overfit(task, {"model": Linear()}, a_batch(), CPU, 60)
+    assert found.finding and found.finding.severity == "warning"
+    assert found.line.endswith("it does not learn")
+
+
 @pytest.mark.parametrize(("lr", "better"), [(2.5, "0.25"), (1e-2, "0.1")])
 def test_a_learning_rate_that_is_too_high_or_too_low_is_named(lr, better, monkeypatch):
     """A quadratic of curvature 1: (1 − lr)^2n is left after n steps, 0.6 of it for 0.01 and 25."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train_utils.check.findings import Finding
+from train_utils.check.findings import Finding, Severity
 from train_utils.check.trials import Steps, Trial, mean
 from train_utils.task import BaseTask
 from train_utils.train_and_eval import Batch, Models
@@ -17,6 +17,7 @@ from train_utils.train_and_eval import Batch, Models
 MOST_STEPS = 200  # on one batch
 FEWEST_STEPS = 20  # of which anything can be said
 _DONE, _LEARNS = 0.1, 0.5  # shares of the first loss: enough for an end, and for a "learns"
+_STUCK = 0.95  # a share of the first loss below which something has been learnt
 _OTHER_RATES = 10.0, 0.1  # × the recipe's, where its own does not do
 
 SWEEP_STEPS = 100
@@ -61,14 +62,17 @@ def overfit(
         return Overfit(steps, images, f"{told}: too few in {seconds:.0f} s to tell")
     if not steps.problem and _still_falls(steps):
         return Overfit(steps, images, f"{told}: it falls, slowly; more steps would tell")
+    shares = [share]
     for times in _OTHER_RATES:
         other = fit(times)
+        shares += [] if other.problem else [_share(other)]
         if not other.problem and _share(other) <= _LEARNS:
             cause = f"the learning rate: at {lr * times:g} the loss falls to {_end(other):.4g}"
             finding = Finding("overfit", "warning", f"{told}; {cause}", f"Try --lr {lr * times:g}.")
             return Overfit(steps, images, f"{told}: it does not learn at this rate", finding)
     fix = f"{_suspects(networks, batch)} --lr is not the cause: ten times and a tenth fail, too."
-    finding = Finding("overfit", "error", told, fix)
+    severity: Severity = "error" if min(shares) > _STUCK else "warning"
+    finding = Finding("overfit", severity, told, fix)
     return Overfit(steps, images, f"{told}: it does not learn", finding)
 
 
