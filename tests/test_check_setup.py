@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from train_utils.check.learning import compared, overfit, read_curve, sweep
 from train_utils.check.sections import Section
 from train_utils.check.setup import SetUp, check_setup
 from train_utils.check.summary import summarize, summary_table
-from train_utils.check.trials import Epochs, Steps, Trial, cut
+from train_utils.check.trials import Epochs, Steps, Trial, cut, untouched
 from train_utils.data import GlobalBatchSampler, eval_loader, train_loader
 from train_utils.dry_run import leaves_of, untrained
+from train_utils.errors import UserError
 from train_utils.log import get_logger
 from train_utils.settings import BaseConfig
 from train_utils.task import BaseTask
@@ -343,6 +345,13 @@ def test_hours_and_the_wait_for_data_are_reckoned_from_a_step(monkeypatch, logge
     assert finding.kind == "speed" and "--cache ram" in finding.fix
 
 
+def test_a_first_step_that_is_not_finite_has_no_pace():
+    task = Task(losses=lambda models, batch: {"mse": models["model"](batch[0]).mean() / 0})
+    loader, _ = loaders()
+    with pytest.raises(UserError, match="became NaN or infinite"):
+        speed(Trial(task, net(), CPU), loader, eval_loader([], 1, 0, CPU), 0.01, 60)
+
+
 # -- all of it ------------------------------------------------------------------------------------
 
 
@@ -412,6 +421,16 @@ def test_what_keeps_a_training_from_its_first_step_is_a_finding(tmp_path, monkey
     args = ["--set", "data.train_size=3", "--set", "data.val_size=1", "--device", "cpu", "--setup"]
     errors = check.main(check.parse_args([*args, "--weights", "missing.pth"]))
     assert errors == 1 and "missing.pth" in (tmp_path / "check/shapes/index.html").read_text()
+
+
+def test_the_generator_of_an_accelerator_is_put_back_too(monkeypatch):
+    """Whatever it is called, and also after an error."""
+    kept, state = [], object()
+    module = SimpleNamespace(get_rng_state=lambda: state, set_rng_state=kept.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    with pytest.raises(ValueError, match="mine"), untouched(torch.device("xpu", 0)):
+        raise ValueError("mine")
+    assert kept == [state]
 
 
 def state_of(setup):

@@ -132,7 +132,7 @@ def _fits(task: BaseTask, networks: Models, batch: Batch, device: torch.device) 
 class Speed:
     """Seconds of a step, the wait for its batches included; of that wait; of all evaluations.
 
-    step: images of a step on this process. loaded: images per second of the loader alone.
+    images: of a step on this process. loaded: images per second of the loader alone.
     measured: whether steps of the recipe's size were taken, or it is reckoned from smaller ones.
     """
 
@@ -157,7 +157,8 @@ def speed(
 ) -> Speed:
     """The pace of a training: of its steps with their data, of its loader, of its evaluations.
 
-    per_image: seconds of an image in a small step, measured before. trial: fresh copies.
+    per_image: seconds of an image in a small step, measured before. trial: fresh copies. Raises
+    UserError where the first step's loss is not finite.
     """
     sampler = loader.batch_sampler
     assert isinstance(sampler, GlobalBatchSampler)
@@ -170,6 +171,8 @@ def speed(
         waited = max(0.0, images / loaded - reckoned)
         return Speed(images, reckoned + waited, waited, loaded, evaluation, False)
     steps = trial.take(Epochs(loader, parts * _STEPS), seconds)
+    if not steps.seconds:
+        raise UserError(steps.problem)
     # The first step chooses kernels, and the next ones find batches that were loaded meanwhile.
     skipped = min(len(steps.seconds) - 1, 1 + 2 * loader.num_workers)
     waited = mean(steps.waited[skipped:])

@@ -179,10 +179,14 @@ def cut(batch: Batch, images: int) -> Batch:
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
     """Put all random generators back after a block, those of the device too."""
-    others = [] if device.type == "cpu" else [device]
-    kind = {} if device.type == "cpu" else {"device_type": device.type}
-    with generators_kept(), torch.random.fork_rng(others, **kind):
-        yield
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    state = module and module.get_rng_state()
+    with generators_kept():
+        try:
+            yield
+        finally:
+            if module:
+                module.set_rng_state(state)
 
 
 def mean(values: Sequence[float]) -> float:
