@@ -11,6 +11,7 @@ import test_edits
 import yaml
 from conftest import REPO
 
+import check
 import predict
 import tasks
 import validation
@@ -62,6 +63,7 @@ PARSERS = {
     "train_multi_GPU.py": partial(parse_args, flags=tasks.train_flags()),
     "validation.py": validation.parse_args,
     "predict.py": predict.parse_args,
+    "check.py": check.parse_args,
 }
 
 
