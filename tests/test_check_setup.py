@@ -17,6 +17,7 @@ from train_utils.check import costs, learning, setup
 from train_utils.check.costs import Speed, largest_batch, speed
 from train_utils.check.findings import Report
 from train_utils.check.learning import compared, overfit, read_curve, sweep
+from train_utils.check.sections import Section
 from train_utils.check.setup import SetUp, check_setup
 from train_utils.check.summary import summarize, summary_table
 from train_utils.check.trials import Epochs, Steps, Trial, cut
@@ -80,6 +81,16 @@ def a_batch(images=4):
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(images, 3, SIDE, SIDE, generator=generator)
     return inputs, inputs.mean(1, keepdim=True)
+
+
+@pytest.fixture
+def logged():
+    """The lines that are logged meanwhile."""
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    get_logger().addHandler(handler)
+    yield lines
+    get_logger().removeHandler(handler)
 
 
 # -- what it is -----------------------------------------------------------------------------------
@@ -307,17 +318,22 @@ def test_a_step_that_takes_too_long_is_reckoned_from_a_smaller_one(monkeypatch):
     assert found.share_waited == 0.25
 
 
+def test_hours_and_the_wait_for_data_are_reckoned_from_a_step(monkeypatch, logged):
+    """Ten images in steps of 4 are 3 steps an epoch: one epoch of 2 s each, and 100 s to score."""
+    found = Speed(4, 2.0, 0.5, 10.0, 100.0, measured=True)
+    monkeypatch.setattr(setup, "speed", lambda *parts: found)
+    loader, val_loader = loaders()
+    task, networks, report, section = Task(), net(), Report("tests", "masks"), Section("Set-up")
+    parts = task, networks, task.build_optimizers(networks), loader, val_loader, CPU
+    setup._Look(SetUp(*parts), report, section, 60)._speed(0.1)
+    (line,) = logged
+    assert line.startswith("2 images/s in steps of 2 s; the loader alone 10 images/s; 25% of the")
+    assert "about 0:01:46 to the end of the recipe, 0:01:40 of it in evaluations" in line
+    (finding,) = report.findings
+    assert finding.kind == "speed" and "--cache ram" in finding.fix
+
+
 # -- all of it ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def logged():
-    """The lines that are logged meanwhile."""
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    get_logger().addHandler(handler)
-    yield lines
-    get_logger().removeHandler(handler)
 
 
 @pytest.mark.parametrize("config", ["unet", "pix2pix"])

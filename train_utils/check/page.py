@@ -49,7 +49,7 @@ _CLASS_COLOURS = (
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --soft: #f1f1f4; --line: #c9c9d1;
-  --error: #b00020; --warning: #8a4b00; --note: #00529b; --good: #006b3c; --one: #3b7dd8;
+  --error: #b00020; --warning: #8a4b00; --note: #00529b; --good: #006b3c; --one: #2a68bd;
   --two: #b3541e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8ec; --paper: #16161a; --soft: #23232a;
   --line: #4a4a55; --error: #ff8a94; --warning: #ffb86b; --note: #8cc4ff; --good: #6fdc9f;
