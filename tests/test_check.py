@@ -17,6 +17,7 @@ from train_utils.arguments import parse_args
 from train_utils.check.copies import grouped
 from train_utils.check.data import check_data
 from train_utils.check.duplicates import SYMMETRIES, alike_pairs, combined, inverse, symmetric
+from train_utils.check.first_look import first_look
 from train_utils.check.look import count_objects
 from train_utils.datasets import pairs_of
 from train_utils.errors import UserError
@@ -422,6 +423,15 @@ def test_side_by_side_pictures_are_looked_at(tmp_path):
     assert report.findings == [] and report.statistics["width"].tolist() == [WIDTH] * 16
     image, target = report.read(0, 60)
     assert image.shape == target.shape == (45, 60, 3)
+
+
+def test_a_training_says_what_sizes_tell(clean_folder):
+    place = Place(clean_folder)
+    place.words += ["--set", "data.image_size=16"]
+    task = tasks.new_task(check.parse_args(place.arguments()))
+    first, *_ = found = first_look(task.build_datasets()[0], 16)
+    assert [finding.kind for finding in found] == ["image size"]
+    assert f"images of {WIDTH} pixels or more, trained on at 16" in first.line()
 
 
 # --- parts ---------------------------------------------------------------------------------------
