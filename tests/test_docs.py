@@ -64,7 +64,6 @@ PARSERS = {
     "train_multi_GPU.py": partial(parse_args, flags=tasks.train_flags()),
     "validation.py": validation.parse_args,
     "predict.py": predict.parse_args,
-    "check.py": check.parse_args,
 }
 
 
