@@ -59,7 +59,10 @@ def alike_pairs(pictures: np.ndarray) -> list[tuple[int, int, str, float]]:
     The correlation is SIMILAR at least. pictures: uint8 [N, S, S]; i < j. Flat ones are like no
     other.
     """
-    structured = np.flatnonzero(pictures.std((1, 2)) >= _FLAT)
+    spread = np.array([picture.std() for picture in pictures])  # of all at once: in 8 bytes each
+    structured = np.flatnonzero(spread >= _FLAT)
+    if not len(structured):
+        return []
     blocks = np.split(structured, range(_BLOCK, len(structured), _BLOCK))
     prepared = [_signatures(pictures[block]) for block in blocks]
     signatures, coarse = (np.concatenate(parts) for parts in zip(*prepared, strict=True))
