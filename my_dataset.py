@@ -22,12 +22,18 @@ from train_utils.datasets import (
     PairDataset,
     Reader,
     as_tv_tensor,
-    files_by_stem,
     found_in,
-    require_masks,
     split_pairs,
 )
 from train_utils.errors import UserError
+from train_utils.log import say_once
+from train_utils.pairing import (
+    UNMATCHED,
+    Names,
+    listed_pairs,
+    pair_folders,
+    refuse_shared,
+)
 
 _SHAPES_CACHE_BYTES = 512 * 2**20
 
@@ -35,9 +41,10 @@ _SHAPES_CACHE_BYTES = 512 * 2**20
 class PairFolderDataset(PairDataset):
     """Images and masks of any two folders, paired by their path in the folder without the suffix.
 
-    `images/city/a.jpg` belongs to `masks/city/a.png`. Masks without an image are left out and
-    counted in `unmatched_masks`. Raises UserError if an image has no mask, or if a folder holds two
-    files that differ in nothing but the suffix. `read_target` and `at_least`: see `PairDataset`.
+    `images/city/a.jpg` belongs to `masks/city/a.png`. `names`: what the names of images and masks
+    have around the part in common, as in `a_mask.png`. Masks without an image are left out and
+    counted in `unmatched_masks`; the log says once what is left out. Raises UserError as
+    `train_utils.pairing.pair_folders` does. `read_target` and `at_least`: see `PairDataset`.
     """
 
     def __init__(
@@ -47,14 +54,13 @@ class PairFolderDataset(PairDataset):
         transforms: JointTransform | None = None,
         read_target: Reader | None = None,
         at_least: int | None = None,
+        names: tuple[Names, Names] | None = None,
     ) -> None:
-        images, masks = Path(images), Path(masks)
-        image_files, mask_files = files_by_stem(images, leave_out=masks), files_by_stem(masks)
-        require_masks(image_files, mask_files, images, masks)
-        stems = list(image_files)
-        pairs = [(image_files[stem], mask_files[stem]) for stem in stems]
-        super().__init__(pairs, stems, transforms, read_target, at_least)
-        self.unmatched_masks = len(mask_files) - len(image_files)
+        found = pair_folders(Path(images), Path(masks), names)
+        super().__init__(found.pairs, found.stems, transforms, read_target, at_least)
+        self.unmatched_masks = len(found.left_out.get(UNMATCHED, []))
+        if found.line:
+            say_once(found.line)
 
 
 class DUTSDataset(PairFolderDataset):
@@ -71,6 +77,7 @@ class DUTSDataset(PairFolderDataset):
         transforms: JointTransform | None = None,
         at_least: int | None = None,
         read_target: Reader | None = None,
+        names: tuple[Names, Names] | None = None,
     ) -> None:
         part = "DUTS-TR" if train else "DUTS-TE"
         images, masks = (Path(root, part, f"{part}-{kind}") for kind in ("Image", "Mask"))
@@ -80,7 +87,7 @@ class DUTSDataset(PairFolderDataset):
                 f"{found_in(Path(root))}. Give the folder that holds {part}, or your own pairs by "
                 "--images DIR --masks DIR."
             )
-        super().__init__(images, masks, transforms, read_target, at_least)
+        super().__init__(images, masks, transforms, read_target, at_least, names)
 
 
 class ShapesDataset(Dataset):
@@ -144,15 +151,26 @@ def folder_pairs(
     all_pairs: bool = False,
     at_least: int | None = None,
 ) -> Dataset:
-    """Training or validation pairs of the folders that `data` (a `FolderData`) names.
+    """Training or validation pairs of the folders, or lists, that `data` (a `FolderData`) names.
 
-    Without validation folders of its own, `val_fraction` of the pairs is held out; `all_pairs`
-    gives them all.
+    Without validation folders or a list of its own, `val_fraction` of the pairs is held out;
+    `all_pairs` gives them all.
     """
-    how = transforms, read_target, at_least
-    if data.val_images and not train:
-        return PairFolderDataset(data.val_images, data.val_masks, *how)
-    pairs = PairFolderDataset(data.images, data.masks, *how)
-    if all_pairs or data.val_images:
+
+    def pairs_in(images: str, masks: str, listed: str | None) -> PairDataset:
+        if listed:
+            pairs = PairDataset(*listed_pairs(Path(listed)), transforms, read_target, at_least)
+        else:
+            how = transforms, read_target, at_least, data.names
+            pairs = PairFolderDataset(images, masks, *how)
+        return pairs
+
+    apart = data.val_images or data.val_list
+    if data.val_list:
+        refuse_shared(Path(data.list), Path(data.val_list))
+    if apart and not train:
+        return pairs_in(data.val_images, data.val_masks, data.val_list)
+    pairs = pairs_in(data.images, data.masks, data.list)
+    if all_pairs or apart:
         return pairs
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])

@@ -34,8 +34,9 @@ from train_utils.config import parse_assignments
 from train_utils.device import allow_tf32, resolve_device, take_device
 from train_utils.errors import UserError, printable, tell
 from train_utils.inference import prepare
+from train_utils.listing import Kind
 from train_utils.prediction import Picture, Predictor, share_of
-from train_utils.prediction_files import plan
+from train_utils.prediction_files import plan, remarks
 from train_utils.run_folder import newest_best_checkpoint
 from train_utils.setup import launched
 
@@ -73,7 +74,8 @@ def main(args: argparse.Namespace) -> int:
 
     Of several processes each does its share of the files, and all return the number of all.
     """
-    jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.extras)
+    left_out: dict[Kind, list[Path]] = {}
+    jobs = plan(args.inputs, Path(args.output), kinds_of(args), args.extras, left_out)
 
     device = resolve_device(args.device)
     take_device(device)
@@ -98,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
     counts = all_gather((done, failed), patient=True)
     done, failed = (sum(each) for each in zip(*counts, strict=True))
     if is_main_process():
-        print(f"{done} done, {failed} failed", flush=True)
+        print(printable(f"{done} done, {failed} failed{remarks(left_out)}"), flush=True)
     return failed
 
 

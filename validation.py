@@ -78,10 +78,13 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
 
     cfg.data.cache = "none"  # nothing is read twice
     cfg.train.workers, cfg.eval.batch_size = args.workers, args.batch_size
-    dataset = task.build_val_dataset(all_pairs=bool(args.images))
+    given = settings.get("data", {}).keys() & {"images", "list"}
+    dataset: Any = task.build_val_dataset(all_pairs=bool(given))
+    count = len(dataset)
     task, _, dataset = prepare_datasets(task, None, dataset)
     loader = build_val_loader(args, cfg, dataset)
-    get_logger().info(f"{weights}: {len(dataset)} images on {args.world_size} process(es)")
+    rest = f", {count - len(dataset)} left out" if len(dataset) < count else ""
+    get_logger().info(f"{weights}: {len(dataset)} images{rest} on {args.world_size} process(es)")
     metrics = task.metrics_with(args.switches)
     evaluate(models, loader, device, metrics=metrics, predict=task.predict, amp_dtype=amp_dtype)
     return scores_of(metrics)

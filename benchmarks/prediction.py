@@ -38,8 +38,9 @@ from src import u2net_lite
 from train_utils.amp import choose_amp_dtype
 from train_utils.config import parse_assignments
 from train_utils.errors import UserError
-from train_utils.image_io import list_images, save_image
+from train_utils.image_io import save_image
 from train_utils.inference import prepare
+from train_utils.listing import list_images
 from train_utils.prediction import Job, Predictor
 from train_utils.settings import PhotoData
 from train_utils.setup import clean_errors

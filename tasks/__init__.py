@@ -71,12 +71,6 @@ def configure(args: Namespace) -> tuple[BaseTask, Path | None, dict[str, Any] | 
 
     Precedence: defaults, the checkpoint's settings, --config, flags, --set.
     """
-    overrides = parse_assignments(args.set)
-    for name, value in vars(args).items():
-        section, dot, key = name.partition(".")
-        if dot:
-            overrides = merge({section: {key: value}}, overrides)
-
     name = args.run_name = Path(args.config or DEFAULT_CONFIG).stem
     if not args.test_only and (run := restarted_run(args.resume, args.output_dir, name)):
         args.output_dir = str(run)
@@ -85,14 +79,29 @@ def configure(args: Namespace) -> tuple[BaseTask, Path | None, dict[str, Any] | 
     saved = load_training_state(resume) if resume else None
 
     if saved is None:
-        source = str(args.config or DEFAULT_CONFIG)
-        task = read_config(load_yaml(source), source, overrides)
+        task = new_task(args)
     else:
-        task = _continued_task(saved, str(resume), args.config, overrides)
+        task = _continued_task(saved, str(resume), args.config, _overrides(args))
     deciding_metric(task.cfg, task.METRICS)  # refuses a metric that is not tracked
     if args.test_only and not (saved or task.cfg.train.weights):
         raise UserError("--test-only: nothing to test. Add --weights FILE or --resume auto.")
     return task, resume, saved
+
+
+def new_task(args: Namespace) -> BaseTask:
+    """The task of a training that begins, with its config."""
+    source = str(args.config or DEFAULT_CONFIG)
+    return read_config(load_yaml(source), source, _overrides(args))
+
+
+def _overrides(args: Namespace) -> dict[str, Any]:
+    """The settings of a command line, those by --set before those of other flags."""
+    overrides = parse_assignments(args.set)
+    for name, value in vars(args).items():
+        section, dot, key = name.partition(".")
+        if dot:
+            overrides = merge({section: {key: value}}, overrides)
+    return overrides
 
 
 def _continued_task(
@@ -143,16 +152,16 @@ def read_config(
 def without_replaced(data: Any, sources: Iterable[str]) -> Any:
     """Data settings of a command line, and null for the recipe's that they replace.
 
-    `root` and `images` each say by themselves where the data is: no other of the `sources`, the
-    keys that do so, counts any longer. Raises UserError if both are given.
+    `root`, `images` with `masks`, and `list` each say by themselves where the data is: no other of
+    the `sources`, the keys that do so, counts any longer. Raises UserError if two are given.
     """
-    folders = {"images", "masks"}
-    if not isinstance(data, dict) or not data.keys() & {"root", *folders}:
+    ways = {"root"}, {"images", "masks"}, {"list"}
+    given = [way for way in ways if isinstance(data, dict) and data.keys() & way]
+    if not given:
         return data
-    if "root" in data and data.keys() & folders:
-        raise UserError("--data-path and --images: name one or the other.")
-    kept = {"root"} if "root" in data else folders
-    return {**{key: None for key in sources if key not in kept}, **data}
+    if len(given) > 1:
+        raise UserError("--data-path, --images and data.list: name one or the other.")
+    return {**{key: None for key in sources if key not in given[0]}, **data}
 
 
 # -- weights → networks ---------------------------------------------------------------------------

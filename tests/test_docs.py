@@ -11,6 +11,7 @@ import test_edits
 import yaml
 from conftest import REPO
 
+import check
 import predict
 import tasks
 import validation
@@ -25,16 +26,17 @@ ATTACKS = re.findall(
     (REPO / "docs" / "security.md").read_text(encoding="utf-8"),
     flags=re.MULTILINE,
 )
+DATA = (REPO / "docs" / "data.md").read_text(encoding="utf-8")
+ODD = re.findall(r"^\| (.+) \| (.+) \|$", DATA.partition("\n## Odd inputs")[2], flags=re.MULTILINE)
+NAMED = [(row[1], row[3]) for row in [*ROWS, *ATTACKS]] + ODD[1:]
 
 
 def test_every_fault_has_a_row():
     assert [int(number) for number, *_ in ROWS] == list(range(1, 54))
 
 
-@pytest.mark.parametrize(
-    "tests", [row[3] for row in [*ROWS, *ATTACKS]], ids=[row[1] for row in [*ROWS, *ATTACKS]]
-)
-def test_every_fault_and_attack_names_tests_that_exist(tests):
+@pytest.mark.parametrize("tests", [tests for _, tests in NAMED], ids=[kind for kind, _ in NAMED])
+def test_every_fault_attack_and_odd_input_names_tests_that_exist(tests):
     module, names = None, re.findall(r"`([^`]+)`", tests)
     assert names
     for name in names:
@@ -57,6 +59,7 @@ ENGLISH, CHINESE = REPO / "README.md", REPO / "README.zh-CN.md"
 PAGES = sorted((REPO / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(REPO.glob("*.md")), *PAGES]
 PARSERS = {
+    "check.py": check.parse_args,
     "train.py": partial(parse_args, flags=tasks.train_flags()),
     "train_multi_GPU.py": partial(parse_args, flags=tasks.train_flags()),
     "validation.py": validation.parse_args,

@@ -120,6 +120,21 @@ def test_nothing_changes_by_it(network):
     assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
 
 
+def test_parameters_that_no_loss_depends_on_are_warned_of(network, logged):
+    """On one process they would never be trained, without a word."""
+
+    def make(out_ch=1):
+        model = Tiny(out_ch, sound)
+        model.forgotten = nn.Conv2d(4, 1, 1)
+        return model
+
+    network(make=make)
+    start("--epochs", "1")
+    (warning,) = [line for line in logged if line.startswith("warning: ")]
+    assert "model.forgotten.weight, model.forgotten.bias: no loss depends on these" in warning
+    assert "5 parameters are never trained" in warning
+
+
 # -- networks -------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-SCRIPTS = {"train.py": 170, "train_multi_GPU.py": 45, "predict.py": 180, "validation.py": 130}
+SCRIPTS = {
+    **{"train.py": 170, "train_multi_GPU.py": 45, "predict.py": 180, "validation.py": 130},
+    "check.py": 150,
+}
 PRODUCT = sorted(
     path
     for pattern in ("*.py", "launch/*.py", "src/**/*.py", "tasks/**/*.py", "train_utils/**/*.py")

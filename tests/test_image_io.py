@@ -32,13 +32,13 @@ from train_utils.image_io import (
     frames_of,
     image_size,
     is_damaged,
-    list_images,
     read_image,
     read_image_and_mask,
     read_mask,
     save_image,
     saved_here,
 )
+from train_utils.listing import list_images
 
 RED, GREEN, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 0)
 

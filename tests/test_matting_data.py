@@ -21,6 +21,7 @@ from train_utils import shapes
 from train_utils.datasets import fingerprint, pairs_of
 from train_utils.errors import UserError
 from train_utils.image_io import read_image, read_mask
+from train_utils.pairing import Names
 from transforms import MattingEval, MattingTrain, composite, cover, make_trimap, matting_input
 
 
@@ -321,8 +322,8 @@ def folders(tmp_path) -> tuple[Path, Path, Path]:
 
 
 def settings(folders, **values) -> SimpleNamespace:
-    defaults = {"per_foreground": 6, "val_per_foreground": 3, "val_fraction": 0.25, "seed": 0}
-    defaults |= {"mask_channel": None}
+    counts = {"per_foreground": 6, "val_per_foreground": 3, "val_fraction": 0.25, "seed": 0}
+    defaults = {**counts, "names": (Names(), Names()), "mask_channel": None}
     return SimpleNamespace(composed_folders=lambda: folders, **(defaults | values))
 
 
@@ -451,8 +452,8 @@ def test_damaged_backgrounds_are_found_at_once(folders):
 
 
 def ready(images, masks, **values) -> SimpleNamespace:
-    keys = ["val_images", "val_masks", "trimaps", "val_trimaps", "mask_channel"]
-    defaults = dict.fromkeys(keys)
+    keys = "val_images", "val_masks", "trimaps", "val_trimaps", "list", "val_list", "mask_channel"
+    defaults = {**dict.fromkeys(keys), "names": (Names(), Names())}
     return SimpleNamespace(
         images=images, masks=masks, val_fraction=0.25, seed=0, **(defaults | values)
     )

@@ -333,7 +333,7 @@ def test_memory_is_given_back_when_the_last_process_ends(folders, tmp_path, monk
 
 def test_more_than_the_memory_that_is_left_is_refused(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_cache, "_memory_folder", lambda: tmp_path / "memory")
-    monkeypatch.setattr(sample_cache, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(sample_cache, "available_memory", lambda: 1000)
     data = SimpleNamespace(cache="ram", cache_dir=None)
     with pytest.raises(UserError, match=r"1,000 are free.*shm-size"):
         cached(data, PairFolderDataset(*folders))

@@ -1,7 +1,6 @@
 """Pairs A|B of real files: layouts, directions, refusals and the training jitter."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from my_dataset import ShapesDataset
+from tasks import translation
 from tasks.translation.data import (
     SideBySideDataset,
     check_translation_pairs,
@@ -41,11 +41,7 @@ def write_pair(a: Path, b: Path, stem: str) -> None:
 
 
 def folder_data(**values):
-    defaults = {"root": None, "images": None, "masks": None, "val_images": None}
-    return SimpleNamespace(
-        **{**defaults, "val_masks": None, "val_fraction": 0.25, "seed": 0, "direction": "AtoB"}
-        | values
-    )
+    return translation.DataConfig(**{"val_fraction": 0.25} | values)
 
 
 def stems(dataset):

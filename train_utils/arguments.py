@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from train_utils.config import parse_value
@@ -15,7 +15,9 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
-def new_parser(description: str | None) -> argparse.ArgumentParser:
+def new_parser(
+    description: str | None, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.ArgumentParser:
     """A parser that shows its description as it is written, on any console.
 
     From here on a console that cannot show "→" prints an escape instead of ending the run, and
@@ -26,7 +28,8 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _one_line
     sys.excepthook = print_trace
-    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    return _Parser(description=description, formatter_class=how, parents=list(parents))
 
 
 def _one_line(
@@ -49,11 +52,24 @@ def _value(text: str) -> Any:
 def parse_args(
     argv: list[str] | None = None, description: str | None = None, flags: Mapping[str, str] = {}
 ) -> argparse.Namespace:
-    """The command line of a training; a flag whose dest has a dot sets that key of the config.
+    """The command line of a training; flags: see `training_parser`."""
+    parser = training_parser(description, flags)
+    add = parser.add_argument
+    add("--resume", metavar="auto|PATH", help="continue a run")
+    add("--output-dir", metavar="DIR", help="default runs/<config>/<time>")
+    add("--test-only", action="store_true", help="evaluate and exit")
+    return parser.parse_args(argv)
 
-    flags: keys for which tasks want a flag (`BaseTask.TRAIN_FLAGS`) → what --help says.
+
+def training_parser(
+    description: str | None, flags: Mapping[str, str], *more: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """What a new training takes; a flag whose dest has a dot sets that key of the config.
+
+    flags: keys for which tasks want a flag (`BaseTask.TRAIN_FLAGS`) → what --help says. more: what
+    the script itself takes.
     """
-    parser = new_parser(description)
+    parser = new_parser(description, more)
 
     def add(*names: str, **options: Any) -> None:
         defaults = {"default": argparse.SUPPRESS} | ({"metavar": "N"} if "type" in options else {})
@@ -101,11 +117,8 @@ def parse_args(
     add("--print-freq", dest="train.print_freq", type=int, metavar="STEPS")
     add("--eval-interval", dest="train.eval_interval", type=int, metavar="EPOCHS")
     add("--weights", dest="train.weights", metavar="FILE", help="start from these weights")
-    add("--resume", default=None, metavar="auto|PATH", help="continue a run")
-    add("--output-dir", default=None, metavar="DIR", help="default runs/<config>/<time>")
-    add("--test-only", default=False, action="store_true", help="evaluate and exit")
     add("--set", default=[], action="append", metavar="KEY=VALUE", help="any other config key")
-    return parser.parse_args(argv)
+    return parser
 
 
 def parse_validation_args(

@@ -1,10 +1,10 @@
 """Pairs of image files: found by name, checked, read, split, and told apart from other data."""
 
-import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from train_utils.data import collate, unwrap_subset
 from train_utils.errors import UserError, printable, shortened
 from train_utils.image_io import (
     MaskReader,
     image_size,
-    list_images,
     read_image,
     read_image_and_mask,
 )
+from train_utils.pairing import Pair
 from train_utils.sample_cache import SampleCache
 
 IGNORE = 255  # the class index of pixels that count in no loss and no score
@@ -30,11 +31,9 @@ IGNORE = 255  # the class index of pixels that count in no loss and no score
 # (image, target) → an item, which may have more parts behind these two
 JointTransform = Callable[..., tuple[Tensor, ...]]
 Reader = Callable[[Path], Tensor]
-Pair = tuple[Path, Path]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_MAX_HINTS = 3  # comparing names is slow in folders of many thousands
 _CHECK_THREADS = 8  # files are read from disks that may be far away
 
 
@@ -102,6 +101,10 @@ class PairDataset(Dataset):
     """
 
     collate_fn = staticmethod(collate)
+    # What becomes of targets of another size than their image, as `data.unequal` says ("": nothing
+    # says so); and whether headers have shown that all others fit.
+    unequal = ""
+    checked = False
 
     def __init__(
         self,
@@ -144,9 +147,10 @@ class PairDataset(Dataset):
         """The image and the target as they are in their files."""
         pair = self.pairs[index]
         if isinstance(self.read_target, MaskReader):
-            image, mask = read_image_and_mask(pair[0], pair[1], self.at_least, self.read_target)
-            return _of_one_size(pair, image, mask)
-        return read_pair(pair, self.read_image, self.read_target)
+            parts = read_image_and_mask(pair[0], pair[1], self.at_least, self.read_target)
+        else:
+            parts = self.read_image(pair[0]), self.read_target(pair[1])
+        return of_one_size(pair, *parts, self.unequal, self.read_target)
 
     def read_image(self, path: Path) -> Tensor:
         return read_image(path, self.at_least)
@@ -156,7 +160,8 @@ class PairDataset(Dataset):
         pair = self.pairs[index]
         sizes = [image_size(path) for path in pair]
         if sizes[0] != sizes[1]:
-            check_pair(pair)  # which says so
+            check_pair(pair, self.unequal)  # which says so
+            sizes[1] = sizes[0]
         if at_least:
             sizes[0] = image_size(pair[0], at_least)
         return [(height, width) for width, height in sizes]
@@ -176,15 +181,30 @@ def as_tv_tensor(tensor: Tensor) -> tv_tensors.TVTensor:
     return tv_tensors.Image(tensor) if len(tensor) == 3 else tv_tensors.Mask(tensor)
 
 
-def read_pair(pair: Pair, read_first: Reader, read_second: Reader) -> tuple[Tensor, Tensor]:
-    """Both files of a pair, [C, H, W] each. Raises UserError if the files' sizes differ."""
-    return _of_one_size(pair, read_first(pair[0]), read_second(pair[1]))
+def of_one_size(
+    pair: Pair,
+    first: Tensor,
+    second: Tensor,
+    unequal: str = "",
+    read_second: Reader | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What was read of both files of a pair, [C, H, W] each.
 
-
-def _of_one_size(pair: Pair, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    if first.shape[-2:] != second.shape[-2:]:
-        check_pair(pair)  # by the headers, as either may have been read at a reduced size
+    unequal: with "resize" the second one is brought to the first one's size, by `resized` or by its
+    reader's own way. Raises UserError if the files' sizes differ otherwise.
+    """
+    if first.shape[-2:] == second.shape[-2:]:
+        return first, second
+    # By the headers, as either may have been read at a reduced size.
+    if sizes := check_pair(pair, unequal):
+        width, height = sizes[0]
+        second = getattr(read_second, "resized", resized)(second, [height, width])
     return first, second
+
+
+def resized(values: Tensor, size: list[int]) -> Tensor:
+    """Grey values or colours [C, h, w] at another size (H, W), as transforms bring them to one."""
+    return F.resize(values.as_subclass(Tensor), size, antialias=True)
 
 
 # --- checking -----------------------------------------------------------------------------------
@@ -195,19 +215,31 @@ def check_pairs(dataset: Dataset) -> None:
 
     Reads the headers only, of all files of a dataset or of a `Subset` of one.
     """
-    check_all(pairs_of(dataset), check_pair)
+    full, _ = unwrap_subset(dataset)
+    if not getattr(full, "checked", False):
+        check_all(pairs_of(dataset), partial(check_pair, unequal=getattr(full, "unequal", "")))
 
 
-def check_pair(pair: Pair) -> None:
-    """Raise a UserError if one of two files cannot be read, or if their headers' sizes differ."""
+def check_pair(pair: Pair, unequal: str = "") -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(width, height) of both files where they differ, and `unequal` lets them ("skip", "resize").
+
+    By the headers. Raises a UserError if one of two files cannot be read, if both are one file, and
+    if sizes may not differ; neither may one image be the other one turned, if it is to be resized.
+    """
     image, target = pair
     image_wh, target_wh = image_size(image), image_size(target)
+    if image.samefile(target):
+        raise UserError(f"{target}: is the same file as {image}. Give the image's own target.")
     if image_wh == target_wh:
-        return
-    turned = " (EXIF rotations applied)" if image_wh == target_wh[::-1] else ""
+        return None
+    is_turned = image_wh == target_wh[::-1]
+    if unequal == "skip" or (unequal == "resize" and not is_turned):
+        return image_wh, target_wh
+    turned = " (EXIF rotations applied)" if is_turned else ""
+    fix = ", or leave such pairs out: --set data.unequal=skip" if unequal else ""
     raise UserError(
         f"{image}: {image_wh[0]}×{image_wh[1]} pixels{turned}, but {target} has "
-        f"{target_wh[0]}×{target_wh[1]}. Replace the one that is wrong."
+        f"{target_wh[0]}×{target_wh[1]}. Replace the one that is wrong{fix}."
     )
 
 
@@ -285,69 +317,6 @@ def fingerprint(dataset: Dataset) -> str:
 def name_hash(text: str) -> bytes:
     """A hash of file names, also of such that are not UTF-8, the same on every machine."""
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
-
-
-# --- pairing ------------------------------------------------------------------------------------
-
-
-def files_by_stem(folder: Path, leave_out: Path | None = None) -> dict[str, Path]:
-    """A folder's images by their path in it without the suffix, in the order of `list_images`.
-
-    Files below `leave_out` do not count, unless it is the folder itself: masks may lie in a folder
-    among the images. Raises UserError for two files of one stem, and if no file is left.
-    """
-    inner = leave_out and leave_out.resolve()
-    outer = folder.resolve()
-    files: dict[str, Path] = {}
-    for path in list_images(folder, recursive=True):
-        relative = path.relative_to(folder)
-        if inner and inner != outer and inner in (outer / relative).parents:
-            continue
-        stem = relative.with_suffix("").as_posix()
-        if stem in files:
-            raise UserError(
-                f"{path}: only the suffix tells it from {files[stem].name}, "
-                "and pairs go by the name without it. Remove or rename one of the two."
-            )
-        files[stem] = path
-    if not files:
-        raise UserError(f"{folder}: holds no images but the masks. Check the path.")
-    return files
-
-
-def require_masks(
-    image_files: dict[str, Path],
-    mask_files: dict[str, Path],
-    images: Path,
-    masks: Path,
-    kind: str = "mask",
-) -> None:
-    """Raise a UserError that lists the images without a partner of their stem, if any.
-
-    `images` and `masks` are the folders of both; `kind` says what a partner is.
-    """
-    missing = [stem for stem in image_files if stem not in mask_files]
-    if not missing:
-        return
-    spare = [stem for stem in mask_files if stem not in image_files]
-    hints = [
-        f"{stem} ~ {close}" for stem in missing[:_MAX_HINTS] if (close := _closest(stem, spare))
-    ]
-    look_close = f"Names that look close: {'; '.join(hints)}. " if hints else ""
-    names = shortened([image_files[stem].name for stem in missing])
-    raise UserError(
-        f"{masks}: no {kind} for {len(missing)} of the {len(image_files)} images in "
-        f"{images}: {names}. {look_close}"
-        f"Name each {kind} like its image (photo.jpg, photo.png), or remove these images."
-    )
-
-
-def _closest(stem: str, candidates: Sequence[str]) -> str | None:
-    """The shortest candidate that contains `stem` (cat in cat_mask), else the most similar one."""
-    containing = [candidate for candidate in candidates if stem in candidate]
-    if containing:
-        return min(containing, key=len)
-    return next(iter(difflib.get_close_matches(stem, candidates, n=1)), None)
 
 
 def found_in(root: Path) -> str:

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from train_utils.activity import set_activity
 from train_utils.amp import choose_amp_dtype
+from train_utils.collectives import is_main_process
 from train_utils.data import collate, generators_kept, item_name
 from train_utils.device import tf32
-from train_utils.errors import UserError, described, is_out_of_memory
+from train_utils.errors import UserError, described, is_out_of_memory, shortened
 from train_utils.inference import prepare
 from train_utils.log import get_logger
 from train_utils.metrics import ExactMetric, all_scores
@@ -47,20 +48,25 @@ def dry_run(
     loader: DataLoader,
     val_loader: DataLoader,
     device: torch.device,
-) -> None:
+) -> list[str]:
     """Take one sample through training and evaluation, and log which losses are trained.
 
-    Raises UserError for optimizers, losses, networks and metrics that would fail in a later step or
-    evaluation, or train on something else than is meant. Any other error keeps its trace; what was
-    tried is logged before it. To be called on all ranks, of which each tries the same sample.
+    Returns what it warns of: parameters that are never trained. Raises UserError for optimizers,
+    losses, networks and metrics that would fail in a later step or evaluation, or train on
+    something else than is meant. Any other error keeps its trace; what was tried is logged before
+    it. To be called on all ranks, of which each tries the same sample.
     """
     check_optimizers(optimizers, models)
     networks = copies_to_try(models)
     set_activity("trying one sample before the first step")
     with generators_kept():
-        _try_training(task, networks, next(iter(optimizers)), loader.dataset, device)
+        reached = _try_training(task, networks, next(iter(optimizers)), loader.dataset, device)
         if len(val_loader.dataset):  # type: ignore[arg-type]
             _try_evaluation(task, networks, val_loader.dataset, device)
+    warnings = untrained(models, optimizers, reached)
+    for text in warnings if is_main_process() else ():
+        get_logger().warning(f"warning: {text}")
+    return warnings
 
 
 def copies_to_try(models: Models) -> dict[str, nn.Module]:
@@ -97,9 +103,12 @@ def check_optimizers(optimizers: Any, networks: Iterable[str]) -> None:
 
 def _try_training(
     task: BaseTask, networks: Models, first: str, dataset: Any, device: torch.device
-) -> None:
-    """Losses and networks on the first training sample, without a backward pass."""
-    batch = collate([dataset.item(0)])
+) -> set[str]:
+    """Losses and networks on the first training sample, without a backward pass.
+
+    Returns the parameters that have a part in a loss, as <network>.<name>.
+    """
+    batch, reached = collate([dataset.item(0)]), set[int]()
     amp_dtype = choose_amp_dtype(task.cfg.train.amp, device)
     told: list[str] = []
     names: set[str] = set()
@@ -111,6 +120,7 @@ def _try_training(
                 means = means_on(device, given)
                 weighed(means, dict.fromkeys(weights, 1.0), 1, [], network == first)
                 trained = [name for name, mean in means.items() if mean.requires_grad]
+                reached |= leaves_of([means[name] for name in trained])
                 logged = [name for name in means if name not in trained]
                 names |= means.keys()
                 told.append(f"{network} is trained on {' + '.join(trained)}")
@@ -123,6 +133,49 @@ def _try_training(
         with torch.inference_mode():
             task.check_models(networks, batch)
     get_logger().info(f"losses: {'; '.join(told)}")
+    return {name for name, parameter in _trainable(networks) if id(parameter) in reached}
+
+
+def _trainable(networks: Models) -> Iterator[tuple[str, nn.Parameter]]:
+    for network, model in networks.items():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                yield f"{network}.{name}", parameter
+
+
+def leaves_of(values: Iterable[Tensor]) -> set[int]:
+    """The ids of the tensors that would get a gradient in a backward pass from some values."""
+    todo: list[Any] = [value.grad_fn for value in values]
+    seen, leaves = set(todo), set[int]()
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        found = {inner for inner, _ in getattr(node, "next_functions", ())} - seen
+        seen |= found
+        todo += found
+    return leaves
+
+
+def untrained(models: Models, optimizers: Mapping[str, Optimizer], reached: set[str]) -> list[str]:
+    """Warnings of parameters that no loss depends on (`reached`: the others), or no optimizer has.
+
+    Of those only that are not frozen.
+    """
+    groups = [group for each in optimizers.values() for group in each.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    unreached = {n: p for n, p in _trainable(models) if n not in reached}
+    unheld = {n: p for n, p in _trainable(models) if n in reached and id(p) not in held}
+    freeze = "or freeze them by requires_grad_(False)"
+    return [
+        f"{shortened(list(found))}: {problem}, so that {sum(p.numel() for p in found.values()):,} "
+        f"parameters are never trained. {fix}, {freeze}."
+        for found, problem, fix in (
+            (unreached, "no loss depends on these", "Use them in a loss"),
+            (unheld, "no optimizer has these", "Give them to one"),
+        )
+        if found
+    ]
 
 
 def _try_evaluation(task: BaseTask, networks: Models, dataset: Any, device: torch.device) -> None:

@@ -72,6 +72,16 @@ IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES,
     *(".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
 )
+# Pictures that are not read; whatever else is no image is another file.
+UNREAD_SUFFIXES = (
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".jxr"),
+    *(".psd", ".psb", ".xcf", ".kra", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm"),
+    *(".exr", ".hdr", ".svg", ".svgz", ".dds", ".pcx", ".ico", ".icns", ".qoi", ".wdp", ".dcm"),
+    # camera raws
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc"),
+    *(".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl"),
+    *(".sr2", ".srf", ".srw", ".x3f"),
+)
 MAX_SIDE = 65_535  # as a JPEG's; Pillow needs far more memory for thin rows than for their pixels
 
 # Formats are recognised by content, not by suffix; naming them keeps Pillow's rarer parsers (and
@@ -304,6 +314,26 @@ def image_size(path: PathLike, at_least: int | None = None) -> tuple[int, int]:
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+class Header(NamedTuple):
+    """What a file's header says: upright (width, height), Pillow's mode, and what is to be undone.
+
+    turned: by an EXIF orientation. profile: whether it brings a colour profile.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    turned: bool
+    profile: bool
+
+
+def read_header(path: PathLike) -> Header:
+    """A file's header; UserError as `image_size` raises it."""
+    with _opened(path) as image:
+        orientation, size = _orientation(image), image.size
+        upright = size[::-1] if orientation >= 5 else size
+        return Header(upright, image.mode, orientation != 1, "icc_profile" in image.info)
+
+
 def is_damaged(path: PathLike) -> bool:
     """Whether a file cannot be read because of what it holds: it is empty, cut, altered, no image.
 
@@ -317,27 +347,6 @@ def is_damaged(path: PathLike) -> bool:
         elsewhere = isinstance(cause, MemoryError | Image.DecompressionBombError | TooManyPieces)
         return cause is not None and not elsewhere and not getattr(cause, "errno", None)
     return False
-
-
-def list_images(folder: PathLike, recursive: bool = False) -> list[Path]:
-    """The image files of a folder, sorted by their path in it: the same order on every platform.
-
-    A file counts by its suffix (`IMAGE_SUFFIXES`, in any case). Hidden files and folders, among
-    them the `._*` files of macOS archives, are left out; links to folders are not followed.
-    Raises UserError if the folder is missing or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        kind = "is not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {kind}. Check the path.")
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    found = [path for path in found if path.name.lower().endswith(IMAGE_SUFFIXES)]
-    if not found:
-        raise UserError(f"{folder}: holds no images ({' '.join(IMAGE_SUFFIXES)}). Check the path.")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def save_image(image: Image.Image, path: PathLike) -> None:
@@ -393,12 +402,6 @@ def _text_chunk(text: str) -> bytes:
     chunk = io.BytesIO()
     PngImagePlugin.putchunk(chunk, b"tEXt", text.encode())
     return chunk.getvalue()
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise UserError(
-        f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions."
-    ) from error
 
 
 # --- opening and decoding ------------------------------------------------------------------------
@@ -616,6 +619,8 @@ def _explained(path: PathLike, error: Exception) -> UserError:
         problem = f"{error}. Save it anew."
     elif not isinstance(error, UnidentifiedImageError):
         problem = f"damaged or truncated ({error}). {_REPLACE}"
+    elif Path(path).suffix.lower() in UNREAD_SUFFIXES:
+        problem = "pictures of this format are not read. Convert it to PNG or JPEG."
     elif Path(path).stat().st_size == 0:
         problem = f"the file is empty. {_REPLACE}"
     else:

@@ -31,6 +31,10 @@ _MAX_IN_A_ROW = 10  # skipped steps, after which the weights themselves must be 
 OnNonfinite = Literal["stop", "skip"]
 
 
+class NonfiniteError(UserError):
+    """A loss or a gradient became NaN or infinite, so that the training ends."""
+
+
 def spoilt_if_nonfinite(loss: Tensor) -> Tensor:
     """The loss, to the bit; multiplied by NaN if it is not finite, so that its gradients tell."""
     return loss * (1 + (loss - loss).detach())
@@ -124,9 +128,9 @@ class NonfiniteGuard:
         ]
         text = f"{self.where(step)}: {'; '.join(accounts) or 'the gradient'} became NaN or infinite"
         if self.mode == "stop":
-            raise UserError(f"{text}. {HOW_TO_TAME}")
+            raise NonfiniteError(f"{text}. {HOW_TO_TAME}")
         if self.in_a_row >= _MAX_IN_A_ROW:
-            raise UserError(f"{text}, {self.in_a_row} steps in a row. {HOW_TO_TAME}")
+            raise NonfiniteError(f"{text}, {self.in_a_row} steps in a row. {HOW_TO_TAME}")
         copy_all(self._live_buffers(), self._kept_buffers)
         get_logger().info(f"{text}: the step is skipped")
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,9 +120,10 @@ class Predictor:
         if not picture.error:
             try:
                 at_least, sides = self.task.cfg.data.at_least, {}
-                images = picture.images = read_inputs(job, readers, at_least)
+                input_of = self.task.input_of
+                images = picture.images = read_inputs(job, readers, at_least, input_of)
                 if at_least:
-                    picture.images = at_own_size(job, images, readers)
+                    picture.images = at_own_size(job, images, readers, input_of)
                     sides["sides"] = picture.images["image"].shape[-2:]
                 picture.network_input = self.task.network_input(**images, **sides)
             except UserError as error:
@@ -256,14 +257,19 @@ def check_replaceable(path: Path) -> None:
 
 
 Readers = Mapping[str, Callable[[Any], Tensor]]
+Part = Callable[[Tensor, Sequence[int]], Tensor]  # `BaseTask.input_of`
 
 
-def read_inputs(job: Job, readers: Readers, at_least: int | None = None) -> dict[str, Tensor]:
-    """A job's image (see `read_image`), and what lies beside it, by name.
+def read_inputs(
+    job: Job, readers: Readers, at_least: int | None = None, input_of: Part | None = None
+) -> dict[str, Tensor]:
+    """A job's image (see `read_image`), or the part that is the input, and what lies beside it.
 
     Raises UserError where they differ in size.
     """
     image = read_image(job.source, at_least) if job.frame is None else job.frame
+    sides = image_size(job.source)[::-1] if job.frame is None and at_least else image.shape[-2:]
+    image = input_of(image, sides) if input_of else image
     images = {"image": image}
     for name, path in job.extras.items():
         images[name] = extra = readers[name](path)
@@ -275,7 +281,9 @@ def read_inputs(job: Job, readers: Readers, at_least: int | None = None) -> dict
     return images
 
 
-def at_own_size(job: Job, images: dict[str, Tensor], readers: Readers) -> dict[str, Tensor]:
+def at_own_size(
+    job: Job, images: dict[str, Tensor], readers: Readers, input_of: Part
+) -> dict[str, Tensor]:
     """What the outputs are made of, where the decoder may have scaled `images` down.
 
     A map alone needs no pixels of the image, only its size, and so nothing is read again for it.
@@ -283,8 +291,11 @@ def at_own_size(job: Job, images: dict[str, Tensor], readers: Readers) -> dict[s
     if job.frame is not None:
         return images
     width, height = image_size(job.source)
-    if (height, width) == images["image"].shape[-2:]:
+    empty = input_of(images["image"].new_zeros(1).expand(3, height, width), (height, width))
+    if empty.shape == images["image"].shape:
         return images
-    if list(job.outputs) != ["map"]:
-        return read_inputs(job, readers)
-    return {"image": images["image"].new_zeros(1).expand(3, height, width)}
+    return (
+        {"image": empty}
+        if list(job.outputs) == ["map"]
+        else read_inputs(job, readers, None, input_of)
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from train_utils import colour_profiles, image_bounds, image_io
+from train_utils.check.first_look import first_look
 from train_utils.collectives import call_on_main
 from train_utils.data import KeyedDataset, collate, generators_kept, item_name, unwrap_subset
 from train_utils.datasets import (
@@ -24,6 +25,7 @@ from train_utils.datasets import (
     Reader,
     TwoParts,
     check_all,
+    check_pair,
     pairs_of,
     try_all,
 )
@@ -34,6 +36,7 @@ from train_utils.sample_cache import Shape, open_cache
 from train_utils.task import BaseTask
 
 _LOOKED_AT = 8  # items of a dataset of one's own, before the first step
+_LISTED = 10  # files of a kind, in the log
 
 
 def prepare_datasets(
@@ -52,11 +55,14 @@ def prepare_datasets(
             "number is; --test-only and validation.py score what build_val_dataset gives"
         )
     data = task.cfg.data
-    *first, val_set = [cached(data, dataset) for dataset in verify_files(data, *given)]
+    given = without_unequal(data, *verify_files(data, *given))
+    *first, val_set = [cached(data, dataset) for dataset in given]
     train_set = first[0] if first else None
 
     def values_of_data() -> dict[str, Any]:
         _check_alike(train_set, val_set)
+        for finding in first_look(train_set, data.image_size) if train_set else []:
+            get_logger().info(finding.line())
         return task.prepare_data(train_set, val_set)
 
     return task.with_values(call_on_main(values_of_data)), train_set, val_set
@@ -250,10 +256,48 @@ def _readers(dataset: Dataset) -> dict[Path, Reader]:
     return readers | dict.fromkeys(getattr(full, "backgrounds", []), read_image)
 
 
-def without_files(dataset: Dataset, files: Collection[Path]) -> Dataset:
+def without_unequal(data: Any, *datasets: Dataset) -> list[Dataset]:
+    """Datasets whose pairs of unequal sizes are treated as `data.on_unequal` says.
+
+    Pairs that are skipped are left out on all ranks, listed in the log, and replaced by nothing, as
+    masks are listed that are resized; "refuse" leaves all to the task's own check. To be called on
+    every rank, of which rank 0 reads the headers. Raises UserError if nothing is left.
+    """
+    how = data.on_unequal
+    for dataset in filter(pairs_of, datasets):
+        unwrap_subset(dataset)[0].unequal = how
+    if how == "refuse":
+        return list(datasets)
+    found = call_on_main(lambda: _find_unequal(datasets, how))
+    images = [Path(path) for path in found] if how == "skip" else []
+    return [without_files(dataset, images, "images of unequal masks") for dataset in datasets]
+
+
+def _find_unequal(datasets: Sequence[Dataset], how: str) -> list[str]:
+    """The images whose mask has another size; what else is wrong is left to the task's check."""
+    pairs = {pair for each in datasets for pair in pairs_of(each) if pair[0] != pair[1]}
+    sizes, problems = try_all(pairs, partial(check_pair, unequal=how))
+    if not problems:
+        for dataset in filter(pairs_of, datasets):
+            unwrap_subset(dataset)[0].checked = True
+    unequal = {pair: found for pair, found in sorted(sizes.items()) if found}
+    if unequal:
+        done = "are left out" if how == "skip" else "get their mask resized"
+        get_logger().info(
+            f"{len(unequal)} of {len(pairs)} pairs, whose mask has another size than the image, "
+            f"{done} (data.unequal={how}):"
+        )
+        for (image, _), ((width, height), (w, h)) in list(unequal.items())[:_LISTED]:
+            get_logger().info(f"  {image}: {width}×{height}, mask {w}×{h}")
+        if (more := len(unequal) - _LISTED) > 0:
+            get_logger().info(f"  and {more} more")
+    return [str(image) for image, _ in unequal]
+
+
+def without_files(dataset: Dataset, files: Collection[Path], why: str = "damaged files") -> Dataset:
     """A dataset without the pairs, and in place without the backgrounds, that are among `files`.
 
-    Raises UserError if nothing is left.
+    why: what these are, for the UserError if nothing is left.
     """
     if not files:
         return dataset
@@ -266,8 +310,8 @@ def without_files(dataset: Dataset, files: Collection[Path]) -> Dataset:
     if not kept or (hasattr(full, "backgrounds") and not backgrounds):
         raise UserError(
             f"{full.pairs[0][0].parent}: nothing is left of the {len(indices)} "
-            f"pairs to train or to validate with, or of their backgrounds, without damaged files "
-            f"such as {next(iter(files))}. Replace them by intact copies."
+            f"pairs to train or to validate with, or of their backgrounds, without {why} "
+            f"such as {next(iter(files))}. Replace them."
         )
     if backgrounds:
         full.backgrounds = backgrounds
@@ -296,7 +340,7 @@ def cached(data: Any, dataset: Dataset) -> Dataset:
         return [[(c, *wh) for c, wh in zip(channels, sizes[i], strict=True)] for i in indices]
 
     transforms = full.transforms
-    settings = [_settings_of(full.read_target), f"at least {full.at_least}"]
+    settings = [_settings_of(full.read_target), f"at least {full.at_least}", full.unequal]
     settings += [transforms.preparation()] if TwoParts.is_all_of(transforms) else []
     settings += [type(full).__name__, type(transforms).__name__]
     folders = sorted({str(path.parent.absolute()) for path in full.pairs[0]})

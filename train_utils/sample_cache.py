@@ -345,7 +345,7 @@ def _reserve(file: IO[bytes], total: int, place: Path, kind: str) -> None:
     """Take all the room at once: a mapped file for which there is none kills its writer later."""
     free = shutil.disk_usage(place).free
     if kind == "ram":
-        free = min(free, _available_memory())
+        free = min(free, available_memory())
     try:
         if total > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -367,7 +367,7 @@ def _reserve(file: IO[bytes], total: int, place: Path, kind: str) -> None:
         ) from error
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that the system, or the container or job that this process is in, has left."""
     available = 2**63
     with suppress(OSError):

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from train_utils.errors import UserError, require, require_between
 from train_utils.normalize import IMAGENET_MEAN, IMAGENET_STD
+from train_utils.pairing import Names
 
 MAX_CHANNELS = 4096  # of a first stage; no network of this kind is as wide
 MAX_SIDE = 2**14  # pixels of what a network is given
@@ -24,8 +25,9 @@ class FolderData:
     layout: ClassVar[str] = ""  # what `root` means where no `name` is given
     # the keys that say where the data is
     sources: ClassVar[tuple[str, ...]] = (
-        *("name", "root", "images", "masks", "val_images", "val_masks"),
+        *("name", "root", "images", "masks", "val_images", "val_masks", "list", "val_list"),
     )
+    skips_unequal: ClassVar[tuple[str, ...]] = ()  # layouts that are known to hold such pairs
 
     # null: folders where `images` is given, the task's layout where `root` is, else shapes
     name: str | None = None
@@ -34,6 +36,19 @@ class FolderData:
     masks: str | None = None  # … and the folder of their targets, of the same names
     val_images: str | None = None  # null: a share of `images` is held out by the seed
     val_masks: str | None = None
+    # A text file instead of folders: in each line an image and its mask, with a tab between them,
+    # as paths from the list's folder.
+    list: str | None = None
+    val_list: str | None = None  # null: a share of `list` is held out
+    # What names have around the part that an image and its mask share: _mask of x_mask.png. A
+    # suffix may end as files do (_mask.png). Files without are left out.
+    image_prefix: str | None = None
+    image_suffix: str | None = None
+    mask_prefix: str | None = None
+    mask_suffix: str | None = None
+    # Pairs whose mask has another size than its image. refuse: none is trained on; skip: they are
+    # left out; resize: the mask is resized. null: skip for DUTS, which is known for some
+    unequal: Literal["refuse", "skip", "resize"] | None = None
     val_fraction: float = 0.1
     verify: bool = False  # decode every file before the first step, not only its header …
     skip_unreadable: bool = False  # … and train without the pairs that have a damaged file
@@ -56,17 +71,32 @@ class FolderData:
         require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
         require(0 <= self.hflip <= 1, "hflip", "must lie between 0 and 1")
-        self.name = self.name or ("folders" if self.images else self._layout_of_root())
+        given = "folders" if self.images or self.list else self._layout_of_root()
+        self.name = self.name or given
         folders = self.name == "folders"
-        if (folders or self.masks) and not (self.images and self.masks):
+        if self.list and (self.root or self.images or self.masks or not folders):
+            raise ValueError("list: says by itself what belongs together. Give no folders with it.")
+        if (folders or self.masks) and not (self.list or (self.images and self.masks)):
             raise ValueError("images, masks: need each other. Give --images DIR --masks DIR.")
-        if (self.val_images or self.val_masks) and not folders:
+        if (self.val_images or self.val_masks) and not (folders and self.images):
             raise ValueError("val_images: go with --images DIR --masks DIR. Add them.")
         if bool(self.val_images) != bool(self.val_masks):
             raise ValueError("val_images, val_masks: need each other. Give both.")
+        require(not self.val_list or bool(self.list), "val_list", "goes with list. Add it.")
 
     def _layout_of_root(self) -> str:
         return self.layout if self.root else "shapes"
+
+    @property
+    def names(self) -> tuple[Names, Names]:
+        """What the names of images and of masks have around the part that they share."""
+        of_images = Names(self.image_prefix or "", self.image_suffix or "")
+        return of_images, Names(self.mask_prefix or "", self.mask_suffix or "")
+
+    @property
+    def on_unequal(self) -> str:
+        """`unequal`, or what it is by default for this layout."""
+        return self.unequal or ("skip" if self.name in self.skips_unequal else "refuse")
 
     def folders(self) -> tuple[str, ...]:
         """The settings that say where the data lie."""

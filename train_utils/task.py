@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
+from train_utils.check.findings import Targets
 from train_utils.config import build, merge, to_dict
 from train_utils.errors import UserError, described
 from train_utils.metrics import ExactMetric
@@ -35,7 +36,7 @@ class BaseTask:
 
     Each is the class `Task` of a folder `tasks/<name>`, and states what is its own. METRICS: score
     → "max" or "min"; the first one decides the best checkpoint unless `train.best` names another.
-    LABELS: whether targets are class indices, not values.
+    LABELS: whether targets are class indices, not values. TARGETS: what check.py takes them for.
     EXTRA_INPUTS: what lies beside every image in a file of its own → the reader of such a file,
     [C, H, W]; predict.py has a flag of that name, and `network_input` and `render` an argument.
     PREDICT_FLAGS: which of these and of predict.py's `cutout`, `overlay` and `threshold` it takes
@@ -46,6 +47,7 @@ class BaseTask:
 
     METRICS: ClassVar[Mapping[str, str]] = {}
     LABELS: ClassVar[bool] = False
+    TARGETS: ClassVar[Targets] = "masks"
     EXTRA_INPUTS: ClassVar[Mapping[str, Callable[[Path], Tensor]]] = {}
     PREDICT_FLAGS: ClassVar[Mapping[str, bool]] = {}
     SCORE_FLAGS: ClassVar[Mapping[str, str]] = {}
@@ -60,6 +62,11 @@ class BaseTask:
     def name(self) -> str:
         """The folder's name, as `task:` of a recipe gives it."""
         return type(self).__module__.split(".")[1]
+
+    @property
+    def legend(self) -> Mapping[str, Sequence[int]]:
+        """Where targets are classes, their names in order and a colour of each."""
+        return {}
 
     @property
     def outputs(self) -> str:
@@ -215,6 +222,13 @@ class BaseTask:
         return [sample.image, sample.target, sample.prediction]
 
     # -- prediction of files ------------------------------------------------------------------
+
+    def input_of(self, image: Tensor, sides: Sequence[int]) -> Tensor:
+        """The part of a file's image, uint8 [3, h, w], that is the input: all, or as in training.
+
+        sides: (H, W) of the file, which may have been read at a reduced size.
+        """
+        return image
 
     def network_input(self, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
         """What evaluation would feed of an image, uint8 [3, H, W].

@@ -39,6 +39,7 @@ from train_utils.metrics import ExactMetric, F1Score, MeanAbsoluteError, reduce_
 from train_utils.nonfinite import (
     HOW_TO_LOG,
     HOW_TO_TAME,
+    NonfiniteError,
     NonfiniteGuard,
     OnNonfinite,
     nonfinite_gradients,
@@ -394,7 +395,7 @@ class _Step:
         meters = self.logger.read.items()
         if bad := [name for name, meter in meters if not math.isfinite(meter.total)]:
             advice = HOW_TO_LOG if self.only_logged.issuperset(bad) else HOW_TO_TAME
-            raise UserError(
+            raise NonfiniteError(
                 f"epoch {self.batches.epoch}: {', '.join(bad)} became NaN or infinite. {advice}"
             )
 

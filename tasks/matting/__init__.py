@@ -190,6 +190,7 @@ class Task(BaseTask):
 
     METRICS: ClassVar = {"loss": "min", "SAD": "min", "MSE": "min", "Grad": "min", "Conn": "min"}
     EXTRA_INPUTS: ClassVar = {"trimap": read_trimap}
+    TARGETS: ClassVar = "mattes"
     PREDICT_FLAGS: ClassVar = {"trimap": True, "cutout": False}
 
     cfg: Config

@@ -21,8 +21,8 @@ from train_utils.datasets import (
     check_all,
     check_pairs,
     name_hash,
+    of_one_size,
     pairs_of,
-    read_pair,
     split_pairs,
 )
 from train_utils.errors import UserError
@@ -33,11 +33,13 @@ from train_utils.image_io import (
     image_size,
     image_tensor,
     in_srgb,
-    list_images,
     read_image,
     to_rgb,
     within_memory,
 )
+from train_utils.listing import described, list_folder, no_images
+from train_utils.log import say_once
+from train_utils.pairing import Names
 from transforms import cover
 
 
@@ -55,6 +57,7 @@ class CompositionDataset(Dataset):
     """
 
     collate_fn = staticmethod(collate)
+    unequal, checked = "", False  # see `PairDataset`
 
     def __init__(
         self,
@@ -65,13 +68,19 @@ class CompositionDataset(Dataset):
         transforms: JointTransform | None = None,
         train: bool = True,
         read_alpha: MaskReader | None = None,
+        names: tuple[Names, Names] | None = None,
     ) -> None:
-        folders = PairFolderDataset(foregrounds, alphas)
+        folders = PairFolderDataset(foregrounds, alphas, names=names)
         self.foregrounds, self.per_foreground = folders, per_foreground
         self.pairs = [pair for pair in folders.pairs for _ in range(per_foreground)]
         self.stems = [stem for stem in folders.stems for _ in range(per_foreground)]
         self.folder = Path(backgrounds)
-        self.backgrounds = list_images(self.folder, recursive=True)
+        self.backgrounds, left_out = list_folder(self.folder)
+        if not self.backgrounds:
+            raise no_images(self.folder, left_out)
+        if left_out:
+            said = f"{self.folder}: {len(self.backgrounds):,} backgrounds"
+            say_once(f"{said}; left out: {described(left_out)}")
         self.transforms, self.train = transforms, train
         self.read_image, self.read_target = read_foreground, read_alpha or MaskReader()
 
@@ -84,15 +93,17 @@ class CompositionDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        foreground, alpha = read_pair(self.pairs[index], self.read_image, self.read_target)
+        pair = self.pairs[index]
+        parts = self.read_image(pair[0]), self.read_target(pair[1])
+        foreground, alpha = of_one_size(pair, *parts, self.unequal)
         if self.train:
             choice = self.backgrounds[int(torch.randint(len(self.backgrounds), ()))]
             place = torch.rand(2).tolist()
         else:
             choice, place = self._fixed_background(index), [0.5, 0.5]
         background = cover(read_image(choice), foreground.shape[-2:], place)
-        parts = foreground, alpha, background
-        return self.transforms(*parts) if self.transforms else parts
+        item = foreground, alpha, background
+        return self.transforms(*item) if self.transforms else item
 
     def name(self, index: int) -> str:
         """The path of the foreground, and what it lies on."""
@@ -147,7 +158,7 @@ def matting_pairs(
         images, alphas, trimaps = data.images, data.masks, data.trimaps
     if train or not trimaps:
         return folder_pairs(data, train, transforms, read_alpha, all_pairs)
-    reader = TrimapReader(alphas, trimaps, read_alpha)
+    reader = TrimapReader(alphas, trimaps, read_alpha, data.names[1])
     dataset = folder_pairs(data, train, transforms, reader, all_pairs)
     reader.require(pairs_of(dataset), images)
     return dataset
@@ -163,7 +174,7 @@ def composition_pairs(
     """
     count = data.per_foreground if train else data.val_per_foreground
     foregrounds, alphas, backgrounds = data.composed_folders()
-    how = transforms, train, MaskReader(data.mask_channel)
+    how = transforms, train, MaskReader(data.mask_channel), data.names
     dataset = CompositionDataset(foregrounds, alphas, backgrounds, count, *how)
     if all_pairs:
         return dataset

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
-from train_utils.datasets import Pair, files_by_stem, read_pair, require_masks
+from train_utils.datasets import of_one_size, resized
 from train_utils.errors import UserError, shortened
 from train_utils.image_io import MaskReader, decode, is_wide, to_rgba, within_memory
+from train_utils.pairing import PLAIN, Names, Pair, files_by_stem, require_masks
 from transforms import BACKGROUND, FOREGROUND, UNKNOWN
 
 _MAX_COLOURS = 1024  # that are counted for a message
@@ -91,7 +93,8 @@ class TrimapReader:
     """Reads an alpha and the trimap of its name as one target, uint8 [2, H, W].
 
     A `read_target` for `PairDataset`. `alphas`, `trimaps`: the folders of both. `read_alpha`: None
-    is `MaskReader()`.
+    is `MaskReader()`. `names`: those of alphas; a trimap is named as its image (`x`, `x_trimap`) or
+    as its alpha.
     """
 
     def __init__(
@@ -99,23 +102,36 @@ class TrimapReader:
         alphas: str | PathLike[str],
         trimaps: str | PathLike[str],
         read_alpha: MaskReader | None = None,
+        names: Names = PLAIN[1],
     ) -> None:
-        self.alphas, self.trimaps = Path(alphas), Path(trimaps)
+        self.alphas, self.trimaps, self.names = Path(alphas), Path(trimaps), names
         self.read_alpha = read_alpha or MaskReader()
         self.files = files_by_stem(self.trimaps)
 
     def __call__(self, alpha: Path) -> tv_tensors.Mask:
-        parts = read_pair((alpha, self.files[self._stem(alpha)]), self.read_alpha, read_trimap)
+        pair = alpha, self._trimap(alpha)
+        parts = of_one_size(pair, self.read_alpha(pair[0]), read_trimap(pair[1]))
         return tv_tensors.Mask(torch.cat([part.as_subclass(Tensor) for part in parts]))
 
     def also_reads(self, alpha: Path) -> tuple[Path]:
         """The trimap's file."""
-        return (self.files[self._stem(alpha)],)
+        return (self._trimap(alpha),)
+
+    def resized(self, target: Tensor, size: list[int]) -> Tensor:
+        """Alpha and trimap at another size; a trimap has three values only."""
+        trimap = F.resize(target[1:], size, interpolation=F.InterpolationMode.NEAREST_EXACT)
+        return torch.cat([resized(target[:1], size), trimap])
 
     def require(self, pairs: Sequence[Pair], folder: str | PathLike[str]) -> None:
         """Raise a UserError that lists the images of `folder` without a trimap, if any."""
         images = {self._stem(alpha): image for image, alpha in pairs}
         require_masks(images, self.files, Path(folder), self.trimaps, "trimap")
 
+    def _trimap(self, alpha: Path) -> Path:
+        return self.files[self._stem(alpha)]
+
     def _stem(self, alpha: Path) -> str:
-        return alpha.relative_to(self.alphas).with_suffix("").as_posix()
+        relative = alpha.relative_to(self.alphas)
+        stem = str(self.names.stem(relative))
+        choices = f"{stem}_trimap", stem, str(PLAIN[1].stem(relative))
+        return next((choice for choice in choices if choice in self.files), stem)

@@ -17,7 +17,7 @@ from tasks.saliency.losses import soft_iou_loss
 from tasks.saliency.metrics import ToolboxMetrics, stretched
 from train_utils import settings
 from train_utils.collectives import call_on_main
-from train_utils.datasets import check_pairs, read_pair
+from train_utils.datasets import check_pairs, of_one_size
 from train_utils.errors import UserError, require_between
 from train_utils.image_io import Channel, MaskReader, read_map
 from train_utils.losses import criterion, supervised
@@ -35,6 +35,7 @@ class DataConfig(PhotoData):
     """Where pairs of image and mask come from, and how they are prepared."""
 
     layout = "duts"
+    skips_unequal = ("duts",)  # as distributed, five of its pairs
 
     name: Literal["shapes", "duts", "folders"] | None = None  # duts: root holds DUTS-TR, DUTS-TE
     crop_size: int | None = None  # random crop in training; null: 0.9 × image_size
@@ -114,7 +115,8 @@ class _Maps(PairFolderDataset):
         return read_map(path, getattr(self.read_target, "channel", None))
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        return read_pair(self.pairs[index], self.read_image, self.read_target)
+        pair = self.pairs[index]
+        return of_one_size(pair, self.read_image(pair[0]), self.read_target(pair[1]))
 
 
 _TOO_DARK = (
@@ -145,7 +147,9 @@ class Task(BaseTask):
                 data.image_size, data.seed, data.train_size, transforms=transforms
             )
         elif data.name == "duts":
-            train = DUTSDataset(_root(data), True, transforms, data.at_least, data.mask_reader)
+            train = DUTSDataset(
+                _root(data), True, transforms, data.at_least, data.mask_reader, data.names
+            )
         else:
             train = folder_pairs(data, True, transforms, data.mask_reader, at_least=data.at_least)
         return train, self.build_val_dataset()
@@ -159,7 +163,9 @@ class Task(BaseTask):
                 data.image_size, data.seed, data.val_size, FIRST_VAL_SCENE, transforms=transforms
             )
         if data.name == "duts":
-            return DUTSDataset(_root(data), False, transforms, data.at_least, data.mask_reader)
+            return DUTSDataset(
+                _root(data), False, transforms, data.at_least, data.mask_reader, data.names
+            )
         return folder_pairs(data, False, transforms, data.mask_reader, all_pairs, data.at_least)
 
     def check_data(self, dataset: Dataset) -> None:

@@ -257,8 +257,8 @@ def _file_pairs(data: DataConfig, train: bool, transforms: Any, all_pairs: bool 
         )
     if data.name != "bag":
         found = voc_pairs if data.name == "voc" else camvid_pairs
-        return PairDataset(*found(data.root, train), transforms, reader, at_least)
-    pairs = PairDataset(*bag_pairs(data.root), transforms, reader, at_least)
+        return PairDataset(*found(data.root, train, data.names), transforms, reader, at_least)
+    pairs = PairDataset(*bag_pairs(data.root, data.names), transforms, reader, at_least)
     return Subset(pairs, split_pairs(pairs, data.val_fraction, data.seed)[0 if train else 1])
 
 
@@ -285,6 +285,7 @@ class Task(BaseTask):
         "loss": "min",
     }
     LABELS: ClassVar = True
+    TARGETS: ClassVar = "classes"
     PREDICT_FLAGS: ClassVar = {"cutout": False, "overlay": False}
 
     cfg: Config
@@ -403,6 +404,12 @@ class Task(BaseTask):
                 f"{self.cfg.model.weights}: {error}. Use weights of torchvision's {arch}, or "
                 "DEFAULT."
             ) from error
+
+    @property
+    def legend(self) -> dict[str, Colour]:
+        """The classes and their colours."""
+        data = self.cfg.data
+        return dict(zip(data.class_names or (), data.palette or (), strict=True))
 
     @property
     def outputs(self) -> str:

@@ -7,7 +7,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from train_utils.errors import UserError, require, shortened
 from train_utils.image_io import (
@@ -105,6 +107,10 @@ class LabelReader:
             for colour in colours:
                 rgb = len(colour) == 3 and all(0 <= value <= 255 for value in colour)
                 require(rgb, "palette", "colours are three values from 0 to 255")
+
+    def resized(self, labels: Tensor, size: list[int]) -> Tensor:
+        """Classes at another size (H, W): between two of them there is none."""
+        return F.resize(labels, size, interpolation=F.InterpolationMode.NEAREST_EXACT)
 
     def __call__(self, path: PathLike) -> tv_tensors.Mask:
         return tv_tensors.Mask(torch.from_numpy(self.table()[self.values(path)])[None])

@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from my_dataset import ShapesDataset
 from src.pix2pix import PatchDiscriminator, UNetGenerator, init_weights, smallest_side
-from tasks.translation.data import check_translation_pairs, translation_pairs
+from tasks.translation.data import check_translation_pairs, pair_aspect, translation_pairs
 from tasks.translation.losses import l1_term, least_squares_gan
 from tasks.translation.metrics import TranslationMetrics, codes_of, translated
 from train_utils.distributed_utils import unwrap
 from train_utils.errors import UserError, require_between
+from train_utils.log import say_once
 from train_utils.metrics import ExactMetric
 from train_utils.normalize import normalize_images
 from train_utils.settings import (
@@ -38,19 +39,31 @@ class DataConfig(FolderData):
     """Where pairs of images A and B come from (`images`: A, `masks`: B), and their preparation."""
 
     layout = "aligned"
+    sources = (*FolderData.sources, "pair_aspect")
 
     # aligned: root holds A|B side by side, or folders A and B, in train and val (or test);
     # shapes: A is the scene, B its label map
     name: Literal["shapes", "aligned", "folders"] | None = None
     image_size: int = 256
     direction: Literal["AtoB", "BtoA"] = "AtoB"
+    # Width / height of files A|B, of which predict.py takes the input's half; 0: it takes all files
+    # whole. null: what training has found, 2 for older weights of `aligned`
+    pair_aspect: float | None = None
     load_size: int | None = None  # resized to it before the random crop; null: image_size × 286/256
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_between(self, 1, 2 * MAX_SIDE, "load_size")
+        require_between(self, 0, 2 * MAX_SIDE, "pair_aspect")
         if self.loaded < self.image_size:
             raise ValueError("load_size: must not be smaller than image_size")
+
+    def is_pair(self, height: int, width: int) -> bool:
+        """Whether a file of this size is taken for A|B."""
+        aspect = self.pair_aspect
+        if aspect is None:
+            aspect = 2.0 if self.name == "aligned" else 0.0
+        return width % 2 == 0 and width == round(aspect * height)
 
     @property
     def loaded(self) -> int:
@@ -153,6 +166,7 @@ class Task(BaseTask):
     """pix2pix on pairs of source and target."""
 
     METRICS: ClassVar = {"L1": "min", "PSNR": "max", "SSIM": "max"}
+    TARGETS: ClassVar = "pictures"
     TRAIN_FLAGS: ClassVar = {"data.direction": "AtoB or BtoA: what is made of what"}
 
     cfg: Config
@@ -187,6 +201,11 @@ class Task(BaseTask):
     def check_data(self, dataset: Dataset) -> None:
         """Refuse pairs that cannot be read, cannot be halved or differ in size."""
         check_translation_pairs(dataset)
+
+    def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
+        """Check the data; a training remembers the shape of its files A|B, for predict.py."""
+        super().prepare_data(train_set, val_set)
+        return {} if train_set is None else {"data": {"pair_aspect": pair_aspect(train_set)}}
 
     def build_models(self) -> dict[str, nn.Module]:
         model = self.cfg.model
@@ -239,6 +258,18 @@ class Task(BaseTask):
     def normalize(self, images: Tensor) -> Tensor:
         """8-bit codes to [-1, 1], the range of the generator's tanh."""
         return normalize_images(images, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+    def input_of(self, image: Tensor, sides: Sequence[int]) -> Tensor:
+        """The half of A|B that is translated, where a file has the shape of those trained on."""
+        height, width = sides
+        if not self.cfg.data.is_pair(height, width):
+            return image
+        half, of_a = image.shape[-1] // 2, self.cfg.data.direction == "AtoB"
+        say_once(
+            f"files {width / height:g} times as wide as high are taken for A|B, as in training: "
+            f"{'A' if of_a else 'B'} is translated (--set data.pair_aspect=0 takes them whole)"
+        )
+        return image[..., :half] if of_a else image[..., -half:]
 
     def network_input(self, image: Tensor, sides: Sequence[int] | None = None) -> Tensor:
         """What evaluation would feed of an image, uint8 [3, S, S], whatever the file's `sides`."""

@@ -13,20 +13,22 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 
-from my_dataset import PairFolderDataset
+from my_dataset import PairFolderDataset, folder_pairs
+from train_utils.data import unwrap_subset
 from train_utils.datasets import (
     JointTransform,
-    Pair,
     PairDataset,
+    Reader,
     check_all,
-    check_pair,
-    files_by_stem,
+    check_pairs,
     pairs_of,
-    require_masks,
     split_pairs,
 )
 from train_utils.errors import UserError
-from train_utils.image_io import image_size, list_images, read_image
+from train_utils.image_io import image_size, read_image
+from train_utils.listing import described, list_images
+from train_utils.log import say_once
+from train_utils.pairing import PLAIN, Names, files_by_stem, named_files, require_masks
 
 
 class SideBySideDataset(PairDataset):
@@ -36,10 +38,17 @@ class SideBySideDataset(PairDataset):
     Raises UserError for a width that cannot be halved, and as `list_images` does.
     """
 
-    def __init__(self, folder: str | PathLike[str], transforms: JointTransform | None = None):
-        files = files_by_stem(Path(folder))
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        transforms: JointTransform | None = None,
+        names: Names = PLAIN[0],
+    ) -> None:
+        files, left_out = named_files(Path(folder), names, "data.image_suffix")
         pairs = [(file, file) for file in files.values()]
         super().__init__(pairs, list(files), transforms, read_image)
+        if left_out:
+            say_once(f"{folder}: {len(pairs):,} images A|B; left out: {described(left_out)}")
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         return read_halves(self.pairs[index][0])
@@ -72,17 +81,21 @@ def translation_pairs(
 ) -> Dataset:
     """Training or validation pairs (A, B) of the folders that `data` (a `FolderData`) names.
 
-    `images` and `masks` are the folders of A and B. Else `root` holds side-by-side files in
-    `train/`, and `val/` or `test/` (or in no part at all), or one of the layouts of two folders:
-    `A/train B/train`, `train/A train/B`, `trainA trainB`, or `A B` without parts. Without a
-    validation part, `val_fraction` of the pairs is held out; `all_pairs` gives them all.
+    `images` and `masks` are the folders of A and B, `list` lists them. Else `root` holds
+    side-by-side files in `train/`, and `val/` or `test/` (or in no part at all), or one of the
+    layouts of two folders: `A/train B/train`, `train/A train/B`, `trainA trainB`, or `A B` without
+    parts. Without a validation part, `val_fraction` of the pairs is held out; `all_pairs` gives
+    them all.
     at_least: for `read_image` of sources, by `data.direction`; not for side-by-side files.
     Raises UserError if nothing of this is there, or if an image of A or B has no partner.
     """
 
     def pairs_in(a: Path, b: Path | None) -> PairDataset:
-        return _translation_dataset(a, b, transforms, data.direction, at_least)
+        return _translation_dataset(a, b, transforms, data, at_least)
 
+    if data.list:
+        read_b, at_least_a = _readers(data.direction, at_least)
+        return folder_pairs(data, train, transforms, read_b, all_pairs, at_least_a)
     val_folders = _translation_folders(data, "val") or _translation_folders(data, "test")
     if val_folders and not train:
         return pairs_in(*val_folders)
@@ -95,14 +108,23 @@ def translation_pairs(
 
 def check_translation_pairs(dataset: Dataset) -> None:
     """Like `check_pairs`, and side-by-side files must have an even width."""
-    check_all(pairs_of(dataset), _check_pair)
-
-
-def _check_pair(pair: Pair) -> None:
-    if pair[0] != pair[1]:
-        check_pair(pair)
+    if isinstance(unwrap_subset(dataset)[0], SideBySideDataset):
+        check_all([file for file, _ in pairs_of(dataset)], _check_width)
     else:
-        _require_even(pair[0], image_size(pair[0])[0])
+        check_pairs(dataset)
+
+
+def pair_aspect(dataset: Dataset) -> float | None:
+    """Width / height of the files A|B behind a dataset: None if they differ, 0 without any."""
+    if not isinstance(unwrap_subset(dataset)[0], SideBySideDataset):
+        return 0.0
+    sizes = check_all([file for file, _ in pairs_of(dataset)], image_size).values()
+    found = {width / height for width, height in sizes}
+    return found.pop() if len(found) == 1 else None
+
+
+def _check_width(path: Path) -> None:
+    _require_even(path, image_size(path)[0])
 
 
 def _require_even(path: str | PathLike[str], width: int) -> None:
@@ -113,12 +135,15 @@ def _require_even(path: str | PathLike[str], width: int) -> None:
         )
 
 
+def _readers(direction: str, at_least: int | None) -> tuple[Reader, int | None]:
+    """`read_target` and `at_least` of a `PairDataset` whose sources may be scaled down."""
+    if direction == "AtoB":
+        return read_image, at_least
+    return partial(read_image, at_least=at_least), None
+
+
 def _translation_dataset(
-    a: Path,
-    b: Path | None,
-    transforms: JointTransform | None,
-    direction: str,
-    at_least: int | None,
+    a: Path, b: Path | None, transforms: JointTransform | None, data: Any, at_least: int | None
 ) -> PairDataset:
     """The pairs of two folders, or of one folder of side-by-side files if `b` is None."""
     if b is None:
@@ -127,13 +152,12 @@ def _translation_dataset(
                 f"data.draft: {a} holds A|B side by side, and targets are read at their "
                 "own size. Set it to false, or keep A and B in two folders."
             )
-        return SideBySideDataset(a, transforms)
-    if direction == "AtoB":
-        pairs = PairFolderDataset(a, b, transforms, read_image, at_least)
-    else:
-        pairs = PairFolderDataset(a, b, transforms, partial(read_image, at_least=at_least))
+        return SideBySideDataset(a, transforms, data.names[0])
+    how = _readers(data.direction, at_least)
+    pairs = PairFolderDataset(a, b, transforms, *how, data.names)
     if pairs.unmatched_masks:  # more often a lost partner than meant
-        require_masks(files_by_stem(b), files_by_stem(a, leave_out=b), b, a)
+        of_a, of_b = data.names
+        require_masks(files_by_stem(b, of_b), files_by_stem(a, of_a), b, a)
     return pairs
 
 

@@ -1,0 +1,1 @@
+"""The look at data and set-up before a training, which check.py starts."""
