@@ -433,6 +433,15 @@ def test_a_list_stands_alone():
     both = ["--images", "in", "--masks", "in", "--set", "data.list=x"]
     assert "--data-path, --images and data.list: name one" in refused(*both)
     assert "val_list: goes with list" in refused("--set", "data.val_list=x")
+    trimaps = [
+        "--config",
+        "configs/matting.yaml",
+        "--set",
+        "data.list=x",
+        "--set",
+        "data.trimaps=y",
+    ]
+    assert "trimaps: are those of images held out of `images`" in refused(*trimaps)
     replaced = tasks.without_replaced({"list": "x"}, ("root", "images", "list", "val_list"))
     assert replaced == {"root": None, "images": None, "val_list": None, "list": "x"}
 
@@ -613,10 +622,11 @@ def test_images_beside_each_other_are_halved_as_in_training(capsys):
     assert older.input_of(image, (32, 96)).shape == (3, 32, 96)
     assert older.input_of(image[..., :64], (32, 64)).shape == (3, 32, 32)
     for number in range(4):
-        write(f"A/{number}.png", size=(64, 32))
-        write(f"B/{number}.png", 9, size=(64, 32))
-    task, *_ = datasets(*recipe[:2], "--images", "A", "--masks", "B")
-    assert task.cfg.data.pair_aspect == 0
+        write(f"two/A/{number}.png", size=(64, 32))
+        write(f"two/B/{number}.png", 9, size=(64, 32))
+    for where in (["--images", "two/A", "--masks", "two/B"], ["--data-path", "two"]):
+        task, *_ = datasets(*recipe[:2], *where)
+        assert task.input_of(image[..., :64], (32, 64)).shape == (3, 32, 64)
 
 
 # --- lists of VOC -------------------------------------------------------------------------------

@@ -71,8 +71,8 @@ class FolderData:
         require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
         require(0 <= self.hflip <= 1, "hflip", "must lie between 0 and 1")
-        given = "folders" if self.images or self.list else self._layout_of_root()
-        self.name = self.name or given
+        given = self.images or self.list
+        self.name = self.name or ("folders" if given else self._layout_of_root())
         folders = self.name == "folders"
         if self.list and (self.root or self.images or self.masks or not folders):
             raise ValueError("list: says by itself what belongs together. Give no folders with it.")
