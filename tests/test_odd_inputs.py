@@ -274,6 +274,20 @@ def test_what_names_have_around_the_common_part_is_found_and_works(kind):
         assert sum(len(pairs_of(dataset)) for dataset in sets) == 4
 
 
+def test_names_that_explain_nearly_all_are_proposed_with_what_they_leave():
+    for number in range(30):
+        write(f"in/benign ({number}).png")
+        write(f"in/benign ({number})_mask.png")
+    write("in/benign (7)_mask_1.png")
+    folders = "--images", "in", "--masks", "in"
+    message = refused(*folders)
+    assert message.endswith("masks: --set data.mask_suffix=_mask (which finds no mask for 1)")
+    message = refused(*folders, "--set", "data.mask_suffix=_mask")
+    assert "no mask for 1 of the 31 images in in: benign (7)_mask_1.png" in message
+    Path("in/benign (7)_mask_1.png").unlink()
+    assert len(stems_of(*folders, "--set", "data.mask_suffix=_mask")) == 30
+
+
 def test_names_that_do_not_fit_the_settings_are_told():
     for name in ("a", "b"):
         write(f"in/{name}.jpg")
