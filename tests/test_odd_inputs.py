@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import predict
 import tasks
+import tasks.saliency
 import validation
 from my_dataset import PairFolderDataset
 from src import u2net_lite
@@ -329,7 +331,7 @@ def test_one_image_is_no_evidence_of_what_names_have_around_them():
     assert "data.mask_suffix" not in refused("--images", "in", "--masks", "masks")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="other file systems know one form only")
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one form only")
 def test_unicode_forms_are_one():
     name = "Äpfel é"
     for number in "12":
@@ -457,6 +459,7 @@ def test_a_list_stands_alone():
     ]
     assert "trimaps: are those of images held out of `images`" in refused(*trimaps)
     replaced = tasks.without_replaced({"list": "x"}, ("root", "images", "list", "val_list"))
+    assert {"data.list", "data.val_list"} <= set(tasks.saliency.DataConfig().folders())  # may move
     assert replaced == {"root": None, "images": None, "val_list": None, "list": "x"}
 
 
@@ -542,7 +545,7 @@ def test_scores_say_how_many_pairs_were_left_out(capsys):
     base = ["--weights", "lite.pth", *SCALAR, "--set", "data.unequal=skip"]
     scores = validation.score_weights(with_launch(validation.parse_args([*base, *folders])))
     assert scores["n"] == 4
-    assert "lite.pth: 4 images, 2 left out on 1 process(es)" in capsys.readouterr().out
+    assert "lite.pth: 4 images (2 left out) on 1 process(es)" in capsys.readouterr().out
     rows = [f"x/images/{n}.jpg x/masks/{n}.png\n" for n in (2, 3, 4)]
     Path("test.txt").write_text("".join(rows))
     argv = [*base, "--set", "data.list=test.txt"]

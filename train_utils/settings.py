@@ -47,7 +47,7 @@ class FolderData:
     mask_prefix: str | None = None
     mask_suffix: str | None = None
     # Pairs whose mask has another size than its image. refuse: none is trained on; skip: they are
-    # left out; resize: the mask is resized. null: skip for DUTS, which is known for some
+    # left out; resize: the mask is resized. null: skip in `skips_unequal`, else refuse
     unequal: Literal["refuse", "skip", "resize"] | None = None
     val_fraction: float = 0.1
     verify: bool = False  # decode every file before the first step, not only its header …
