@@ -249,6 +249,7 @@ NAMED = {
         ["train_labels_{}.png"],
         "data.image_prefix=train_ data.mask_prefix=train_labels_",
     ),
+    "two suffixes": ("{}.jpg", ["{}.jpg.png"], "data.mask_suffix=.jpg.png"),
     "half a word": ("{}_m1.jpg", ["{}_mask.png"], "data.image_suffix=_m1 data.mask_suffix=_mask"),
     "cityscapes": (
         "aachen/aachen_{}_leftImg8bit.png",

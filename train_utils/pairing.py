@@ -377,7 +377,7 @@ def _candidates(
         cores = [name[:start], name[len(name) - end :], name[block.a : block.a + block.size]]
         for core in {part for each in cores for part in (each, *_trimmed(each))}:
             if core in name and core in other and core:
-                yield _around(name, core), _around(other, core)
+                yield _around(name, core, image.suffix), _around(other, core, mask.suffix)
     ends = ({path.suffix.lower() for path in some} for some in paths)
     for first, second in product(*ends):
         if first in JPEG_SUFFIXES and second not in JPEG_SUFFIXES:
@@ -401,9 +401,10 @@ def _trimmed(core: str) -> Iterator[str]:
         yield core[len(words[0]) :].lstrip(_SEPARATORS)
 
 
-def _around(name: str, core: str) -> Names:
+def _around(name: str, core: str, end: str) -> Names:
+    """What a name, without the file's suffix `end`, has around a part."""
     prefix, _, suffix = name.partition(core)
-    return Names(prefix, suffix)
+    return Names(prefix, suffix + (end if suffix.lower().endswith(IMAGE_SUFFIXES) else ""))
 
 
 def _cut(names: tuple[Names, Names]) -> int:
