@@ -157,8 +157,8 @@ def test_pairs_and_what_is_left_out_are_said_in_one_line(capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
         "photos: 3 pairs; left out: 2 images that are not read (.heic, .avif: convert to PNG or "
-        "JPEG), 1 mask that is not read (.psd: convert to PNG), 2 masks without an image (.png), 2 "
-        "other files (.txt, .db); of these 3.heic has a mask"
+        "JPEG), 1 mask that is not read (.psd: convert to PNG), 2 masks without an image (3.png, "
+        "4.png), 2 other files (.txt, .db); of these 3.heic has a mask"
     )
 
 

@@ -32,7 +32,7 @@ from train_utils.listing import (
 
 Pair = tuple[Path, Path]
 
-UNMATCHED = Kind("mask without an image", "masks without an image")
+UNMATCHED = Kind("mask without an image", "masks without an image", by_name=True)
 UNREAD_MASK = Kind("mask that is not read", "masks that are not read", "convert to PNG")
 UNNAMED = Kind("file without the prefix or suffix", "files without the prefix or suffix")
 
