@@ -703,3 +703,18 @@ def test_lines_of_a_voc_list_that_name_nothing_are_listed():
     said = r"im7\.jpg \(image\), im7\.jpg \(mask\), im1 im2 .*a line is a name, or the paths"
     with pytest.raises(UserError, match=said):
         voc_pairs(".", train=True)
+
+
+def test_images_that_validate_and_are_trained_on_are_refused():
+    """The same folder, one within the other, links and hard links: all are the same files."""
+    for number in range(3):
+        write(f"photos/{number}.png"), write(f"masks/{number}.png")
+        write(f"own/{number}.png", value=9), write(f"own_masks/{number}.png")
+    folders = ["--images", "photos", "--masks", "masks", "--val-masks", "own_masks"]
+    datasets(*folders, "--val-images", "own")
+    os.link("photos/1.png", "again.png")
+    Path("again.png").replace("own/1.png")
+    with pytest.raises(UserError, match=r"1 of 3 images .* trained on, too.*own/1\.png"):
+        datasets(*folders, "--val-images", "own")
+    with pytest.raises(UserError, match=r"3 of 3 images .* leave --val-images"):
+        datasets(*folders, "--val-images", "photos")

@@ -61,6 +61,7 @@ def prepare_datasets(
 
     def values_of_data() -> dict[str, Any]:
         _check_alike(train_set, val_set)
+        _refuse_shared(train_set, val_set)
         for finding in first_look(train_set, data.image_size) if train_set else []:
             get_logger().info(finding.line())
         return task.prepare_data(train_set, val_set)
@@ -78,6 +79,23 @@ def _check_alike(train_set: Any, val_set: Any) -> None:
         raise UserError(
             f"training images are {kinds[0]}, validation images {kinds[1]}: only uint8 is "
             "normalised on the device. Have the transforms of both return uint8 (round first)."
+        )
+
+
+def _refuse_shared(train_set: Any, val_set: Any) -> None:
+    """UserError where images to train on also validate, behind whichever names and links."""
+
+    def files(dataset: Any) -> dict[tuple[int, int], Path]:
+        images = {image for image, _ in pairs_of(dataset)} if dataset else set()
+        about = [(image.stat(), image) for image in sorted(images) if image.exists()]
+        return {(found.st_dev, found.st_ino): image for found, image in about}
+
+    train, val = files(train_set), files(val_set)
+    if both := [str(val[key]) for key in val if key in train]:
+        raise UserError(
+            f"{len(both)} of {len(val)} images that validate are trained on, too, which makes "
+            f"scores worthless: {shortened(both)}. Give folders that share no image, or leave "
+            "--val-images and --val-masks out: then a tenth of the images is held out."
         )
 
 
