@@ -366,6 +366,8 @@ def test_the_split_keeps_copies_on_one_side_and_the_command_trains_on_it(place, 
     assert [len(each) for each in images] == [TRAIN - 2, VAL]  # without the copy and the damaged
     place.words = shlex.split(report["command"])[2:]
     place.arguments = lambda: place.words
+    with pytest.raises(UserError, match="is read, and would be written over"):
+        run(place, folder)
     failed, _ = run(place, tmp_path / "again", "--full")
     assert not failed
 
