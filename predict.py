@@ -4,6 +4,7 @@
     python predict.py photos -o maps --cutout --overlay     a folder tree, mirrored below maps/
     python predict.py "photos/*.jpg" --weights runs/…/model_best.pth
     python predict.py clip.mp4                              → predictions/clip/000001.png … (ffmpeg)
+    python predict.py loop.gif scan.tif                     each frame or page, likewise
     python predict.py photo.jpg --weights u2netp.pth --set data.mean=[0,0,0] --set data.std=[1,1,1]
     python predict.py photo.jpg --trimap photo_trimap.png --cutout       matting
     python predict.py photos --trimap trimaps                            trimaps of the same names

@@ -83,7 +83,7 @@ def score_weights(args: argparse.Namespace) -> dict[str, Any]:
     count = len(dataset)
     task, _, dataset = prepare_datasets(task, None, dataset)
     loader = build_val_loader(args, cfg, dataset)
-    rest = f", {count - len(dataset)} left out" if len(dataset) < count else ""
+    rest = f" ({count - len(dataset)} left out)" if len(dataset) < count else ""
     get_logger().info(f"{weights}: {len(dataset)} images{rest} on {args.world_size} process(es)")
     metrics = task.metrics_with(args.switches)
     evaluate(models, loader, device, metrics=metrics, predict=task.predict, amp_dtype=amp_dtype)

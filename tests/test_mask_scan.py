@@ -134,6 +134,16 @@ def test_alpha_here_and_opaque_there_is_refused():
     with pytest.raises(UserError, match=r"of 1 masks the alpha.* of 1 others it is opaque.*=alpha"):
         check(*masks)
     check(*masks, reader=MaskReader("alpha"))
+    folders(with_alpha(DISC), 6)
+    for number in (0, 2, 4):
+        save(f"{number}.png", with_alpha(DISC * 0 + 255))
+    for name in ("a", "b"):
+        Path(f"masks/{name}.png").unlink()
+    data = {"images": "images", "masks": "masks", "class_names": ["no", "yes"]}
+    data |= {"mask_values": "threshold"}
+    with pytest.raises(UserError, match=r"masks the alpha channel varies.* others it is opaque"):
+        prepared({"task": "segmentation", "data": data})
+    prepared({"task": "segmentation", "data": data | {"mask_channel": "alpha"}})
 
 
 def test_the_counts_are_kept_for_this_reader_and_these_files(monkeypatch):
@@ -210,11 +220,11 @@ def test_predictions_and_masks_in_alpha_are_scored_by_it():
     """Cut-outs against cut-outs: no error, though their luminance differs."""
     folders(with_alpha(DISC))
     shutil.copytree("masks", "maps")
-    argv = ("--predictions", "maps", "--masks", "masks", "--device", "cpu")
-    args = validation.parse_args([*argv, "--json", "s.json"])
+    argv = ("--predictions", "maps", "--masks", "masks", "--json", "s.json", "--device", "cpu")
+    args = validation.parse_args([*argv])
     init_distributed_mode(args)
     validation.main(args)
     assert json.loads(Path("s.json").read_text())["MAE"] == 0
     folders(DISC * 0)
-    message = refused(validation, *argv)
+    message = refused(validation, "--predictions", "maps", "--masks", "masks", "--device", "cpu")
     assert "masks: all masks are black" in message

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import predict
 import tasks
+import tasks.saliency
 import validation
 from my_dataset import PairFolderDataset
 from src import u2net_lite
@@ -155,8 +157,8 @@ def test_pairs_and_what_is_left_out_are_said_in_one_line(capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
         "photos: 3 pairs; left out: 2 images that are not read (.heic, .avif: convert to PNG or "
-        "JPEG), 1 mask that is not read (.psd: convert to PNG), 2 masks without an image (.png), 2 "
-        "other files (.txt, .db); of these 3.heic has a mask"
+        "JPEG), 1 mask that is not read (.psd: convert to PNG), 2 masks without an image (3.png, "
+        "4.png), 2 other files (.txt, .db); of these 3.heic has a mask"
     )
 
 
@@ -247,6 +249,7 @@ NAMED = {
         ["train_labels_{}.png"],
         "data.image_prefix=train_ data.mask_prefix=train_labels_",
     ),
+    "two suffixes": ("{}.jpg", ["{}.jpg.png"], "data.mask_suffix=.jpg.png"),
     "half a word": ("{}_m1.jpg", ["{}_mask.png"], "data.image_suffix=_m1 data.mask_suffix=_mask"),
     "cityscapes": (
         "aachen/aachen_{}_leftImg8bit.png",
@@ -272,6 +275,20 @@ def test_what_names_have_around_the_common_part_is_found_and_works(kind):
     for flags in choices:
         _, *sets = datasets(*folders, *flags)
         assert sum(len(pairs_of(dataset)) for dataset in sets) == 4
+
+
+def test_names_that_explain_nearly_all_are_proposed_with_what_they_leave():
+    for number in range(30):
+        write(f"in/benign ({number}).png")
+        write(f"in/benign ({number})_mask.png")
+    write("in/benign (7)_mask_1.png")
+    folders = "--images", "in", "--masks", "in"
+    message = refused(*folders)
+    assert message.endswith("masks: --set data.mask_suffix=_mask (which finds no mask for 1)")
+    message = refused(*folders, "--set", "data.mask_suffix=_mask")
+    assert "no mask for 1 of the 31 images in in: benign (7)_mask_1.png" in message
+    Path("in/benign (7)_mask_1.png").unlink()
+    assert len(stems_of(*folders, "--set", "data.mask_suffix=_mask")) == 30
 
 
 def test_names_that_do_not_fit_the_settings_are_told():
@@ -315,7 +332,7 @@ def test_one_image_is_no_evidence_of_what_names_have_around_them():
     assert "data.mask_suffix" not in refused("--images", "in", "--masks", "masks")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="other file systems know one form only")
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one form only")
 def test_unicode_forms_are_one():
     name = "Äpfel é"
     for number in "12":
@@ -433,7 +450,17 @@ def test_a_list_stands_alone():
     both = ["--images", "in", "--masks", "in", "--set", "data.list=x"]
     assert "--data-path, --images and data.list: name one" in refused(*both)
     assert "val_list: goes with list" in refused("--set", "data.val_list=x")
+    trimaps = [
+        "--config",
+        "configs/matting.yaml",
+        "--set",
+        "data.list=x",
+        "--set",
+        "data.trimaps=y",
+    ]
+    assert "trimaps: are those of images held out of `images`" in refused(*trimaps)
     replaced = tasks.without_replaced({"list": "x"}, ("root", "images", "list", "val_list"))
+    assert {"data.list", "data.val_list"} <= set(tasks.saliency.DataConfig().folders())  # may move
     assert replaced == {"root": None, "images": None, "val_list": None, "list": "x"}
 
 
@@ -519,7 +546,7 @@ def test_scores_say_how_many_pairs_were_left_out(capsys):
     base = ["--weights", "lite.pth", *SCALAR, "--set", "data.unequal=skip"]
     scores = validation.score_weights(with_launch(validation.parse_args([*base, *folders])))
     assert scores["n"] == 4
-    assert "lite.pth: 4 images, 2 left out on 1 process(es)" in capsys.readouterr().out
+    assert "lite.pth: 4 images (2 left out) on 1 process(es)" in capsys.readouterr().out
     rows = [f"x/images/{n}.jpg x/masks/{n}.png\n" for n in (2, 3, 4)]
     Path("test.txt").write_text("".join(rows))
     argv = [*base, "--set", "data.list=test.txt"]
@@ -613,10 +640,11 @@ def test_images_beside_each_other_are_halved_as_in_training(capsys):
     assert older.input_of(image, (32, 96)).shape == (3, 32, 96)
     assert older.input_of(image[..., :64], (32, 64)).shape == (3, 32, 32)
     for number in range(4):
-        write(f"A/{number}.png", size=(64, 32))
-        write(f"B/{number}.png", 9, size=(64, 32))
-    task, *_ = datasets(*recipe[:2], "--images", "A", "--masks", "B")
-    assert task.cfg.data.pair_aspect == 0
+        write(f"two/A/{number}.png", size=(64, 32))
+        write(f"two/B/{number}.png", 9, size=(64, 32))
+    for where in (["--images", "two/A", "--masks", "two/B"], ["--data-path", "two"]):
+        task, *_ = datasets(*recipe[:2], *where)
+        assert task.input_of(image[..., :64], (32, 64)).shape == (3, 32, 64)
 
 
 # --- lists of VOC -------------------------------------------------------------------------------

@@ -345,7 +345,7 @@ def test_processes_end_when_torchrun_is_killed(tmp_path):
 
 
 def test_a_file_that_fails_on_another_rank_is_named_in_the_status(tmp_path):
-    for folder, mode in (("images", "RGB"), ("masks", "L")):
+    for folder, mode in (("images", "RGB"), ("masks", "L"), ("val", "RGB")):
         (tmp_path / folder).mkdir()
         for number in range(4):
             noise = Image.effect_noise((40, 40), 50).convert(mode)
@@ -354,7 +354,7 @@ def test_a_file_that_fails_on_another_rank_is_named_in_the_status(tmp_path):
     second = GlobalBatchSampler(4, 2, seed=0).order(0)[1]
     broken = tmp_path / "images" / f"{second}.png"
     broken.write_bytes(broken.read_bytes()[:-900])
-    own = ("--images", "images", "--masks", "masks", "--val-images", "masks", "--val-masks")
+    own = ("--images", "images", "--masks", "masks", "--val-images", "val", "--val-masks")
     options = (*own, "masks", "--set", "data.image_size=40", "-b", 1, "-j", 0)
     where = ("--output-dir", "run", "--device", "cpu")
     done = run_script(tmp_path, "train_multi_GPU.py", *options, *where, processes=2, code=1)

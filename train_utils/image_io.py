@@ -148,15 +148,16 @@ def frames_of(path: PathLike) -> Generator[tv_tensors.Image, None, None]:
     Raises UserError, after the frames before, for one that cannot be read, and for too many.
     """
     with within_memory(path), _opened(path, whole=True, all_pages=True) as image:
-        pages, pixels = _pages(image), image.width * image.height
-        if len(pages) > MAX_PAGES or len(pages) * pixels > _MAX_FRAME_PIXELS:
-            raise UserError(
-                f"{path}: {len(pages):,} frames of {pixels:,} pixels, more than {MAX_PAGES:,} or "
-                f"{_MAX_FRAME_PIXELS:,} pixels in all. Split it."
-            )
+        pages, left = _pages(image), _MAX_FRAME_PIXELS
         for number in pages:
             image.seek(number)
             _check_header(path, image)
+            left -= image.width * image.height
+            if len(pages) > MAX_PAGES or left < 0:
+                raise UserError(
+                    f"{path}: its {len(pages):,} frames are more than {MAX_PAGES:,}, or have more "
+                    f"than {_MAX_FRAME_PIXELS:,} pixels together. Split it."
+                )
             yield image_tensor(to_rgb(path, _load(path, image).image))
 
 
@@ -723,10 +724,10 @@ def _also_look_like_a_mask(rgba: Image.Image) -> bool:
     They are grey and vary where they are visible, but not along with alpha, and have few levels or
     are nearly all black or white. Below an alpha that is the same everywhere, all of them count.
     """
-    low, high = rgba.getextrema()[3]
+    low, high = rgba.getchannel("A").getextrema()
     counts, follow_alpha = np.zeros(256, np.int64), True
     for pixels in _blocks(rgba):
-        seen = pixels[pixels[:, 3] > 0] if low < high else pixels
+        seen = pixels if low == high else pixels[pixels[:, 3] > 0]
         if len(seen) and _spread(seen).max() > _GREY:
             return False
         counts += np.bincount(seen[:, 1], minlength=256)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from train_utils.datasets import pairs_of, try_all
 from train_utils.errors import UserError, shortened
 from train_utils.files import hash_of_files, user_cache
-from train_utils.image_io import MASK_RULES, MaskReader, PathLike
+from train_utils.image_io import MASK_RULES, MaskReader, PathLike, within_memory
 from train_utils.log import get_logger
 from train_utils.private_files import new_private_file, open_private, private_folder
 
@@ -110,7 +110,8 @@ class GreyScan:
     @staticmethod
     def measure(path: PathLike, reader: MaskReader) -> np.ndarray:
         """The numbers of one mask, int64 [SIZE]; those of several are their sum."""
-        grey, rules = reader.levels(path)
+        with within_memory(path):
+            grey, rules = reader.levels(path)
         histogram = np.bincount(grey.ravel(), minlength=256)
         inside = histogram[_OBJECT:].sum()
         counts = [1, grey.size, inside, not inside, not inside and histogram[1:].any()]
@@ -141,18 +142,24 @@ class GreyScan:
         remarks += [text.format(self.rules[rule]) for rule, text in texts if self.rules[rule]]
         return remarks
 
+    def mixture(self) -> str:
+        """Cause and fix where alpha is the mask of some files, and opaque in others; else ""."""
+        taken, opaque = self.rules["alpha"], self.rules["opaque alpha"]
+        if not (taken and opaque):
+            return ""
+        return (
+            f"of {taken} masks the alpha channel varies and so is the mask, of {opaque} others it "
+            "is opaque. Say where all of them have it: --set data.mask_channel=alpha, or luminance."
+        )
+
     def problem(self, too_dark: str) -> str:
         """Cause and fix of masks from which nothing can be learned; "" for others.
 
         too_dark: the fix where there is something, but no object, with a {level} to cut at.
         """
         other = " Or set data.mask_channel=luminance." if self.rules["alpha"] else ""
-        if self.rules["alpha"] and self.rules["opaque alpha"]:
-            return (
-                f"of {self.rules['alpha']} masks the alpha channel varies and so is the mask, of "
-                f"{self.rules['opaque alpha']} others it is opaque. Say where all of them have it: "
-                "--set data.mask_channel=alpha, or luminance."
-            )
+        if mixture := self.mixture():
+            return mixture
         if self.rules["0 and 1"] and self.dark:
             return (
                 f"{self.rules['0 and 1']} masks hold 0 and 1 only, taken as 0 and 255, but "

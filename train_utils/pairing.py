@@ -32,7 +32,7 @@ from train_utils.listing import (
 
 Pair = tuple[Path, Path]
 
-UNMATCHED = Kind("mask without an image", "masks without an image")
+UNMATCHED = Kind("mask without an image", "masks without an image", by_name=True)
 UNREAD_MASK = Kind("mask that is not read", "masks that are not read", "convert to PNG")
 UNNAMED = Kind("file without the prefix or suffix", "files without the prefix or suffix")
 
@@ -253,10 +253,6 @@ def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _all(left_out: LeftOut) -> list[Path]:
-    return [path for paths in left_out.values() for path in paths]
-
-
 def _by_stem(
     paths: Iterable[Path], folder: Path, names: Names, rival: Names | None = None
 ) -> tuple[dict[str, list[Path]], list[Path]]:
@@ -283,15 +279,19 @@ def _by_stem(
 def proposed(images: Path, masks: Path, current: tuple[Names, Names]) -> str:
     """The flags that pair all images of a folder where `current` names do not; "" for none.
 
-    Where several masks of an image have names of their own, all choices.
+    Or else those that pair nine of ten, and how many they do not. Where several masks of an image
+    have names of their own, all choices.
     """
     paths = list_folder(images, apart=masks).images, list_folder(masks, apart=images).images
     texts = []
-    for wanted in _fitting(paths, (images, masks)):
-        changes = zip(_KEYS, sum(wanted, ()), sum(current, ()), strict=True)
-        flags = [f"{key}={text}" for key, new, old in changes if new != old if (text := _yaml(new))]
-        texts.append(" ".join(f"--set {typed(flag)}" for flag in flags))
-    return ", or ".join(filter(None, texts))
+    fitting = _fitting(paths, (images, masks), 0)
+    for wanted, missing in fitting or _fitting(paths, (images, masks), len(paths[0]) // 10):
+        values = zip(_KEYS, sum(wanted, ()), sum(current, ()), strict=True)
+        changes = {key: _yaml(new) for key, new, old in values if new != old}
+        if changes and all(changes.values()):
+            flags = " ".join(f"--set {typed(f'{key}={text}')}" for key, text in changes.items())
+            texts.append(f"{flags} (which finds no mask for {missing})" if missing else flags)
+    return ", or ".join(texts)
 
 
 def _yaml(value: str) -> str:
@@ -306,24 +306,60 @@ def _yaml(value: str) -> str:
 
 
 def _fitting(
-    paths: tuple[list[Path], list[Path]], folders: tuple[Path, Path]
-) -> list[tuple[Names, Names]]:
-    """The names of images and masks that pair all images, the plainest for each choice of masks."""
+    paths: tuple[list[Path], list[Path]], folders: tuple[Path, Path], spare: int
+) -> list[tuple[tuple[Names, Names], int]]:
+    """Names of images and masks that pair all images but `spare`, and how many they do not pair.
+
+    Of those that choose the same masks the plainest ones.
+    """
     same = folders[0] == folders[1]
-    found: dict[Path, tuple[Names, Names]] = {}
-    samples = sorted(paths[0], key=lambda path: (len(path.name), path.name))[:2]
+    found: dict[Path, tuple[tuple[Names, Names], int]] = {}
+    relative = [path.relative_to(folders[0]) for path in paths[0]]
+    of_masks = [_nfc(path.relative_to(folders[1]).as_posix()) for path in paths[1]]
+    ends = [
+        (name[: -len(path.suffix)], path.suffix.lower())
+        for name, path in zip(of_masks, paths[1], strict=True)
+    ]
+    known = {text for stem, end in ends for text in (stem, stem + end)}
+    samples = sorted(paths[0], key=lambda path: (len(path.name), path.name))
+    samples = [*samples[:2], *samples[2 :: 1 + len(samples) // 3]]
     tried = {names for path in samples for names in _candidates(path, paths, folders)}
     for names in sorted(tried, key=_oddity):
+        if not _have_masks(relative, known, names, same, spare):
+            continue
         images, rest = _by_stem(paths[0], folders[0], names[0], names[1] if same else None)
         masks, unnamed = _by_stem(paths[1], folders[1], names[1], names[0] if same else None)
         alone = all(len(files) == 1 for files in [*images.values(), *masks.values()])
         unused = set(rest) & set(unnamed) if same else rest
         sure = len(images) > 1 or not _cut(names)
-        if images and alone and sure and not unused and images.keys() <= masks.keys():
-            found.setdefault(masks[next(iter(images))][0], names)
+        paired = [masks[stem][0] for stem in images if stem in masks]
+        if paired and alone and sure and not unused and len(images) - len(paired) <= spare:
+            found.setdefault(paired[0], (names, len(images) - len(paired)))
             if same:  # else images and masks the other way round
                 break
     return list(found.values())
+
+
+def _have_masks(
+    images: list[Path], known: set[str], names: tuple[Names, Names], same: bool, spare: int
+) -> bool:
+    """Whether all images but `spare` have a mask of the right name: quickly no, as for most names.
+
+    known: the names of the masks, with and without suffix. same: masks are among the images.
+    """
+    of_image, of_mask = names
+    missing = 0
+    for path in images:
+        if same and of_mask.stem(path) is not None:
+            continue
+        stem = of_image.stem(path)
+        folder, slash, name = (stem or "").rpartition("/")
+        if stem is None:
+            return False
+        missing += f"{folder}{slash}{of_mask.prefix}{name}{of_mask.suffix}" not in known
+        if missing > spare:
+            return False
+    return True
 
 
 def _candidates(
@@ -341,10 +377,10 @@ def _candidates(
         cores = [name[:start], name[len(name) - end :], name[block.a : block.a + block.size]]
         for core in {part for each in cores for part in (each, *_trimmed(each))}:
             if core in name and core in other and core:
-                yield _around(name, core), _around(other, core)
-    ends = {path.suffix for path in paths[0]}, {path.suffix for path in paths[1]}
+                yield _around(name, core, image.suffix), _around(other, core, mask.suffix)
+    ends = ({path.suffix.lower() for path in some} for some in paths)
     for first, second in product(*ends):
-        if first.lower() in JPEG_SUFFIXES and second.lower() not in JPEG_SUFFIXES:
+        if first in JPEG_SUFFIXES and second not in JPEG_SUFFIXES:
             yield Names("", first), Names("", second)
 
 
@@ -365,9 +401,10 @@ def _trimmed(core: str) -> Iterator[str]:
         yield core[len(words[0]) :].lstrip(_SEPARATORS)
 
 
-def _around(name: str, core: str) -> Names:
+def _around(name: str, core: str, end: str) -> Names:
+    """What a name, without the file's suffix `end`, has around a part."""
     prefix, _, suffix = name.partition(core)
-    return Names(prefix, suffix)
+    return Names(prefix, suffix + (end if suffix.lower().endswith(IMAGE_SUFFIXES) else ""))
 
 
 def _cut(names: tuple[Names, Names]) -> int:

@@ -47,7 +47,7 @@ class FolderData:
     mask_prefix: str | None = None
     mask_suffix: str | None = None
     # Pairs whose mask has another size than its image. refuse: none is trained on; skip: they are
-    # left out; resize: the mask is resized. null: skip for DUTS, which is known for some
+    # left out; resize: the mask is resized. null: skip in `skips_unequal`, else refuse
     unequal: Literal["refuse", "skip", "resize"] | None = None
     val_fraction: float = 0.1
     verify: bool = False  # decode every file before the first step, not only its header …
@@ -71,8 +71,8 @@ class FolderData:
         require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63 − 1")
         require(0 < self.val_fraction < 1, "val_fraction", "must lie between 0 and 1")
         require(0 <= self.hflip <= 1, "hflip", "must lie between 0 and 1")
-        given = "folders" if self.images or self.list else self._layout_of_root()
-        self.name = self.name or given
+        given = self.images or self.list
+        self.name = self.name or ("folders" if given else self._layout_of_root())
         folders = self.name == "folders"
         if self.list and (self.root or self.images or self.masks or not folders):
             raise ValueError("list: says by itself what belongs together. Give no folders with it.")

@@ -114,7 +114,7 @@ class DataConfig(PhotoData):
             raise ValueError("foregrounds, alphas, backgrounds: need each other. Give all three.")
         if self.root and any(self._parts()):
             raise ValueError("foregrounds: go without root (--data-path). Give one or the other.")
-        if self.trimaps and (self.name != "folders" or self.val_images):
+        if self.trimaps and (self.list or self.name != "folders" or self.val_images):
             raise ValueError(
                 "trimaps: are those of images held out of `images`. Leave them out, or give "
                 "val_trimaps with val_images."

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,9 +33,10 @@ from train_utils import shapes
 from train_utils.data import unwrap_subset
 from train_utils.datasets import PairDataset, check_pairs, pairs_of, split_pairs
 from train_utils.errors import UserError, require, require_between
-from train_utils.image_io import Channel
+from train_utils.image_io import Channel, MaskReader
 from train_utils.log import get_logger
 from train_utils.losses import sum_of
+from train_utils.mask_scan import scan_grey_masks
 from train_utils.metrics import ExactMetric
 from train_utils.pretrained import Arch, backbone_state
 from train_utils.settings import FIRST_VAL_SCENE, MAX_CHANNELS, BaseConfig, PhotoData
@@ -317,9 +319,10 @@ class Task(BaseTask):
         for dataset, part in ((train_set, "training"), (val_set, "validation")):
             if dataset is not None and pairs_of(dataset):
                 check_pairs(dataset)
-                learn = dataset is train_set
+                learn, masks = dataset is train_set, [mask for _, mask in pairs_of(dataset)]
+                self._check_channels(masks)
                 found = scan_masks(
-                    [mask for _, mask in pairs_of(dataset)],
+                    masks,
                     label_reader(self.cfg.data),
                     refuse_single_class=learn,
                 )
@@ -345,6 +348,13 @@ class Task(BaseTask):
             )
         weights = (scan or _scan_scenes(self.cfg.data)).class_weights()
         return {"loss": {"class_weights": weights}}
+
+    def _check_channels(self, masks: Sequence[Path]) -> None:
+        """UserError where masks to be cut at a threshold lie in alpha here and elsewhere there."""
+        if self.cfg.data.mask_values == "threshold":
+            mixture = scan_grey_masks(masks, MaskReader(self.cfg.data.mask_channel)).mixture()
+            if mixture:
+                raise UserError(f"{masks[0].parent}: {mixture}")
 
     def check_item(self, image: Tensor, target: Tensor, training: bool) -> None:
         """Refuse labels that are no class, too."""

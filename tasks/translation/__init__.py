@@ -205,7 +205,9 @@ class Task(BaseTask):
     def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
         """Check the data; a training remembers the shape of its files A|B, for predict.py."""
         super().prepare_data(train_set, val_set)
-        return {} if train_set is None else {"data": {"pair_aspect": pair_aspect(train_set)}}
+        if train_set is None or self.cfg.data.name != "aligned":
+            return {}
+        return {"data": {"pair_aspect": pair_aspect(train_set)}}
 
     def build_models(self) -> dict[str, nn.Module]:
         model = self.cfg.model
