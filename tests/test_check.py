@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFilter
 import check
 import tasks
 from train_utils.arguments import parse_args
+from train_utils.check import data
 from train_utils.check.copies import grouped
 from train_utils.check.data import check_data
 from train_utils.check.duplicates import SYMMETRIES, alike_pairs, combined, inverse, symmetric
@@ -322,6 +323,15 @@ def test_a_planted_fault_is_found(place, fault):
     found = [finding.kind for finding in report.findings]
     assert f"`{kind}`" in PAGE
     assert kind in found, [finding.line() for finding in report.findings]
+
+
+def test_processes_see_what_threads_see(place, monkeypatch):
+    cut(place.file("images", 2))
+    reports = [place.findings()]
+    monkeypatch.setattr(data, "PROCESSES_FROM", 1)
+    reports.append(place.findings())
+    assert reports[0].to_json() == reports[1].to_json()
+    assert [finding.kind for finding in reports[1].findings] == ["unreadable"]
 
 
 # --- the verdict ---------------------------------------------------------------------------------
