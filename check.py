@@ -28,7 +28,7 @@ from train_utils.check.findings import Report
 from train_utils.check.output import CheckFolder
 from train_utils.check.page import PAGE, write_page
 from train_utils.check.setup import SECONDS, SetUp, check_setup, setup_errors
-from train_utils.check.split import LISTS, training_command, write_lists
+from train_utils.check.split import LISTS, require_other_lists, training_command, write_lists
 from train_utils.distributed_utils import init_distributed_mode, refuse_launcher
 from train_utils.errors import UserError, printable, typed
 from train_utils.prepare_data import prepare_datasets
@@ -60,6 +60,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = Path(args.config or tasks.DEFAULT_CONFIG)
     folder = CheckFolder(Path(args.output_dir or Path("check", recipe.stem)))
     folder.require("report.json", PAGE, *LISTS)
+    require_other_lists(folder, task.cfg.data)
     copy = json_file(args.json)
 
     def configure(words: Sequence[str]) -> BaseTask:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageCms, ImageDraw, ImageFilter
 
 import check
 import tasks
 from train_utils.arguments import parse_args
+from train_utils.check import data
 from train_utils.check.copies import grouped
 from train_utils.check.data import check_data
 from train_utils.check.duplicates import SYMMETRIES, alike_pairs, combined, inverse, symmetric
@@ -24,6 +25,7 @@ from train_utils.errors import UserError
 from train_utils.pairing import listed_pairs
 
 WIDTH, HEIGHT, TRAIN, VAL = 120, 90, 18, 8
+PAGE = (REPO / "docs" / "check.md").read_text(encoding="utf-8")
 UNET = REPO / "configs" / "unet.yaml"
 SHAPES = REPO / "configs" / "shapes.yaml"
 
@@ -189,6 +191,13 @@ def turned_photo(place):
         picture.save(path, exif=exif)
 
 
+def with_profile(place):
+    path = place.file("images", 2)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    with Image.open(path) as picture:
+        picture.save(path, icc_profile=profile.tobytes())
+
+
 def black_by_class(place):
     classes(place, "[ground,thing,never]")
 
@@ -275,6 +284,10 @@ FAULTS = {
         partial(copy_image, change=lambda i: i.transpose(Image.Transpose.ROTATE_180)),
     ),
     "saved anew in both": ("leak", partial(copy_image, change=saved_anew)),
+    "cut a little in both": (
+        "neighbours",
+        partial(copy_image, change=lambda i: i.crop((2, 1, WIDTH, HEIGHT)).resize(i.size)),
+    ),
     "the same twice in one": ("copies", partial(copy_image, split="train")),
     "one picture, two masks": (
         "contradiction",
@@ -293,6 +306,8 @@ FAULTS = {
     "all masks mirrored": ("misplaced masks", lambda p: p.all("masks", mirrored)),
     "masks one name off": ("misplaced masks", moved_on),
     "masks mixed up": ("misplaced masks", mixed_up),
+    "grey image": ("modes", lambda p: p.edit("images", 2, lambda i: i.convert("L"))),
+    "colour profile": ("profile", with_profile),
     "class in no mask": ("missing class", black_by_class),
     "class only in validation": ("missing class", only_in_validation),
     "label beyond the classes": ("unreadable", beyond),
@@ -306,7 +321,17 @@ def test_a_planted_fault_is_found(place, fault):
     plant(place)
     report = place.findings()
     found = [finding.kind for finding in report.findings]
+    assert f"`{kind}`" in PAGE
     assert kind in found, [finding.line() for finding in report.findings]
+
+
+def test_processes_see_what_threads_see(place, monkeypatch):
+    cut(place.file("images", 2))
+    reports = [place.findings()]
+    monkeypatch.setattr(data, "PROCESSES_FROM", 1)
+    reports.append(place.findings())
+    assert reports[0].to_json() == reports[1].to_json()
+    assert [finding.kind for finding in reports[1].findings] == ["unreadable"]
 
 
 # --- the verdict ---------------------------------------------------------------------------------
@@ -351,6 +376,8 @@ def test_the_split_keeps_copies_on_one_side_and_the_command_trains_on_it(place, 
     assert [len(each) for each in images] == [TRAIN - 2, VAL]  # without the copy and the damaged
     place.words = shlex.split(report["command"])[2:]
     place.arguments = lambda: place.words
+    with pytest.raises(UserError, match="is read, and would be written over"):
+        run(place, folder)
     failed, _ = run(place, tmp_path / "again", "--full")
     assert not failed
 

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,12 @@ _WORDS: dict[Likeness, str] = {
 }
 
 
-def same_bytes(report: Report) -> Links:
-    """Pairs whose image files are copies, byte for byte: of one size, then of one hash."""
+def same_bytes(report: Report, indices: Iterable[int]) -> Links:
+    """Which of these pairs have image files of the same bytes: of one size, then of one hash."""
     by_size = defaultdict(list)
-    for index, pair in enumerate(report.pairs):
-        try:
-            by_size[Path(pair.image).stat().st_size].append(index)
-        except OSError:
-            continue  # it has been found to be unreadable
+    for index in indices:
+        with suppress(OSError):  # reading it will say so
+            by_size[Path(report.pairs[index].image).stat().st_size].append(index)
     several = [index for group in by_size.values() if len(group) > 1 for index in group]
     hashes, _ = try_all([report.pairs[index].image for index in several], _hash_of_file)
     keys = {index: hashes.get(report.pairs[index].image) for index in several}

@@ -143,7 +143,11 @@ class Report:
         """What was looked at, in a line."""
         splits = Counter(pair.split for pair in self.pairs)
         seen = len(self.decoded)
-        how = "of all" if seen == len(self.pairs) else f"of {seen:,} (--full: of all)"
+        how = (
+            "of all"
+            if seen + len(self.unusable) >= len(self.pairs)
+            else f"of {seen:,} (--full: of all)"
+        )
         return f"{splits['train']:,} pairs to train on, {splits['val']:,} to validate; pixels {how}"
 
     def to_json(self) -> str:

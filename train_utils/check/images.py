@@ -61,8 +61,9 @@ def find_kinds(report: Report, headers: Sequence[Header | None]) -> None:
     """What else headers show: several modes, orientations and profiles, all of which are undone."""
     modes = Counter(header.mode for header in headers if header)
     usual = modes.most_common(1)[0][0] if modes else ""
+    counts = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
     texts = (
-        ("modes", lambda h: h.mode != usual, f"images of other kinds than most ({dict(modes)})"),
+        ("modes", lambda h: h.mode != usual, f"images of other kinds than most: {counts}"),
         ("orientation", lambda h: h.turned, "images that an EXIF tag turns; they are read upright"),
         ("profile", lambda h: h.profile, "images with a colour profile; they are read as sRGB"),
     )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,12 +49,12 @@ def reader_of(dataset: Dataset) -> Reader:
         reduced = copy(full)
         reduced.at_least = _READ_AT
         return reduced.read
+    return partial(_read, full)
 
-    def read(index: int) -> tuple[Tensor, Tensor]:
-        image, target = full.pairs[index]
-        return full.read_image(image), full.read_target(target)
 
-    return read
+def _read(full: Any, index: int) -> tuple[Tensor, Tensor]:
+    image, target = full.pairs[index]
+    return full.read_image(image), full.read_target(target)
 
 
 def look_at(read: Reader, index: int, targets: Targets) -> Look:

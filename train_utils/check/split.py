@@ -12,9 +12,20 @@ from train_utils.check.output import CheckFolder
 from train_utils.config import diff, parse_value, to_dict
 from train_utils.errors import UserError, typed
 from train_utils.pairing import columns
+from train_utils.settings import FolderData
 from train_utils.task import BaseTask
 
 LISTS = "train.txt", "val.txt"
+
+
+def require_other_lists(folder: CheckFolder, data: FolderData) -> None:
+    """UserError where the lists that are read are those that would be written."""
+    for path in filter(None, (data.list, data.val_list)):
+        if Path(path).resolve() in [(folder.path / name).resolve() for name in LISTS]:
+            raise UserError(
+                f"{path}: is read, and would be written over. Choose another folder with -o, for "
+                f"example -o {typed(folder.path.with_name(f'{folder.path.name}_again'))}"
+            )
 
 
 def write_lists(report: Report, folder: CheckFolder) -> list[Path]:
