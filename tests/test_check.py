@@ -494,3 +494,11 @@ def test_connected_parts_are_counted():
     assert count_objects(np.zeros((3, 3), bool)) == 0
     ring = np.pad(np.zeros((3, 3), bool), 1, constant_values=True)
     assert count_objects(ring) == 1
+
+
+def test_frames_of_a_film_are_not_mixed_up(shared_data, tmp_path, capsys):
+    """The mask of a frame fits its neighbours nearly as well: CamVid has six to validate."""
+    words = ["--config", str(REPO / "configs" / "unet_camvid.yaml"), "-o", str(tmp_path / "check")]
+    camvid = str(shared_data / "camvid")
+    assert check.main(check.parse_args([*words, "--data-path", camvid])) == 0
+    assert "misplaced" not in capsys.readouterr().out

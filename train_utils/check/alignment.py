@@ -149,7 +149,8 @@ def _names_off(images: np.ndarray, targets: np.ndarray, indices: Sequence[int]) 
         if len(pairs) >= _FEWEST:
             i, j = map(list, zip(*pairs, strict=True))
             mean = displaced(images[i], targets[j]).mean(0)
-            if mean[0, 0] > _CLEAR * _spread(mean):
+            own = (images[i] * targets[i]).sum((1, 2)).mean()
+            if mean[0, 0] > max(_CLEAR * _spread(mean), _BETTER * own):
                 return f"{abs(off)} {'before' if off > 0 else 'after'} theirs"
     return ""
 
@@ -163,12 +164,17 @@ def _spread(mean: np.ndarray) -> float:
 def _fitting_others(images: np.ndarray, targets: np.ndarray, least: float) -> list[tuple[int, int]]:
     """(i, j), i ≠ j: of all masks that of j fits image i best, and no image better than that one.
 
-    least: the score that it must have.
+    least: the score that it must have. It also fits clearly better than i's own: of two frames of a
+    film, each has a mask that fits both.
     """
     spread = displaced(images, targets).std((1, 2))
     matrix = np.tensordot(images, targets, ((1, 2), (1, 2))) / np.maximum(spread, 1e-9)[:, None]
     best = [(i, int(j)) for i, j in enumerate(matrix.argmax(1)) if i != j]
-    return [(i, j) for i, j in best if matrix[i, j] >= least and matrix[:, j].argmax() == i]
+    return [
+        (i, j)
+        for i, j in best
+        if matrix[i, j] >= max(least, _BETTER * matrix[i, i]) and matrix[:, j].argmax() == i
+    ]
 
 
 def _single_masks(report: Report, looks: Mapping[int, Look], indices: Sequence[int]) -> None:
