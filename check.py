@@ -112,13 +112,13 @@ def tell_verdict(report: Report) -> int:
     """Print the findings and the command to train with; returns the number of errors."""
     findings = report.ranked()
     if report.pairs:
-        print(report.scope())
+        print(printable(report.scope()))
     for finding in findings:
-        print(finding.line())
+        print(printable(finding.line()))
     errors = sum(finding.severity == "error" for finding in findings)
-    print(f"{errors} to be mended, {len(findings) - errors} more to know of")
+    print(printable(f"{errors} to be mended, {len(findings) - errors} more to know of"))
     if report.command:
-        print("Then train with:" if errors else "Train with:")
+        print(printable("Then train with:" if errors else "Train with:"))
         print(printable(report.command))
     return errors
 

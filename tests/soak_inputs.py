@@ -1,6 +1,7 @@
 """Folders of images and masks at random: every file is in a pair, or counted, or refused by name.
 
     python tests/soak_inputs.py --count 300
+    python tests/soak_inputs.py --count 0 --files 10000        damaged files instead
     python tests/soak_inputs.py --count 1 --seed 7 --keep trial
 
 Every trial makes two folders, one, or a list, with links, sub-folders, names of all kinds, prefixes
@@ -8,7 +9,8 @@ and suffixes, other files, masks of other sizes, empty files, and builds the dat
 and the plan of predict.py on them. A trial is wrong if pairs and what is said to be left out are
 not all files that another walk finds, if what was laid in the way is neither said nor refused, if
 something is refused that is sound, if a proposed setting does not work, or if it raises another
-error or takes more than 20 seconds. Exit code 1 if there was one.
+error or takes more than 20 seconds. Of damaged files every reader gives pixels of the size that the
+header says, or names the file. Exit code 1 if there was anything wrong.
 """
 
 import argparse
@@ -23,15 +25,17 @@ import sys
 import tempfile
 import traceback
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO)]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 from PIL import Image  # noqa: E402
+from test_fuzz_loaders import DAMAGES, ENCODED, NAMED, try_damaged  # noqa: E402
 
 import tasks  # noqa: E402
 from train_utils.arguments import parse_args  # noqa: E402
@@ -357,6 +361,24 @@ def trial(seed: int, root: Path) -> str:
     return ""
 
 
+def damaged_files(count: int, seed: int) -> int:
+    """The number of damaged files, of so many, that a reader did not take or refuse rightly."""
+    wrong = 0
+    folder = Path(tempfile.mkdtemp())
+    warnings.simplefilter("ignore")  # Pillow warns of much that it finds in damaged metadata
+    for number in range(count):
+        rng = random.Random(f"{seed}/{number}")
+        how = rng.randrange(len(ENCODED)), rng.choice(DAMAGES), rng.getrandbits(32)
+        try:
+            try_damaged(folder, *how, rng.choice(NAMED))
+        except Exception:
+            wrong += 1
+            print(f"wrong: file {number}: {how}: {traceback.format_exc()}", flush=True)
+    shutil.rmtree(folder)
+    print(f"done: {count} damaged files, {wrong} wrong")
+    return wrong
+
+
 def main(args: argparse.Namespace) -> int:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     wrong = 0
@@ -369,13 +391,14 @@ def main(args: argparse.Namespace) -> int:
             shutil.rmtree(root)
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
     print(f"done: {args.count} trials, {wrong} wrong")
-    return wrong
+    return wrong + (damaged_files(args.files, args.seed) if args.files else 0)
 
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--files", type=int, default=0, help="damaged files, after the folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", metavar="DIR", help="of one trial")
     return parser.parse_args(argv)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from test_image_io import UPRIGHT, within
+from test_odd_files import LINEAR
 from torchvision import tv_tensors
 
 import tasks
@@ -231,6 +232,8 @@ def encoded() -> list[tuple[str, bytes]]:
     rgb = Image.fromarray(rng.integers(0, 256, (11, 8, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
+    described = PngImagePlugin.PngInfo()
+    described.add_text("Comment", "a text " * 9, zip=True)
     kinds = [
         (rgb, "PNG", {"exif": exif}),
         (rgb.convert("P"), "PNG", {"transparency": 3}),
@@ -244,6 +247,10 @@ def encoded() -> list[tuple[str, bytes]]:
         (rgb.convert("LA"), "TIFF", {"compression": "tiff_lzw"}),
         (Image.fromarray(rng.random((5, 6), dtype=np.float32)), "TIFF", {}),
         (rgb.convert("P"), "GIF", {"save_all": True, "append_images": [rgb.rotate(180)]}),
+        (rgb.convert("P"), "GIF", {"comment": b"a comment"}),
+        (rgb, "TIFF", {"save_all": True, "append_images": [rgb.rotate(180)]}),
+        *((rgb, kind, {"icc_profile": LINEAR}) for kind in ("JPEG", "PNG", "TIFF", "WEBP")),
+        (rgb.convert("L"), "PNG", {"icc_profile": LINEAR, "pnginfo": described}),
     ]
     files = []
     for image, file_format, options in kinds:
@@ -277,17 +284,14 @@ def damage(content: bytes, kind: str, rng: random.Random) -> bytes:
     return content[: rng.randrange(12)] + rng.randbytes(200)  # "head": random behind a signature
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of much that it finds in damaged metadata
-@examples(450)
-@given(
-    number=st.integers(0, len(ENCODED) - 1),
-    kind=st.sampled_from(["cut", "flip", "flip", "noise", "hole", "missing", "splice", "head"]),
-    seed=st.integers(0, 2**32),
-    suffix=st.sampled_from([".png", ".jpg", ".txt"]),
-)
-def test_damaged_files_are_read_or_refused(tmp_path, number, kind, seed, suffix):
+DAMAGES = ["cut", "flip", "flip", "noise", "hole", "missing", "splice", "head"]
+NAMED = [".png", ".jpg", ".gif", ".txt"]
+
+
+def try_damaged(folder: Path, number: int, kind: str, seed: int, suffix: str) -> None:
+    """One of ENCODED, damaged: every reader gives pixels of the size in the header, or names it."""
     file_format, content = ENCODED[number]
-    intact, path = tmp_path / "intact", tmp_path / f"damaged{suffix}"
+    intact, path = folder / "intact", folder / f"damaged{suffix}"
     intact.write_bytes(content)
     path.write_bytes(damage(content, kind, random.Random(seed)))
     with pytest.MonkeyPatch.context() as patch, within(20):
@@ -305,6 +309,18 @@ def test_damaged_files_are_read_or_refused(tmp_path, number, kind, seed, suffix)
                 assert image_size(path) == (result.shape[2], result.shape[1])
             if file_format == "PNG" and kind != "splice":
                 assert torch.equal(result, torch.as_tensor(read(intact)))
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of much that it finds in damaged metadata
+@examples(450)
+@given(
+    number=st.integers(0, len(ENCODED) - 1),
+    kind=st.sampled_from(DAMAGES),
+    seed=st.integers(0, 2**32),
+    suffix=st.sampled_from(NAMED),
+)
+def test_damaged_files_are_read_or_refused(tmp_path, number, kind, seed, suffix):
+    try_damaged(tmp_path, number, kind, seed, suffix)
 
 
 # --- whole data sets -----------------------------------------------------------------------------

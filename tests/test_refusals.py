@@ -512,13 +512,14 @@ def test_masks_of_which_nothing_counts():
     options = pairs(2)
     for name in ("masks/0.png", "masks/1.png"):
         Image.new("L", (40, 30), 255).save(name)
-    Path("more").mkdir()
-    Image.new("L", (40, 30), 1).save("more/0.png")
-    Image.new("L", (40, 30), 0).save("more/1.png")
+    for folder in ("more", "photos"):
+        Path(folder).mkdir()
+        for number in range(2):
+            Image.new("L", (40, 30), 1 - number).save(f"{folder}/{number}.png")
     recipe = str(REPO / "configs" / "unet.yaml")
     names = ("--set", "data.class_names=[background,road]", "--config", recipe)
     assert "ignored" in refused(train, *options, *names)
-    validation_only = ("--images", "images", "--masks", "more")
+    validation_only = ("--images", "photos", "--masks", "more")
     validation_only += ("--val-images", "images", "--val-masks", "masks")
     message = refused(train, *validation_only, *names)
     assert "validation masks: every pixel is ignored" in message
