@@ -117,7 +117,14 @@ def test_all_that_the_product_prints_goes_through_the_gate():
 # -- commands that are proposed -------------------------------------------------------------------
 
 # Numbers, and names that torch or this code gave.
-OURS = ("max(1, images // 2)", "train['batch_size']", "device.type", "kind", "dotted")
+OURS = (
+    "max(1, images // 2)",
+    "max(1, found.images)",
+    "train['batch_size']",
+    "device.type",
+    "kind",
+    "dotted",
+)
 
 
 def test_every_value_behind_a_flag_in_a_message_is_quoted():
