@@ -8,6 +8,7 @@ write of tensors and plain types is refused, or stays unread where it is an obje
 
 import math
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -334,6 +335,14 @@ class Outline(NamedTuple):
         return torch.serialization.safe_globals([(new, name) for name, new in self.unread.items()])
 
 
+def _record_size(archive: Any, file: IO[bytes], name: str) -> int:
+    """The bytes of a record of torch's archive in a file, before it is read."""
+    if hasattr(archive, "get_record_size"):  # torch 2.11 has none
+        return archive.get_record_size(name)
+    with zipfile.ZipFile(file) as members:
+        return max(m.file_size for m in members.infolist() if m.filename.endswith(f"/{name}"))
+
+
 def read_outline(file: IO[bytes], size: int) -> Outline:
     """What is pickled in a checkpoint of so many bytes.
 
@@ -349,7 +358,7 @@ def read_outline(file: IO[bytes], size: int) -> Outline:
     if file.read(2) == b"PK":
         file.seek(0)
         archive = torch._C.PyTorchFileReader(file)  # finds in it what torch.load will find
-        if (found := archive.get_record_size("data.pkl")) > most(_MAX_PICKLE):
+        if (found := _record_size(archive, file, "data.pkl")) > most(_MAX_PICKLE):
             raise UserError(f"{found:,} of its bytes are no tensors. {_SAVE_WEIGHTS}")
         pickles, number = _Pickle(archive.get_record("data.pkl"), most(_MAX_READS)), 1
     else:  # torch's old format: magic number, version, sizes of types, the content, storages
