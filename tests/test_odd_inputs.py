@@ -287,8 +287,38 @@ def test_names_that_explain_nearly_all_are_proposed_with_what_they_leave():
     assert message.endswith("masks: --set data.mask_suffix=_mask (which finds no mask for 1)")
     message = refused(*folders, "--set", "data.mask_suffix=_mask")
     assert "no mask for 1 of the 31 images in in: benign (7)_mask_1.png" in message
+    assert "data.image_" not in message and "data.mask_" not in message
     Path("in/benign (7)_mask_1.png").unlink()
     assert len(stems_of(*folders, "--set", "data.mask_suffix=_mask")) == 30
+
+
+def test_masks_are_never_proposed_as_images():
+    """Where a second mask of an image is in the way, its masks would pair as well, as images."""
+    for number in range(10):
+        write(f"in/{number}.png")
+        write(f"in/{number}_mask.png")
+    write("in/3_mask_1.png")
+    folders = "--images", "in", "--masks", "in"
+    message = refused(*folders)
+    assert message.endswith("masks: --set data.mask_suffix=_mask (which finds no mask for 1)")
+    assert "data.image_" not in refused(*folders, "--set", "data.mask_suffix=_mask")
+
+
+def test_names_that_are_one_in_every_folder_explain_nothing():
+    """image.png and mask.png have "ma" in common, which tells nothing."""
+    for number in range(4):
+        write(f"in/{number}/image.png")
+        write(f"in/{number}/mask.png")
+    folders = "--images", "in", "--masks", "in"
+    message = refused(*folders)
+    assert "list all pairs in a text file: --set data.list=FILE" in message
+    assert "data.image_" not in message and "data.mask_" not in message
+    for number in range(4):
+        for name in ("image", "mask"):
+            Path(f"in/{number}/{name}.png").rename(f"in/{number}/scan_{name}.png")
+    (flags,) = proposed_by(refused(*folders))
+    assert flags[1::2] == ["data.image_suffix=_image", "data.mask_suffix=_mask"]
+    assert stems_of(*folders, *flags) == ["scan_image"] * 4
 
 
 def test_names_that_do_not_fit_the_settings_are_told():
@@ -481,7 +511,8 @@ def unequal_pairs(root, count=6):
 def test_masks_of_another_size_are_refused_left_out_or_resized(name, capsys):
     folders = [*TASKS[name], *unequal_pairs("x"), "--set", "data.val_fraction=0.2"]
     message = refused(*folders)
-    for part in ("3.jpg: 40×40 pixels, but", "has 20×20", "5.jpg: 40", "--set data.unequal=skip"):
+    both = "--set data.unequal=skip, or scale their masks: --set data.unequal=resize"
+    for part in ("3.jpg: 40×40 pixels, but", "has 20×20", "5.jpg: 40", both):
         assert part in message
     _, train_set, val_set = datasets(*folders, "--set", "data.unequal=skip")
     kept = {a.stem for each in (train_set, val_set) for a, _ in pairs_of(each)}
@@ -505,8 +536,10 @@ def test_a_mask_that_lies_the_other_way_round_is_not_resized():
     write("x/images/a.jpg", size=(40, 30))
     write("x/masks/a.png", size=(30, 40))
     pair = Path("x/images/a.jpg"), Path("x/masks/a.png")
-    with pytest.raises(UserError, match=r"EXIF rotations applied\), but .*30×40"):
-        check_pair(pair, "resize")
+    for unequal in ("refuse", "resize"):
+        with pytest.raises(UserError, match=r"EXIF rotations applied\), but .*30×40") as caught:
+            check_pair(pair, unequal)
+        assert "=skip" in str(caught.value) and "=resize" not in str(caught.value)
     assert check_pair(pair, "skip") == ((40, 30), (30, 40))
 
 

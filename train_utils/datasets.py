@@ -237,6 +237,8 @@ def check_pair(pair: Pair, unequal: str = "") -> tuple[tuple[int, int], tuple[in
         return image_wh, target_wh
     turned = " (EXIF rotations applied)" if is_turned else ""
     fix = ", or leave such pairs out: --set data.unequal=skip" if unequal else ""
+    if unequal == "refuse" and not is_turned:
+        fix += ", or scale their masks: --set data.unequal=resize"
     raise UserError(
         f"{image}: {image_wh[0]}×{image_wh[1]} pixels{turned}, but {target} has "
         f"{target_wh[0]}×{target_wh[1]}. Replace the one that is wrong{fix}."

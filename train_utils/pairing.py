@@ -325,13 +325,15 @@ def _fitting(
     samples = [*samples[:2], *samples[2 :: 1 + len(samples) // 3]]
     tried = {names for path in samples for names in _candidates(path, paths, folders)}
     for names in sorted(tried, key=_oddity):
+        if _told(names[0]) and not _told(names[1]):  # else masks would be taken for images
+            continue
         if not _have_masks(relative, known, names, same, spare):
             continue
         images, rest = _by_stem(paths[0], folders[0], names[0], names[1] if same else None)
         masks, unnamed = _by_stem(paths[1], folders[1], names[1], names[0] if same else None)
         alone = all(len(files) == 1 for files in [*images.values(), *masks.values()])
         unused = set(rest) & set(unnamed) if same else rest
-        sure = len(images) > 1 or not _cut(names)
+        sure = len({stem.rpartition("/")[2] for stem in images}) > 1 or not _cut(names)
         paired = [masks[stem][0] for stem in images if stem in masks]
         if paired and alone and sure and not unused and len(images) - len(paired) <= spare:
             found.setdefault(paired[0], (names, len(images) - len(paired)))
@@ -413,11 +415,16 @@ def _cut(names: tuple[Names, Names]) -> int:
     return sum(end not in _SEPARATORS for pair in ends for end in pair)
 
 
+def _told(names: Names) -> bool:
+    """Whether names say that their files are masks."""
+    return any(word in "".join(names).lower() for word in _OF_MASKS)
+
+
 def _oddity(names: tuple[Names, Names]) -> tuple:
     """The lower, the likelier that names were meant so."""
     parts = [part for each in names for part in each if part]
-    told = any(word in "".join(names[1]).lower() for word in _OF_MASKS)
-    return len(parts), any(names[0]), _cut(names), not told, len("".join(parts)), names
+    cut, told = _cut(names), _told(names[1])
+    return len(parts), any(names[0]), cut, not told, len("".join(parts)), names
 
 
 # --- lists ---------------------------------------------------------------------------------------
