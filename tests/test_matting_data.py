@@ -521,3 +521,22 @@ def test_real_images_with_their_trimaps(shared_data):
     assert inputs.shape == (4, 320, 320)
     assert set(target[1].unique().tolist()) <= {0, 128, 255}
     assert target[1, 160, 160] == 128  # the middle of the crop, not resized
+
+
+def test_cut_outs_are_foregrounds_and_alphas(folders, tmp_path):
+    """One folder for both, also by another name: alpha channels are alphas, or it is refused."""
+    for number in range(2):
+        picture = Image.new("RGBA", (6, 4), (10 * number, 200, 30, 0))
+        picture.putpixel((2, 1), (10 * number, 200, 30, 99))
+        Path(tmp_path / "cut").mkdir(exist_ok=True)
+        picture.save(tmp_path / "cut" / f"{number}.png")
+    data = settings((tmp_path / "cut", tmp_path / "bg" / ".." / "cut", folders[2]))
+    dataset = composition_pairs(data, train=False, all_pairs=True)
+    foreground, alpha, _ = dataset[0]
+    assert foreground[:, 0, 0].tolist() == [0, 200, 30]
+    assert alpha.sum() == alpha[0, 1, 2] == 99
+    check_matting_files(dataset)
+    Image.new("RGB", (6, 4)).save(tmp_path / "cut" / "opaque.png")
+    dataset = composition_pairs(data, train=False, all_pairs=True)
+    with pytest.raises(UserError, match=r"opaque\.png.*alpha"):
+        dataset[len(dataset) - 1]

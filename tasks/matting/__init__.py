@@ -18,6 +18,7 @@ from tasks.matting.losses import alpha_prediction_loss, compositional_loss
 from tasks.matting.metrics import MattingMetrics, finish_alpha
 from tasks.matting.trimaps import read_trimap
 from train_utils import settings
+from train_utils.data import unwrap_subset
 from train_utils.errors import UserError, require, require_between
 from train_utils.image_io import Channel, MaskReader
 from train_utils.mask_scan import check_grey_masks
@@ -233,7 +234,10 @@ class Task(BaseTask):
     def prepare_data(self, train_set: Dataset | None, val_set: Dataset) -> dict:
         """Check the files, then what the alphas hold."""
         super().prepare_data(train_set, val_set)
-        reader = MaskReader(self.cfg.data.mask_channel)
+        reader = getattr(unwrap_subset(val_set)[0], "read_target", None)
+        reader = (
+            reader if isinstance(reader, MaskReader) else MaskReader(self.cfg.data.mask_channel)
+        )
         check_grey_masks(train_set, val_set, reader, "Save alphas with levels from 0 to 255.")
         return {}
 

@@ -4,6 +4,7 @@ Transforms get foreground, alpha and background, uint8 [3 | 1 | 3, H, W], and co
 ready image and its alpha, uint8 [3 | 1, H, W]. A trimap that comes along is alpha's second channel.
 """
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,7 @@ from tasks.matting.trimaps import TrimapReader
 from train_utils.data import collate, unwrap_subset
 from train_utils.datasets import (
     JointTransform,
+    PairDataset,
     check_all,
     check_pairs,
     name_hash,
@@ -39,18 +41,36 @@ from train_utils.image_io import (
 )
 from train_utils.listing import described, list_folder, no_images
 from train_utils.log import say_once
-from train_utils.pairing import Names
+from train_utils.pairing import Names, named_files
 from transforms import cover
+
+
+class CutOuts(PairDataset):
+    """The cut-outs of a folder: files whose alpha channel is the alpha of their colours.
+
+    Each is a pair with itself. Raises UserError for a folder without images of such names, and for
+    two files of one name.
+    """
+
+    def __init__(self, folder: Path, names: Names) -> None:
+        found = named_files(folder, names)
+        if not found.files:
+            raise no_images(folder, found.left_out)
+        super().__init__([(path, path) for path in found.files.values()], list(found.files))
+        if found.left_out:
+            said = f"{folder}: {len(self):,} cut-outs"
+            say_once(f"{said}; left out: {described(found.left_out)}")
 
 
 class CompositionDataset(Dataset):
     """Each foreground of a folder on `per_foreground` backgrounds of another, composited on demand.
 
     Alphas belong to foregrounds as masks do to images in `PairFolderDataset`; a foreground's own
-    transparency is ignored. Item (foreground, repeat) has the index foreground · per_foreground +
-    repeat and is foreground, alpha and background, uint8 [3 | 1 | 3, H, W]; the background is
-    cut to the foreground's size (see `transforms.cover`). In training, it and the place of the cut
-    are drawn from torch's generator; otherwise names alone decide on it, and the middle is cut.
+    transparency is ignored, unless both are one folder: then it is the alpha (`CutOuts`). Item
+    (foreground, repeat) has the index foreground · per_foreground + repeat and is foreground, alpha
+    and background, uint8 [3 | 1 | 3, H, W]; the background is cut to the foreground's size (see
+    `transforms.cover`). In training, it and the place of the cut are drawn from torch's generator;
+    otherwise names alone decide on it, and the middle is cut.
 
     `foregrounds` has each pair once; `pairs` and `stems` repeat as the items do.
     Raises UserError as `PairFolderDataset` does, and for a folder without backgrounds.
@@ -70,7 +90,12 @@ class CompositionDataset(Dataset):
         read_alpha: MaskReader | None = None,
         names: tuple[Names, Names] | None = None,
     ) -> None:
-        folders = PairFolderDataset(foregrounds, alphas, names=names)
+        cut_outs = os.path.realpath(foregrounds) == os.path.realpath(alphas)
+        if cut_outs and (names is None or names[0] == names[1]):
+            folders: PairDataset = CutOuts(Path(foregrounds), names[0] if names else Names())
+            read_alpha, self.checked = MaskReader("alpha"), True
+        else:
+            folders = PairFolderDataset(foregrounds, alphas, names=names)
         self.foregrounds, self.per_foreground = folders, per_foreground
         self.pairs = [pair for pair in folders.pairs for _ in range(per_foreground)]
         self.stems = [stem for stem in folders.stems for _ in range(per_foreground)]
