@@ -17,6 +17,7 @@ from train_utils.errors import UserError
 _PIECE = 2**20  # bytes
 _OVERLAP = 0.75  # of two masks of one picture: intersection over union; other annotators have 0.9
 _EQUAL = 0.9  # share of the pixels with the same class
+_SHOWN = 3  # names of a group; `Report.alike` has them all
 _MATTES = 0.1  # mean difference of two mattes
 
 Links = dict[tuple[int, int], tuple[Likeness, str]]  # pairs i < j → how, by which symmetry
@@ -137,11 +138,10 @@ def _targets_agree(one: Look, other: Look, symmetry: str, targets: Targets) -> b
 
 def _say(report: Report) -> None:
     """Findings about groups: those across splits first, then those within one."""
-    lists = "The split that is written beside this report keeps them on one side."
     once, like = "pairs with a picture that", "pairs with a picture much like"
     texts: tuple[tuple[str, Severity, bool, bool, str, str], ...] = (
-        ("leak", "error", True, False, f"{once} is in training and in validation", lists),
-        ("neighbours", "warning", True, True, f"{like} one of the other split", lists),
+        ("leak", "error", True, False, f"{once} is in training and in validation", ""),
+        ("neighbours", "warning", True, True, f"{like} one of the other split", ""),
         ("copies", "warning", False, False, f"{once} their split has again", "Keep one of each."),
         ("neighbours", "note", False, True, f"{like} another of their split", ""),
     )
@@ -180,7 +180,12 @@ def _members(groups: Sequence[Alike]) -> list[int]:
 
 
 def _shown(report: Report, groups: Sequence[Alike]) -> list[str]:
-    return [" = ".join(report.pairs[index].image for index in group.pairs) for group in groups]
+    shown = []
+    for group in groups:
+        names = [report.pairs[index].image for index in group.pairs[:_SHOWN]]
+        more = len(group.pairs) - len(names)
+        shown.append(" = ".join([*names, *([f"{more} more"] if more else [])]))
+    return shown
 
 
 def _same_targets(report: Report, looks: Mapping[int, Look]) -> None:

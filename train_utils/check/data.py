@@ -190,7 +190,7 @@ def _look_at_headers(task: BaseTask, report: Report) -> list[int]:
         "files that cannot be read",
         unreadable,
         "Replace them, or leave them out by --set data.skip_unreadable=true.",
-        examples=list(problems.values()),
+        examples=[text.rstrip(".") for text in problems.values()],
     )
     report.add(
         "unequal size",
@@ -280,7 +280,7 @@ def _look_at_pixels(
         "pairs that cannot be read",
         list(failed),
         "Mend what the messages name.",
-        examples=list(failed.values()),
+        examples=[text.rstrip(".") for text in failed.values()],
     )
     report.decoded = list(chosen)
     for name in dict.fromkeys(name for one in looks.values() for name in one.numbers):
