@@ -431,6 +431,23 @@ def test_where_no_split_is_left_the_finding_says_so(place, tmp_path):
     assert not (tmp_path / "out" / "train.txt").exists() and "data.list" not in found["command"]
 
 
+def test_damaged_files_that_are_left_out_are_no_error(place, tmp_path):
+    """The setting that the finding proposes mends it, unless nothing would be left."""
+    cut(place.file("images", 3))
+    place.file("masks", 4).write_bytes(b"")
+    skip = ["--set", "data.skip_unreadable=true"]
+    failed, report = run(place, tmp_path / "out")
+    assert failed and all(skip[1] in finding["fix"] for finding in report["findings"])
+    failed, report = run(place, tmp_path / "out", *skip)
+    assert not failed and len(report["findings"]) == 2
+    assert all("are left out" in finding["fix"] for finding in report["findings"])
+    _, datasets = trained(report)
+    assert [len(pairs_of(dataset)) for dataset in datasets] == [TRAIN - 2, VAL]
+    for number in range(VAL):
+        cut(place.file("images", number, "val"))
+    assert run(place, tmp_path / "out", *skip)[0]
+
+
 def test_what_a_refusal_proposes_is_tried_and_goes_into_the_command(place, tmp_path):
     of_two_levels(place)
     failed, report = run(place, tmp_path / "out")

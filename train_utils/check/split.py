@@ -17,7 +17,7 @@ from train_utils.task import BaseTask
 
 LISTS = "train.txt", "val.txt"
 _SPLIT = "The split that is written beside this report keeps them on one side."
-_BY_HAND = "Keep all of a group in one of the two; `alike` in report.json has the groups."
+_BY_HAND = "Keep all of a group in one of the two; report.json has the groups."
 _NONE_LEFT = (
     "Nothing would be left in one of the two without them, so that no split was written: validate "
     "on other pictures."
