@@ -17,7 +17,7 @@ from train_utils.arguments import parse_args
 from train_utils.check import data
 from train_utils.check.copies import grouped
 from train_utils.check.data import check_data
-from train_utils.check.duplicates import SYMMETRIES, alike_pairs, combined, inverse, symmetric
+from train_utils.check.duplicates import SAME, SYMMETRIES, alike_pairs, combined, inverse, symmetric
 from train_utils.check.first_look import first_look
 from train_utils.check.look import count_objects
 from train_utils.datasets import pairs_of
@@ -387,6 +387,20 @@ def test_a_clean_set_is_trained_with_the_words_that_were_given(clean_folder, tmp
         assert len(listed_pairs(tmp_path / "out" / name)[0]) == count
 
 
+def test_copies_with_thin_masks_do_not_contradict(place):
+    """Lines that are thinner than a pixel of the small pictures that are compared."""
+
+    def thin(picture):
+        lines = Image.new("L", picture.size)
+        for left in range(10, 80, 17):
+            ImageDraw.Draw(lines).line([left, 10, left + 30, 80], 255, 2)
+        return lines
+
+    place.edit("masks", 3, thin)
+    copy_image(place, mirrored, "train")
+    assert [finding.kind for finding in place.findings().findings] == ["copies"]
+
+
 def test_the_split_keeps_copies_on_one_side_and_the_command_trains_on_it(place, tmp_path):
     copy_image(place, mirrored)
     cut(place.file("images", 5))
@@ -544,7 +558,11 @@ def test_what_all_pictures_of_a_set_show_makes_none_a_copy():
     pictures = slices(30)
     assert alike_pairs(pictures) == []
     pictures[7] = mirror = pictures[3, :, ::-1]
-    assert [(i, j, name) for i, j, name, _ in alike_pairs(pictures)] == [(3, 7, "mirrored")]
+    saved = Image.fromarray(pictures[9]).resize((48, 48)).resize((64, 64))
+    pictures[8] = np.asarray(saved)
+    found = alike_pairs(pictures)
+    assert [(i, j, name) for i, j, name, _ in found] == [(3, 7, "mirrored"), (8, 9, "same")]
+    assert all(likeness >= SAME for *_, likeness in found)
     noise = np.random.default_rng(1).normal(0, 2, (12, 64, 64))
     still = np.clip(mirror + noise, 0, 255).astype(np.uint8)
     assert len(alike_pairs(still)) == 12 * 11 // 2

@@ -77,9 +77,9 @@ def alike_pairs(pictures: np.ndarray) -> list[tuple[int, int, str, float]]:
         which, scores = _best_symmetries(coarse[first], coarse[second])
         for n in np.flatnonzero(scores >= _COARSE):
             i, j, name = structured[first[n]], structured[second[n]], names[which[n]]
-            one, other = _peculiar(pictures[[i, j]], common)
-            likeness = _correlation(symmetric(one, name), other)
-            if likeness >= SIMILAR:
+            whole = fine(pictures[[i, j]].astype(np.float32))
+            likeness = _likeness(whole, name)
+            if min(likeness, _likeness(_peculiar(whole, common), name)) >= SIMILAR:
                 found.append((int(i), int(j), name, likeness))
     return found
 
@@ -140,22 +140,21 @@ def _in_common(pictures: np.ndarray) -> np.ndarray:
     return middle / max(float(np.linalg.norm(middle)), 1e-6)
 
 
-def _peculiar(pictures: np.ndarray, common: np.ndarray) -> np.ndarray:
-    """The fine structure of pictures [N, S, S] without what they have in common.
+def _peculiar(whole: np.ndarray, common: np.ndarray) -> np.ndarray:
+    """Fine structures [N, S, S] without what they have in common.
 
     Where next to nothing is left, most pictures are this one, and it stays whole.
     """
-    whole = fine(pictures.astype(np.float32))
     shares = (whole * common).sum((1, 2), keepdims=True)
     rest = whole - shares * common
     left, all_of_it = (np.linalg.norm(each, axis=(1, 2), keepdims=True) for each in (rest, whole))
     return np.where(left < _REST * all_of_it, whole, rest)
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """The correlation of two fine structures, without their frames."""
+def _likeness(two: np.ndarray, name: str) -> float:
+    """The correlation of two fine structures, of the first under a symmetry, without frames."""
     inner = slice(_FRAME, -_FRAME)
-    a, b = one[inner, inner], other[inner, inner]
+    a, b = symmetric(two[0], name)[inner, inner], two[1, inner, inner]
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float((a * b).sum()) / norm if norm > 0 else 0.0
 
