@@ -392,8 +392,8 @@ def test_copies_with_thin_masks_do_not_contradict(place):
 
     def thin(picture):
         lines = Image.new("L", picture.size)
-        for left in range(10, 80, 17):
-            ImageDraw.Draw(lines).line([left, 10, left + 30, 80], 255, 2)
+        for left in range(10, 100, 9):
+            ImageDraw.Draw(lines).line([left, 10, left, 80], 255)
         return lines
 
     place.edit("masks", 3, thin)
