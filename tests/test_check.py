@@ -17,7 +17,7 @@ from train_utils.arguments import parse_args
 from train_utils.check import data
 from train_utils.check.copies import grouped
 from train_utils.check.data import check_data
-from train_utils.check.duplicates import SYMMETRIES, alike_pairs, combined, inverse, symmetric
+from train_utils.check.duplicates import SAME, SYMMETRIES, alike_pairs, combined, inverse, symmetric
 from train_utils.check.first_look import first_look
 from train_utils.check.look import count_objects
 from train_utils.datasets import pairs_of
@@ -169,11 +169,16 @@ def exchanged(place, one, other):
         path.write_bytes(content)
 
 
-def moved_on(place):
+def moved_on(place, by=1):
     """The masks of all images as those of the next ones."""
     contents = [place.file("masks", number).read_bytes() for number in range(TRAIN)]
     for number in range(TRAIN):
-        place.file("masks", number).write_bytes(contents[number - 1])
+        place.file("masks", number).write_bytes(contents[number - by])
+
+
+def every_third_inverted(place):
+    for number in range(0, TRAIN, 3):
+        place.edit("masks", number, lambda m: m.point(lambda v: 255 - v))
 
 
 def mixed_up(place):
@@ -260,6 +265,7 @@ FAULTS = {
         "inside out",
         lambda p: p.edit("masks", 2, lambda m: m.point(lambda v: 255 - v)),
     ),
+    "every third mask inside out": ("inside out", every_third_inverted),
     "all masks inside out": (
         "inside out",
         lambda p: p.all("masks", lambda m: m.point(lambda v: 255 - v)),
@@ -325,6 +331,22 @@ def test_a_planted_fault_is_found(place, fault):
     assert kind in found, [finding.line() for finding in report.findings]
 
 
+def test_it_says_by_how_many_names_masks_are_off_though_some_are_held_out(place):
+    """Those beside a held-out name seem to be off by one less."""
+    moved_on(place, by=2)
+    place.arguments = lambda: [*place.words, *Place.arguments(place)[4:8]]
+    found = [f.message for f in place.findings().findings if f.severity == "error"]
+    assert len(found) == 1 and "belong to the images 2 before theirs" in found[0]
+
+
+def test_masks_of_which_a_few_are_off_alike_are_mixed_up(place):
+    contents = [place.file("masks", number).read_bytes() for number in range(TRAIN)]
+    for number in range(TRAIN):
+        place.file("masks", number).write_bytes(contents[(5 * number + 3) % TRAIN])
+    (found,) = place.findings().findings
+    assert "mixed up" in found.message
+
+
 def test_processes_see_what_threads_see(place, monkeypatch):
     cut(place.file("images", 2))
     reports = [place.findings()]
@@ -365,6 +387,20 @@ def test_a_clean_set_is_trained_with_the_words_that_were_given(clean_folder, tmp
         assert len(listed_pairs(tmp_path / "out" / name)[0]) == count
 
 
+def test_copies_with_thin_masks_do_not_contradict(place):
+    """Lines that are thinner than a pixel of the small pictures that are compared."""
+
+    def thin(picture):
+        lines = Image.new("L", picture.size)
+        for left in range(10, 100, 9):
+            ImageDraw.Draw(lines).line([left, 10, left, 80], 255)
+        return lines
+
+    place.edit("masks", 3, thin)
+    copy_image(place, mirrored, "train")
+    assert [finding.kind for finding in place.findings().findings] == ["copies"]
+
+
 def test_the_split_keeps_copies_on_one_side_and_the_command_trains_on_it(place, tmp_path):
     copy_image(place, mirrored)
     cut(place.file("images", 5))
@@ -392,6 +428,38 @@ def test_of_a_held_out_share_alike_images_go_where_the_first_of_them_is(place, t
     names = [{int(path.stem) % 100 for path, _ in pairs_of(dataset)} for dataset in datasets]
     assert not names[0] & names[1]
     assert sum(map(len, datasets)) == TRAIN + 8
+
+
+def test_where_no_split_is_left_the_finding_says_so(place, tmp_path):
+    """A folder with copies of one picture only, of which a share is held out."""
+    for number in range(1, TRAIN):
+        for kind in ("images", "masks"):
+            shutil.copy(place.file(kind, 0), place.file(kind, number))
+    place.arguments = lambda: [*place.words, *Place.arguments(place)[4:8]]
+    words = [*place.arguments(), "-o", str(tmp_path / "out")]
+    assert check.main(check.parse_args(words)) == 1
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    leak = next(finding for finding in found["findings"] if finding["kind"] == "leak")
+    assert "no split was written" in leak["fix"]
+    assert leak["examples"][0].endswith(f" = {TRAIN - 3} more")
+    assert not (tmp_path / "out" / "train.txt").exists() and "data.list" not in found["command"]
+
+
+def test_damaged_files_that_are_left_out_are_no_error(place, tmp_path):
+    """The setting that the finding proposes mends it, unless nothing would be left."""
+    cut(place.file("images", 3))
+    place.file("masks", 4).write_bytes(b"")
+    skip = ["--set", "data.skip_unreadable=true"]
+    failed, report = run(place, tmp_path / "out")
+    assert failed and all(skip[1] in finding["fix"] for finding in report["findings"])
+    failed, report = run(place, tmp_path / "out", *skip)
+    assert not failed and len(report["findings"]) == 2
+    assert all("are left out" in finding["fix"] for finding in report["findings"])
+    _, datasets = trained(report)
+    assert [len(pairs_of(dataset)) for dataset in datasets] == [TRAIN - 2, VAL]
+    for number in range(VAL):
+        cut(place.file("images", number, "val"))
+    assert run(place, tmp_path / "out", *skip)[0]
 
 
 def test_what_a_refusal_proposes_is_tried_and_goes_into_the_command(place, tmp_path):
@@ -473,6 +541,31 @@ def test_symmetries_are_found_and_combine():
         for then in SYMMETRIES:
             both = symmetric(turned, then)
             assert (both == symmetric(pictures[2], combined(name, then))).all()
+
+
+def slices(count):
+    """Pictures of one bright outline, each with marks of its own."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64] / 63 - 0.5
+    outline = 140.0 * ((x / 0.42) ** 2 + (y / 0.35) ** 2 < 1)
+    marks = rng.normal(0, 20, (count, 16, 16)).repeat(4, 1).repeat(4, 2)
+    pictures = outline * rng.uniform(0.7, 1, (count, 1, 1)) + marks * (outline > 0)
+    return np.clip(pictures + rng.normal(0, 3, pictures.shape), 0, 255).astype(np.uint8)
+
+
+def test_what_all_pictures_of_a_set_show_makes_none_a_copy():
+    """The outline of a body in its scanner, and a camera that stands still before nothing."""
+    pictures = slices(30)
+    assert alike_pairs(pictures) == []
+    pictures[7] = mirror = pictures[3, :, ::-1]
+    saved = Image.fromarray(pictures[9]).resize((48, 48)).resize((64, 64))
+    pictures[8] = np.asarray(saved)
+    found = alike_pairs(pictures)
+    assert [(i, j, name) for i, j, name, _ in found] == [(3, 7, "mirrored"), (8, 9, "same")]
+    assert all(likeness >= SAME for *_, likeness in found)
+    noise = np.random.default_rng(1).normal(0, 2, (12, 64, 64))
+    still = np.clip(mirror + noise, 0, 255).astype(np.uint8)
+    assert len(alike_pairs(still)) == 12 * 11 // 2
 
 
 def test_groups_know_how_each_member_is_like_the_first():

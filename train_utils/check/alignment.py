@@ -4,6 +4,7 @@ The outline of an object is an edge of the photograph as well. So the two maps o
 at no displacement, and hardly at any other one, nor mirrored, nor with another image's mask.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -112,10 +113,13 @@ def _whole_set(
     images: np.ndarray, targets: np.ndarray, indices: Sequence[int]
 ) -> tuple[str, Severity] | None:
     """What is wrong with the masks of a set taken together; None where they fit."""
-    mixed = len(_fitting_others(images, targets, _MIXED)) > _MIXED_SHARE * len(images)
-    if mixed and (off := _names_off(images, targets, indices)):
-        return f"belong to the images {off} in the list", "error"
-    if mixed:
+    fits = _fitting_others(images, targets, _MIXED)
+    if len(fits) > _MIXED_SHARE * len(images):
+        offs = Counter(indices[j] - indices[i] for i, j in fits)
+        off, count = offs.most_common(1)[0]
+        if count >= max(_FEWEST, len(fits) / 2):
+            where = f"{abs(off)} {'before' if off > 0 else 'after'} theirs"
+            return f"belong to the images {where} in the list", "error"
         return "are mixed up: many fit the image of another", "error"
     means = {name: displaced(images, symmetric(targets, name)).mean(0) for name in SYMMETRIES}
     own = means["same"]
@@ -139,20 +143,6 @@ def _whole_set(
     if here < _CLEAR * spread / 2:
         return "follow no edges of their images: mixed up, or drawn very loosely", "warning"
     return None
-
-
-def _names_off(images: np.ndarray, targets: np.ndarray, indices: Sequence[int]) -> str:
-    """By how many names the masks of a set are off; "" if by none."""
-    places = {number: place for place, number in enumerate(indices)}
-    for off in (1, -1, 2, -2, 3, -3):
-        pairs = [(i, places[n + off]) for i, n in enumerate(indices) if n + off in places]
-        if len(pairs) >= _FEWEST:
-            i, j = map(list, zip(*pairs, strict=True))
-            mean = displaced(images[i], targets[j]).mean(0)
-            own = (images[i] * targets[i]).sum((1, 2)).mean()
-            if mean[0, 0] > max(_CLEAR * _spread(mean), _BETTER * own):
-                return f"{abs(off)} {'before' if off > 0 else 'after'} theirs"
-    return ""
 
 
 def _spread(mean: np.ndarray) -> float:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +18,14 @@ from torchvision.transforms.v2 import functional as F
 
 from train_utils.check import copies, images, masks
 from train_utils.check.alignment import misplaced
-from train_utils.check.findings import CheckedPair, Finding, Report, Split, Targets
+from train_utils.check.findings import CheckedPair, Finding, Report, Severity, Split, Targets
 from train_utils.check.look import Look, Reader, look_at, reader_of
 from train_utils.check.progress import progress
 from train_utils.data import follow_the_script, unwrap_subset
 from train_utils.datasets import name_hash, pairs_of, try_all
 from train_utils.distributed_utils import cpu_cores
 from train_utils.errors import UserError, plain_message
-from train_utils.image_io import read_header
+from train_utils.image_io import is_damaged, read_header
 from train_utils.log import get_logger
 from train_utils.task import BaseTask
 from train_utils.threads import in_threads
@@ -184,14 +184,7 @@ def _look_at_headers(task: BaseTask, report: Report) -> list[int]:
     if any(pair.image == pair.target for pair in report.pairs):  # A|B side by side
         width = width / 2
     report.statistics |= {"width": width, "height": height}
-    report.add(
-        "unreadable",
-        "error",
-        "files that cannot be read",
-        unreadable,
-        "Replace them, or leave them out by --set data.skip_unreadable=true.",
-        examples=list(problems.values()),
-    )
+    _add_unreadable(task, report, _texts_of_pairs(report, unreadable, problems))
     report.add(
         "unequal size",
         "error" if unequal_is == "refuse" else "warning",
@@ -213,6 +206,41 @@ def _look_at_headers(task: BaseTask, report: Report) -> list[int]:
     images.find_sizes(report, task.cfg.data.image_size)
     images.find_kinds(report, [headers.get(Path(pair.image)) for pair in report.pairs])
     return sound
+
+
+def _texts_of_pairs(
+    report: Report, indices: Sequence[int], problems: Mapping[Path, str]
+) -> dict[int, str]:
+    """What is wrong with either file of these pairs."""
+    named = {index: (report.pairs[index].image, report.pairs[index].target) for index in indices}
+    return {
+        index: ", ".join(problems[Path(path)] for path in paths if Path(path) in problems)
+        for index, paths in named.items()
+    }
+
+
+def _add_unreadable(task: BaseTask, report: Report, problems: Mapping[int, str]) -> None:
+    """Findings about pairs that cannot be read: those with a damaged file, and others.
+
+    To be called after `report.unusable` has them.
+    """
+    left = {pair.split for index, pair in enumerate(report.pairs) if index not in report.unusable}
+    skipped = task.cfg.data.skip_unreadable and len(left) == 2
+    damaged = [
+        index
+        for index in problems
+        if any(map(is_damaged, (report.pairs[index].image, report.pairs[index].target)))
+    ]
+    others = [index for index in problems if index not in damaged]
+    severity: Severity = "warning" if skipped else "error"
+    fix = "Replace them, or leave them out by --set data.skip_unreadable=true."
+    if skipped:
+        fix = "Such pairs are left out (data.skip_unreadable=true)."
+    texts = {index: text.rstrip(".") for index, text in problems.items()}
+    what = "pairs with a damaged file"
+    report.add("unreadable", severity, what, damaged, fix, [texts[index] for index in damaged])
+    what, fix = "pairs that cannot be read", "Mend what the messages name."
+    report.add("unreadable", "error", what, others, fix, [texts[index] for index in others])
 
 
 # --- pixels --------------------------------------------------------------------------------------
@@ -274,14 +302,7 @@ def _look_at_pixels(
         else:
             failed[index] = str(each)
     report.unusable |= failed.keys()
-    report.add(
-        "unreadable",
-        "error",
-        "pairs that cannot be read",
-        list(failed),
-        "Mend what the messages name.",
-        examples=list(failed.values()),
-    )
+    _add_unreadable(task, report, failed)
     report.decoded = list(chosen)
     for name in dict.fromkeys(name for one in looks.values() for name in one.numbers):
         column = np.full(len(report.pairs), np.nan)

@@ -32,6 +32,11 @@ _COARSE = 0.85  # correlation of small pictures …
 SIMILAR, SAME = 0.55, 0.85  # … and of their fine structure: of neighbouring frames, and of copies
 _FRAME = 6  # pixels along the border that do not count: many pictures have a frame
 _BLOCK = 2048  # pictures compared at a time
+# What all pictures of a set show, such as the outline of a head in its scanner, makes none of them
+# a copy. Of 60 drawn slices that were all different, every two had 0.86 in the middle with it, and
+# 0.26 at most without.
+_IN_COMMON_OF = 500  # pictures from which it is taken
+_REST = 0.2  # of a picture's fine structure: with less left it is compared as it is
 
 
 def symmetric(pictures: np.ndarray, name: str) -> np.ndarray:
@@ -66,13 +71,15 @@ def alike_pairs(pictures: np.ndarray) -> list[tuple[int, int, str, float]]:
     blocks = np.split(structured, range(_BLOCK, len(structured), _BLOCK))
     prepared = [_signatures(pictures[block]) for block in blocks]
     signatures, coarse = (np.concatenate(parts) for parts in zip(*prepared, strict=True))
+    common = _in_common(pictures[structured])
     names, found = list(SYMMETRIES), []
     for first, second in _close(signatures):
         which, scores = _best_symmetries(coarse[first], coarse[second])
         for n in np.flatnonzero(scores >= _COARSE):
             i, j, name = structured[first[n]], structured[second[n]], names[which[n]]
-            likeness = _fine_correlation(symmetric(pictures[i], name), pictures[j])
-            if likeness >= SIMILAR:
+            whole = fine(pictures[[i, j]].astype(np.float32))
+            likeness = _likeness(whole, name)
+            if min(likeness, _likeness(_peculiar(whole, common), name)) >= SIMILAR:
                 found.append((int(i), int(j), name, likeness))
     return found
 
@@ -126,10 +133,28 @@ def _best_symmetries(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np
     return scores.argmax(0), scores.max(0)
 
 
-def _fine_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """The correlation of what is left of two pictures without their large shapes."""
-    both = fine(np.stack([one, other]).astype(np.float32))
-    a, b = both[:, _FRAME:-_FRAME, _FRAME:-_FRAME]
+def _in_common(pictures: np.ndarray) -> np.ndarray:
+    """The fine structure [S, S] that most of the pictures [N, S, S] have, with norm 1, or 0."""
+    some = pictures[:: -(-len(pictures) // _IN_COMMON_OF)]
+    middle = np.median(fine(some.astype(np.float32)).astype(np.float32), axis=0)
+    return middle / max(float(np.linalg.norm(middle)), 1e-6)
+
+
+def _peculiar(whole: np.ndarray, common: np.ndarray) -> np.ndarray:
+    """Fine structures [N, S, S] without what they have in common.
+
+    Where next to nothing is left, most pictures are this one, and it stays whole.
+    """
+    shares = (whole * common).sum((1, 2), keepdims=True)
+    rest = whole - shares * common
+    left, all_of_it = (np.linalg.norm(each, axis=(1, 2), keepdims=True) for each in (rest, whole))
+    return np.where(left < _REST * all_of_it, whole, rest)
+
+
+def _likeness(two: np.ndarray, name: str) -> float:
+    """The correlation of two fine structures, of the first under a symmetry, without frames."""
+    inner = slice(_FRAME, -_FRAME)
+    a, b = symmetric(two[0], name)[inner, inner], two[1, inner, inner]
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float((a * b).sum()) / norm if norm > 0 else 0.0
 

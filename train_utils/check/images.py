@@ -77,7 +77,7 @@ def find(report: Report, looks: Mapping[int, Look]) -> None:
     report.add(
         "blank image",
         "warning",
-        "images of a single colour",
+        "images of a single colour, or nearly so",
         flat,
         "Remove them, or replace them by the right ones.",
     )

@@ -8,9 +8,14 @@ from train_utils.check.findings import Report, Severity
 from train_utils.check.look import Look
 from train_utils.task import BaseTask
 
-_INVERT = "Invert them, or train two classes, whose data.mask_object says which is the object."
+_INVERT = {
+    "masks": "Invert them, or train two classes, whose data.mask_object says which is the object.",
+    "classes": "Say which side the object is.",
+    "mattes": "Invert them.",
+}
 _BORDER, _MOST = 0.9, 0.5  # of the frame and of all pixels: what a mask inside out has as object
 _USUAL_BORDER = 0.5  # of the frame, in a set whose masks are not inside out
+_OFF_BORDER = 0.1  # of the frame, in a set of which a part is inside out
 _RARE = 0.1  # share of the masks: what so few have is more often a mistake than meant
 _TINY = 16  # pixels of an object at the network's size
 _SOFT = 0.02  # share of the pixels with levels between object and background
@@ -84,10 +89,13 @@ def _find_inside_out(
             "masks have their object along most of the frame: what is meant as background is "
             "trained as object",
             indices[inside_out].tolist(),
-            "Say which side the object is." if mends else _INVERT,
+            _INVERT[report.targets],
             settings=["data.mask_values=threshold", "data.mask_object=dark"] if mends else (),
         )
-    elif np.median(border[partly]) < _USUAL_BORDER and np.mean(inside_out[partly]) < _RARE:
+        return
+    # Few may lie among masks of any kind; many are mistakes if all others keep off the frame.
+    most = _USUAL_BORDER if np.mean(inside_out[partly]) < _RARE else _OFF_BORDER
+    if np.median(border[partly & ~inside_out]) < most:
         report.add(
             "inside out",
             "warning",

@@ -16,6 +16,12 @@ from train_utils.settings import FolderData
 from train_utils.task import BaseTask
 
 LISTS = "train.txt", "val.txt"
+_SPLIT = "The split that is written beside this report keeps them on one side."
+_BY_HAND = "Keep all of a group in one of the two; report.json has the groups."
+_NONE_LEFT = (
+    "Nothing would be left in one of the two without them, so that no split was written: validate "
+    "on other pictures."
+)
 
 
 def require_other_lists(folder: CheckFolder, data: FolderData) -> None:
@@ -29,8 +35,19 @@ def require_other_lists(folder: CheckFolder, data: FolderData) -> None:
 
 
 def write_lists(report: Report, folder: CheckFolder) -> list[Path]:
-    """Write both parts of the split without leaks; none where there are no lists of such data."""
+    """Write both parts of the split without leaks, and say so in the findings about leaks.
+
+    None are written where a part would be empty, or where lists cannot hold such pairs.
+    """
     parts = without_leaks(report)
+    lists = _write(report, parts, folder)
+    for finding in report.findings:
+        if finding.kind in ("leak", "neighbours") and finding.severity != "note":
+            finding.fix = _SPLIT if lists else _BY_HAND if all(parts) else _NONE_LEFT
+    return lists
+
+
+def _write(report: Report, parts: Sequence[list[CheckedPair]], folder: CheckFolder) -> list[Path]:
     lines = [[_line(pair) for pair in part] for part in parts]
     if not all(lines) or any(pair.image == pair.target for part in parts for pair in part):
         return []
