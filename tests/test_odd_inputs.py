@@ -751,3 +751,11 @@ def test_images_that_validate_and_are_trained_on_are_refused():
         datasets(*folders, "--val-images", "own")
     with pytest.raises(UserError, match=r"3 of 3 images .* leave --val-images"):
         datasets(*folders, "--val-images", "photos")
+
+
+def test_predictions_are_paired_by_the_names_of_the_masks():
+    for number in range(2):
+        write(f"maps/{number}.png"), write(f"masks/{number}_mask.png")
+    argv = ["--predictions", "maps", "--masks", "masks", "--set", "data.mask_suffix=_mask"]
+    args = with_launch(validation.parse_args([*argv, "--device", "cpu"]))
+    assert validation.score_files(args)["MAE"] == 0

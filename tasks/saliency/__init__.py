@@ -295,7 +295,7 @@ class Task(BaseTask):
     def pairs_of_files(self, predictions: str, targets: str) -> PairFolderDataset:
         """Maps, 8-bit images with the names of their masks, and the masks."""
         reader = self.cfg.data.mask_reader
-        pairs = _Maps(predictions, targets, read_target=reader)
+        pairs = _Maps(predictions, targets, read_target=reader, names=self.cfg.data.names)
         if pairs.unmatched_masks:
             raise UserError(
                 f"{predictions}: {pairs.unmatched_masks} of the masks in {targets} have no "
