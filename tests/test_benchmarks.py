@@ -136,6 +136,7 @@ def test_training_step(tmp_path, monkeypatch):
     assert row["plain MB"] > 20 < row["ours MB"]  # weights, gradients and moments alone are 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", training_step.SYSTEMS)
 def test_the_plain_step_has_the_losses_and_the_flops_of_ours(system, monkeypatch):
     if system == "pix2pix":  # which drops out at random, and halves images of 64 six times at most
@@ -154,6 +155,7 @@ def test_the_plain_step_has_the_losses_and_the_flops_of_ours(system, monkeypatch
     assert flops["ours"] == flops["plain"] > 1e9
 
 
+@pytest.mark.slow
 def test_where_ours_is_in_16_bits_it_is_compared_with_autocast_too(
     one_process, tmp_path, monkeypatch, capsys
 ):
@@ -238,6 +240,7 @@ def test_the_page_holds_the_tables_on_paper(capsys):
         scaling_model.with_values(scaling_model.Cluster(), ["dsk=1"])
 
 
+@pytest.mark.slow
 def test_the_model_on_paper_has_the_flops_of_torch_s_counter():
     sides = {u2net_full: 288, u2net_lite: 288, UNetGenerator: 256}
     for (network, side), system in zip(sides.items(), scaling_model.systems(), strict=True):

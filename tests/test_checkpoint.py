@@ -386,6 +386,7 @@ def test_what_torch_reads_of_plain_types_is_read(tmp_path, model, zipped):
     assert loaded == hyper
 
 
+@pytest.mark.slow
 def test_what_a_large_network_saves_is_read(tmp_path):
     """A long history too: what is not a tensor may have more bytes than what is."""
     net = nn.Sequential(*(nn.BatchNorm1d(1) for _ in range(500)))

@@ -47,6 +47,7 @@ def states(model, dataset, batch_size, amp_dtype=None):
     return [metric.state.tolist() for metric in metrics]
 
 
+@pytest.mark.slow
 def test_threads_and_batch_sizes_change_no_bit(threads):
     torch.manual_seed(0)
     model = u2net_lite()

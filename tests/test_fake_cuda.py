@@ -196,6 +196,7 @@ def test_a_step_does_not_wait_for_the_device(name):
     assert len(first.waits) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "amp"), EVERYTHING)
 def test_nor_with_accumulation_clipping_and_a_moving_average(name, amp):
     assert_reads_the_line_only(steps(name, amp=amp, **OPTIONS)[1])
@@ -225,6 +226,7 @@ def test_large_networks_do_not_wait_either(model):
     assert_reads_the_line_only(found[1])
 
 
+@pytest.mark.slow
 def test_deterministic_kernels_do_not_wait():
     seed_everything(0, deterministic=True)
     try:
@@ -293,6 +295,7 @@ def collectives(step):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "amp"), EVERYTHING)
 def test_synchronised_batch_norm_does_not_wait_and_matches_on_all_ranks(name, amp):
     """The last step of an epoch may leave ranks without an image; rank 0 has one even then."""
@@ -381,6 +384,7 @@ def test_a_moving_average_takes_few_launches():
 # -- evaluation and prediction --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_evaluation_reads_nothing_but_the_scores(name):
     """And the pictures that it keeps; of matting, which the host scores, the chunks."""
@@ -456,6 +460,7 @@ def predicted(folder, name, options, kinds, sizes=PHOTOGRAPHS, before=None):
         return list(predictor.run(jobs)), spy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "kinds"), PREDICTED)
 def test_prediction_runs_from_file_to_file(tmp_path, name, options, kinds):
     pictures, spy = predicted(tmp_path, name, options, kinds)
@@ -467,6 +472,7 @@ def test_prediction_runs_from_file_to_file(tmp_path, name, options, kinds):
 # -- checkpoints change devices -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["fcn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet", "pix2pix"))]
 )

@@ -57,6 +57,7 @@ def assert_equal_outputs(model, images):
         assert (found - expected).abs().max() <= bound * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_gives_what_it_gave(name):
     build, channels, before, after = NETWORKS[name]

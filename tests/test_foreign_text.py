@@ -413,6 +413,7 @@ def outcomes(kind: str, name: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_bombs_are_refused_within_300_mb_and_by_a_line(tmp_path):
     limit = ["-c", BOMBS, REPO, REPO / "tests"]

@@ -33,6 +33,7 @@ def outputs(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
+@pytest.mark.slow
 def test_files_are_shared_out_by_torchrun_and_done_once(photos):
     run_script(photos, "predict.py", "photos", *OPTIONS, "-o", "alone", code=1)
     done = run_script(photos, "predict.py", "photos", *OPTIONS, "-o", "out", processes=2, code=1)
@@ -46,6 +47,7 @@ def test_files_are_shared_out_by_torchrun_and_done_once(photos):
     assert len(outputs(photos / "out")) == 4
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_end_alike_and_a_missing_one_ends_all(photos):
     """A file that fails is every process's failure; so is a process that cannot start."""
     for weights, said in (("w.pth", "4 done, 1 failed"), ("none.pth", "")):
@@ -75,6 +77,7 @@ def _shares(folder, counts):
         return str(error)
 
 
+@pytest.mark.slow
 def test_processes_that_see_other_files_are_told(tmp_path):
     shares = on_ranks(3, _shares, tmp_path, [4, 4, 4])
     assert shares == [["0.png", "3.png"], ["1.png"], ["2.png"]]

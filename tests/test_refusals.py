@@ -525,6 +525,7 @@ def test_masks_of_which_nothing_counts():
     assert "validation masks: every pixel is ignored" in message
 
 
+@pytest.mark.slow
 def test_weights_of_another_network():
     torch.save(u2net_full().state_dict(), "full.pth")
     message = refused(train, *TINY, "--weights", "full.pth")

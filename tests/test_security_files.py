@@ -429,6 +429,7 @@ def test_lines_of_metrics_that_are_no_records_are_counted_and_left_out(capsys):
     assert len((folder / "results.txt").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_records_of_a_very_long_run_are_kept(capsys):
     folder, line = fill_run(), json.dumps({**RECORD, "val/pad": "x"}).encode()
     (folder / "metrics.jsonl").write_bytes((json.dumps(RECORD).encode() + b"\n") * 250_000)
