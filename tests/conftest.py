@@ -1,5 +1,6 @@
 """Fixtures that every test module shares."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -72,3 +73,15 @@ def accelerator(monkeypatch):
         return chosen
 
     return pretend
+
+
+@pytest.fixture
+def logged():
+    """The lines that are logged meanwhile."""
+    from train_utils.log import get_logger
+
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    get_logger().addHandler(handler)
+    yield lines
+    get_logger().removeHandler(handler)

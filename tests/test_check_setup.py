@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import logging
 import math
 import random
 from functools import partial
@@ -27,7 +26,6 @@ from train_utils.check.trials import Epochs, Steps, Trial, cut, untouched
 from train_utils.data import GlobalBatchSampler, eval_loader, train_loader
 from train_utils.dry_run import leaves_of, untrained
 from train_utils.errors import UserError
-from train_utils.log import get_logger
 from train_utils.settings import BaseConfig
 from train_utils.task import BaseTask
 
@@ -85,16 +83,6 @@ def a_batch(images=4):
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(images, 3, SIDE, SIDE, generator=generator)
     return inputs, inputs.mean(1, keepdim=True)
-
-
-@pytest.fixture
-def logged():
-    """The lines that are logged meanwhile."""
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    get_logger().addHandler(handler)
-    yield lines
-    get_logger().removeHandler(handler)
 
 
 # -- what it is -----------------------------------------------------------------------------------

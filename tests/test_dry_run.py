@@ -1,7 +1,6 @@
 """Mistakes in what a user edits are named before the first step, and no run folder is left."""
 
 import copy
-import logging
 import pickle
 import random
 from pathlib import Path
@@ -78,16 +77,6 @@ def network(monkeypatch):
 
     export()
     return export
-
-
-@pytest.fixture
-def logged():
-    """The lines that are logged meanwhile."""
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    get_logger().addHandler(handler)
-    yield lines
-    get_logger().removeHandler(handler)
 
 
 def start(*options):

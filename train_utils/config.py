@@ -11,6 +11,7 @@ raising ``ValueError("key: cause. Fix.")``.
 
 import dataclasses
 import difflib
+import json
 import re
 import sys
 import types
@@ -210,6 +211,18 @@ def _suggest_file(path: Path) -> str:
 def parse_value(text: str, source: str = "command line") -> Any:
     """A YAML value of the command line. Raises UserError for text that is none."""
     return _parse(text, _CommandLineLoader, source)
+
+
+def as_value(text: str) -> str:
+    """A text as the command line takes it: as it is, or quoted where YAML would read another value.
+
+    One with characters that YAML has no place for is quoted, too, and `parse_value` refuses it.
+    """
+    try:
+        plain = parse_value(text) == text
+    except UserError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def parse_assignments(items: list[str]) -> dict[str, Any]:

@@ -103,6 +103,11 @@ def described(left_out: LeftOut) -> str:
     return ", ".join(parts)
 
 
+def remark(folder: PathLike, count: int, what: str, left_out: LeftOut) -> str:
+    """A line that says how many files of a folder are taken and what is left out; "" if nothing."""
+    return f"{folder}: {count:,} {what}; left out: {described(left_out)}" if left_out else ""
+
+
 def walk(
     root: Path, recursive: bool = True, apart: Path | None = None
 ) -> tuple[list[Path], dict[Kind, list[Path]]]:

@@ -6,7 +6,6 @@ that they have around the part in common.
 
 import codecs
 import difflib
-import json
 import os
 import re
 import unicodedata
@@ -15,7 +14,7 @@ from itertools import product, takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from train_utils.config import parse_value
+from train_utils.config import as_value, parse_value
 from train_utils.errors import UserError, shortened, typed
 from train_utils.files import open_regular
 from train_utils.image_io import IMAGE_SUFFIXES, JPEG_SUFFIXES
@@ -25,9 +24,9 @@ from train_utils.listing import (
     UNREAD,
     Kind,
     LeftOut,
-    described,
     list_folder,
     no_images,
+    remark,
 )
 
 Pair = tuple[Path, Path]
@@ -105,7 +104,7 @@ def pair_folders(images: Path, masks: Path, settings: tuple[Names, Names] | None
     left_out = _joined(of_images.left_out, of_masks.left_out, same)
     if unmatched := [path for stem, path in mask_files.items() if stem not in image_files]:
         left_out[UNMATCHED] = unmatched
-    line = f"{images}: {len(stems):,} pairs; left out: {described(left_out)}" if left_out else ""
+    line = remark(images, len(stems), "pairs", left_out)
     # An image that is not read is the worst loss where it has a mask.
     skipped = [p for kind in (UNREAD, BROKEN, OTHER) for p in of_images.left_out.get(kind, [])]
     stems_of = {path: names[0].stem(path.relative_to(images)) for path in skipped}
@@ -296,13 +295,11 @@ def proposed(images: Path, masks: Path, current: tuple[Names, Names]) -> str:
 
 def _yaml(value: str) -> str:
     """A text as the command line takes it; "" for one that no YAML can hold."""
-    for text in (value, json.dumps(value, ensure_ascii=False)) if value else ("null",):
-        try:
-            if parse_value(text) == (value or None):
-                return text
-        except UserError:
-            pass
-    return ""
+    text = as_value(value) if value else "null"
+    try:
+        return text if parse_value(text) == (value or None) else ""
+    except UserError:
+        return ""
 
 
 def _fitting(

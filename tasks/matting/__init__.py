@@ -235,9 +235,8 @@ class Task(BaseTask):
         """Check the files, then what the alphas hold."""
         super().prepare_data(train_set, val_set)
         reader = getattr(unwrap_subset(val_set)[0], "read_target", None)
-        reader = (
-            reader if isinstance(reader, MaskReader) else MaskReader(self.cfg.data.mask_channel)
-        )
+        if not isinstance(reader, MaskReader):  # one that reads trimaps, too
+            reader = MaskReader(self.cfg.data.mask_channel)
         check_grey_masks(train_set, val_set, reader, "Save alphas with levels from 0 to 255.")
         return {}
 

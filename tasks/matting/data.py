@@ -39,7 +39,7 @@ from train_utils.image_io import (
     to_rgb,
     within_memory,
 )
-from train_utils.listing import described, list_folder, no_images
+from train_utils.listing import list_folder, no_images, remark
 from train_utils.log import say_once
 from train_utils.pairing import Names, named_files
 from transforms import cover
@@ -57,9 +57,8 @@ class CutOuts(PairDataset):
         if not found.files:
             raise no_images(folder, found.left_out)
         super().__init__([(path, path) for path in found.files.values()], list(found.files))
-        if found.left_out:
-            said = f"{folder}: {len(self):,} cut-outs"
-            say_once(f"{said}; left out: {described(found.left_out)}")
+        if line := remark(folder, len(self), "cut-outs", found.left_out):
+            say_once(line)
 
 
 class CompositionDataset(Dataset):
@@ -103,9 +102,8 @@ class CompositionDataset(Dataset):
         self.backgrounds, left_out = list_folder(self.folder)
         if not self.backgrounds:
             raise no_images(self.folder, left_out)
-        if left_out:
-            said = f"{self.folder}: {len(self.backgrounds):,} backgrounds"
-            say_once(f"{said}; left out: {described(left_out)}")
+        if line := remark(self.folder, len(self.backgrounds), "backgrounds", left_out):
+            say_once(line)
         self.transforms, self.train = transforms, train
         self.read_image, self.read_target = read_foreground, read_alpha or MaskReader()
 

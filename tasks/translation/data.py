@@ -26,7 +26,7 @@ from train_utils.datasets import (
 )
 from train_utils.errors import UserError
 from train_utils.image_io import image_size, read_image
-from train_utils.listing import described, list_images
+from train_utils.listing import list_images, remark
 from train_utils.log import say_once
 from train_utils.pairing import PLAIN, Names, files_by_stem, named_files, require_masks
 
@@ -47,8 +47,8 @@ class SideBySideDataset(PairDataset):
         files, left_out = named_files(Path(folder), names, "data.image_suffix")
         pairs = [(file, file) for file in files.values()]
         super().__init__(pairs, list(files), transforms, read_image)
-        if left_out:
-            say_once(f"{folder}: {len(pairs):,} images A|B; left out: {described(left_out)}")
+        if line := remark(folder, len(pairs), "images A|B", left_out):
+            say_once(line)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         return read_halves(self.pairs[index][0])

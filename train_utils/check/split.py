@@ -9,7 +9,7 @@ from pathlib import Path
 from train_utils.check.data import Configure
 from train_utils.check.findings import CheckedPair, Finding, Report
 from train_utils.check.output import CheckFolder
-from train_utils.config import diff, parse_value, to_dict
+from train_utils.config import as_value, diff, to_dict
 from train_utils.errors import UserError, typed
 from train_utils.pairing import columns
 from train_utils.settings import FolderData
@@ -113,7 +113,7 @@ def training_command(
     if lists:
         listed = _without_sources(words, task.cfg.data.sources)
         for key, path in zip(("list", "val_list"), lists, strict=True):
-            listed += ["--set", f"data.{key}={_value(str(path))}"]
+            listed += ["--set", f"data.{key}={as_value(str(path))}"]
         try:
             listed += _kept_settings(task, configure(listed))
             configure(listed).build_datasets()
@@ -141,15 +141,6 @@ def _kept_settings(old: BaseTask, new: BaseTask) -> list[str]:
         if key.removeprefix("data.") not in old.cfg.data.sources:
             words += ["--set", f"{key}={json.dumps(before)}"]
     return words
-
-
-def _value(text: str) -> str:
-    """A text as YAML has it."""
-    try:
-        plain = parse_value(text) == text
-    except UserError:
-        plain = False
-    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _typed(word: str) -> str:
